@@ -1,0 +1,44 @@
+"""optex: several steps of a first-order optimizer in the time of one.
+
+Shu, Fang, He, Yu: *OptEx: Expediting First-Order Optimization with Approximately Parallelized Iterations*,
+NeurIPS 2024, arXiv 2402.11427, and what goes past it.
+"""
+
+from importlib.metadata import version
+
+from optex.acceptance import Acceptance, Last, LowestLoss, SmallestGradient, WithinTolerance
+from optex.errors import JitterWarning, NonFiniteError, NotPositiveDefiniteError
+from optex.estimators import Estimator, HoldLast, Posterior, SeparableEstimator
+from optex.evaluators import Evaluator, SequentialEvaluator, VectorizedEvaluator
+from optex.history import GradientHistory
+from optex.kernels import RBF, Kernel, Matern12, Matern32, Matern52, RationalQuadratic
+from optex.optimizer import OptEx
+from optex.report import RoundReport
+
+__version__ = version("optex")
+__all__ = [
+    "RBF",
+    "Acceptance",
+    "Estimator",
+    "Evaluator",
+    "GradientHistory",
+    "HoldLast",
+    "JitterWarning",
+    "Kernel",
+    "Last",
+    "LowestLoss",
+    "Matern12",
+    "Matern32",
+    "Matern52",
+    "NonFiniteError",
+    "NotPositiveDefiniteError",
+    "OptEx",
+    "Posterior",
+    "RationalQuadratic",
+    "RoundReport",
+    "SeparableEstimator",
+    "SequentialEvaluator",
+    "SmallestGradient",
+    "VectorizedEvaluator",
+    "WithinTolerance",
+]

@@ -1,0 +1,75 @@
+"""Which torch optimizers can be the base, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__ = ["OPTIMIZERS", "REFUSED", "base_optimizer", "check_base"]
+
+OPTIMIZERS: Final[dict[str, Callable[..., Optimizer]]] = {
+    "sgd": torch.optim.SGD,
+    "momentum": partial(torch.optim.SGD, momentum=0.9),
+    "nesterov": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "adamax": torch.optim.Adamax,
+    "nadam": torch.optim.NAdam,
+    "radam": torch.optim.RAdam,
+    "adagrad": torch.optim.Adagrad,
+    "adadelta": torch.optim.Adadelta,
+    "rmsprop": torch.optim.RMSprop,
+    "rprop": torch.optim.Rprop,
+    "asgd": torch.optim.ASGD,
+    "adafactor": torch.optim.Adafactor,
+}
+if hasattr(torch.optim, "Muon"):  # torch 2.9 and later; two-dimensional parameters only
+    OPTIMIZERS["muon"] = torch.optim.Muon
+
+REFUSED: Final[dict[type[Optimizer], str]] = {
+    torch.optim.LBFGS: "it evaluates its closure several times a step, so there is no single next gradient to "
+    "predict",
+    torch.optim.SparseAdam: "it takes sparse gradients only, and the history is dense",
+}
+
+
+def base_optimizer(name: str, parameters: Iterable[Tensor], **settings: Any) -> Optimizer:
+    """The optimizer of that name (a key of ``OPTIMIZERS``) with torch's defaults but for ``settings``.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer: {name!r} is not one of {', '.join(OPTIMIZERS)}")
+    return OPTIMIZERS[name](parameters, **settings)
+
+
+def check_base(base: Any) -> None:
+    """Refuse what cannot be a base optimizer, with the reason."""
+    if not isinstance(base, Optimizer):
+        raise TypeError(
+            f"OptEx: base must be a torch.optim.Optimizer instance, got {type(base).__name__}; for example "
+            "OptEx(torch.optim.Adam(model.parameters(), lr=1e-3))"
+        )
+    for refused, reason in REFUSED.items():
+        if isinstance(base, refused):
+            raise TypeError(f"OptEx: {type(base).__name__} cannot be the base: {reason}")
+    parameters = [p for group in base.param_groups for p in group["params"]]
+    if not any(p.requires_grad for p in parameters):
+        raise ValueError("OptEx: base has no parameter that requires a gradient; there is nothing to optimise")
+    for p in parameters:
+        if p.is_complex():
+            raise TypeError(
+                "OptEx: base has complex parameters; optimise torch.view_as_real(parameter) instead"
+            )
+        if p.requires_grad and p.layout is not torch.strided:
+            raise TypeError("OptEx: base has sparse parameters; use dense ones (parameter.to_dense())")
+    if any(group.get("differentiable") for group in base.param_groups):
+        raise ValueError(
+            "OptEx: base was built with differentiable=True, which a walk that is undone cannot be"
+        )

@@ -1,0 +1,185 @@
+"""Gradients at all points in one batched computation, by torch.func."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad_and_value, vmap
+from torch.utils import _pytree as pytree
+
+from optex.evaluators.interface import Evaluation, Evaluator, GradientSource, ObjectiveSource, scalar_loss
+from optex.vectors import ParameterVector, Presence
+
+__all__ = ["VectorizedEvaluator"]
+
+
+class _Loss(nn.Module):
+    """The objective as a module that owns the model, so that functional_call can swap its parameters."""
+
+    def __init__(self, model: nn.Module, objective: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self._objective = objective
+
+    def forward(self, batch: Any) -> Tensor:
+        return scalar_loss(self._objective(batch), "objective")
+
+
+class VectorizedEvaluator(Evaluator):
+    """Evaluate all points in one ``vmap``: for models too small to fill the device by themselves.
+
+    Needs ``rounds(batches, objective)``: a closure that backpropagates by itself cannot be vectorized. The
+    objective must read the parameters through ``model`` and its batches must have one shape (batches of
+    another shape, as the last one of a loader, are evaluated in a call of their own).
+
+    Args:
+        model: the module whose parameters are optimised, as the objective uses it.
+        chunk_size: points a call; all of them by default. Memory grows with it.
+        randomness: what dropout and the like do across points: ``"error"`` (refuse), ``"different"`` or
+            ``"same"`` draws, as in ``torch.func.vmap``.
+
+    Raises:
+        ValueError: at evaluation, for BatchNorm that would update its running statistics, for parameters
+            that are not the model's, and for random operations under ``randomness="error"``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        chunk_size: int | None = None,
+        randomness: Literal["error", "different", "same"] = "error",
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"VectorizedEvaluator: model must be a torch.nn.Module, got {type(model).__name__}")
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"VectorizedEvaluator: chunk_size must be at least 1, got {chunk_size}")
+        if randomness not in ("error", "different", "same"):
+            raise ValueError(
+                f"VectorizedEvaluator: randomness must be 'error', 'different' or 'same', got {randomness!r}"
+            )
+        self.model = model
+        self.chunk_size = chunk_size
+        self.randomness = randomness
+        self._present: tuple[tuple[int, ...], Presence] | None = None
+
+    def evaluate(
+        self,
+        source: GradientSource,
+        vector: ParameterVector,
+        points: Tensor,
+        batches: Sequence[Any],
+    ) -> Evaluation:
+        if not isinstance(source, ObjectiveSource):
+            raise TypeError(
+                "VectorizedEvaluator: step(closure) backpropagates by itself and cannot be vectorized; use "
+                "rounds(batches, objective), or the SequentialEvaluator"
+            )
+        self._refuse_running_statistics()
+        names = self._names(vector)
+        loss = _Loss(self.model, source.objective)
+        losses = torch.empty(len(points), dtype=points.dtype, device=points.device)
+        gradients = torch.empty_like(points)
+        for indices in _alike(batches):
+            part = self._evaluate_alike(loss, names, vector, points[indices], [batches[i] for i in indices])
+            losses[indices] = part[0].to(losses.dtype)
+            gradients[indices] = part[1]
+        present = self._presence(source, vector, batches[0])
+        return Evaluation(losses, gradients, (present,) * len(points))
+
+    def _evaluate_alike(
+        self,
+        loss: _Loss,
+        names: list[str],
+        vector: ParameterVector,
+        points: Tensor,  # [n, d]
+        batches: Sequence[Any],
+    ) -> tuple[Tensor, Tensor]:  # [n], [n, d]
+        pieces = points.split(vector.sizes, dim=1)
+        stacked = {
+            name: piece.reshape(len(points), *p.shape).to(p.device, p.dtype)
+            for name, piece, p in zip(names, pieces, vector.parameters, strict=True)
+        }
+        batch, batch_dims = _stack(batches)
+
+        def loss_of(parameters: dict[str, Tensor], batch: Any) -> Tensor:
+            return functional_call(loss, parameters, (batch,))
+
+        # chunk_size must not stand in vmap's way where no argument is batched: the parameters always are.
+        evaluate = vmap(
+            grad_and_value(loss_of),
+            in_dims=(0, batch_dims),
+            chunk_size=self.chunk_size,
+            randomness=self.randomness,
+        )
+        try:
+            gradients, losses = evaluate(stacked, batch)
+        except RuntimeError as error:
+            if "randomness" not in str(error):
+                raise
+            raise ValueError(
+                "VectorizedEvaluator: the model draws random numbers (dropout?) and randomness='error'; pass "
+                "randomness='different', put the model in eval(), or use the SequentialEvaluator"
+            ) from error
+        rows = [gradients[name].reshape(len(points), -1).to(points.device, points.dtype) for name in names]
+        return losses, torch.cat(rows, dim=1)
+
+    def _names(self, vector: ParameterVector) -> list[str]:
+        known = {id(p): f"model.{name}" for name, p in self.model.named_parameters()}
+        missing = [i for i, p in enumerate(vector.parameters) if id(p) not in known]
+        if missing:
+            raise ValueError(
+                f"VectorizedEvaluator: {len(missing)} of the optimizer's parameters (first: number {missing[0]}) "
+                "are not parameters of model; pass the module that owns them"
+            )
+        return [known[id(p)] for p in vector.parameters]
+
+    def _refuse_running_statistics(self) -> None:
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._NormBase) and module.training:
+                if module.track_running_stats:
+                    raise ValueError(
+                        f"VectorizedEvaluator: {type(module).__name__} {name!r} updates running statistics, which "
+                        "points evaluated at once cannot share; use torch.nn.GroupNorm, "
+                        "torch.func.replace_all_batch_norm_modules_(model), eval(), or the SequentialEvaluator"
+                    )
+
+    def _presence(self, source: ObjectiveSource, vector: ParameterVector, batch: Any) -> Presence:
+        # vmap answers zeros for parameters that the loss does not reach; a base optimizer must see None
+        # there (weight decay!). One plain backward pass the first time tells which ones they are.
+        key = tuple(map(id, vector.parameters))
+        if self._present is None or self._present[0] != key:
+            with torch.enable_grad(), torch.random.fork_rng(enabled=self.randomness != "error"):
+                loss = source.objective(batch)
+                found = torch.autograd.grad(loss, vector.parameters, allow_unused=True)
+            self._present = (key, tuple(gradient is not None for gradient in found))
+        return self._present[1]
+
+
+def _alike(batches: Sequence[Any]) -> list[list[int]]:
+    """Indices of batches, grouped by structure, shapes and non-tensor content."""
+    groups: dict[Any, list[int]] = {}
+    for i, batch in enumerate(batches):
+        leaves, structure = pytree.tree_flatten(batch)
+        signature = tuple(
+            (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else (repr(leaf),) for leaf in leaves
+        )
+        groups.setdefault((repr(structure), signature), []).append(i)
+    return list(groups.values())
+
+
+def _stack(batches: Sequence[Any]) -> tuple[Any, Any]:
+    """Batches of one shape as one with a leading dimension, and vmap's in_dims for it."""
+    flat = [pytree.tree_flatten(batch)[0] for batch in batches]
+    structure = pytree.tree_flatten(batches[0])[1]
+    leaves, dims = [], []
+    for column in zip(*flat, strict=True):
+        is_tensor = isinstance(column[0], Tensor)
+        leaves.append(torch.stack(column) if is_tensor else column[0])
+        dims.append(0 if is_tensor else None)
+    if not any(dim == 0 for dim in dims):
+        return batches[0], None
+    return pytree.tree_unflatten(leaves, structure), pytree.tree_unflatten(dims, structure)

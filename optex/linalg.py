@@ -1,0 +1,97 @@
+"""Small dense algebra in float64, and long inner products that keep their digits."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from optex.errors import JitterWarning, NotPositiveDefiniteError
+
+__all__ = ["combine_rows", "inner_products", "jittered_cholesky", "squared_distances"]
+
+JITTERS: Final = (1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
+_CHUNK: Final = 4096
+_MOST_CHUNKS: Final = 256
+
+
+def _chunks(dimension: int) -> range:
+    return range(0, dimension, max(_CHUNK, -(-dimension // _MOST_CHUNKS)))
+
+
+def _working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Half precision is for storage only: sums of its products are taken in float32."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def inner_products(
+    left: Tensor,  # [n, d]
+    right: Tensor,  # [m, d]
+) -> Tensor:  # [n, m] float64
+    """All inner products of two sets of rows, as float64.
+
+    Rows in lower precision are multiplied in pieces and the pieces summed in float64: one long float32
+    sum over d = 100,000 loses two digits more, and differences of nearby iterates live in just those.
+    """
+    if left.dtype == right.dtype == torch.float64:
+        return left @ right.mT
+    dtype = _working_dtype(torch.promote_types(left.dtype, right.dtype))
+    total = torch.zeros(left.shape[0], right.shape[0], dtype=torch.float64, device=left.device)
+    steps = _chunks(left.shape[1])
+    for start in steps:
+        piece = slice(start, start + steps.step)
+        total += left[:, piece].to(dtype) @ right[:, piece].to(dtype).mT
+    return total
+
+
+def combine_rows(
+    coefficients: Tensor,  # [m] or [n, m] float64
+    rows: Tensor,  # [m, d]
+) -> Tensor:  # [d] or [n, d], in the rows' dtype, float32 at least
+    """``coefficients @ rows``, with half-precision rows widened a piece at a time."""
+    dtype = _working_dtype(rows.dtype)
+    coefficients = coefficients.to(dtype)
+    if rows.dtype == dtype:
+        return coefficients @ rows
+    steps = _chunks(rows.shape[1])
+    return torch.cat([coefficients @ rows[:, start : start + steps.step].to(dtype) for start in steps], dim=-1)
+
+
+def squared_distances(
+    left_norms: Tensor,  # [n] squared norms
+    right_norms: Tensor,  # [m] squared norms
+    products: Tensor,  # [n, m] inner products
+) -> Tensor:  # [n, m]
+    """‖a‖² + ‖b‖² - 2 a·b, never negative."""
+    return (left_norms[:, None] + right_norms - 2 * products).clamp_min(0)
+
+
+def jittered_cholesky(
+    matrix: Tensor,  # [n, n] symmetric, float64
+) -> Tensor:  # [n, n] lower triangular
+    """Cholesky factor of a kernel matrix: plain first, then with jitter and a warning that says how much.
+
+    Raises:
+        NotPositiveDefiniteError: not even jitter of 1e-2 of the mean diagonal helps.
+    """
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if not info:
+        return factor
+    scale = matrix.diagonal().mean()
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    for jitter in JITTERS:
+        factor, info = torch.linalg.cholesky_ex(matrix + jitter * scale * identity)
+        if not info:
+            warnings.warn(
+                f"kernel matrix of size {len(matrix)} is not positive definite; added {jitter:g} of its mean "
+                f"diagonal ({scale.item():.3g}). A larger noise_variance avoids this.",
+                JitterWarning,
+                stacklevel=2,
+            )
+            return factor
+    raise NotPositiveDefiniteError(
+        f"kernel matrix of size {len(matrix)} is not positive definite even with jitter {JITTERS[-1]:g}; "
+        "raise noise_variance, or check the history for non-finite values"
+    )

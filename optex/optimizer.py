@@ -1,0 +1,533 @@
+"""OptEx: several steps of a first-order optimizer in a round, with gradients evaluated at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from optex.acceptance import SELECTIONS, Acceptance, Last, LowestLoss, MeasuredRound, WithinTolerance
+from optex.bases import check_base
+from optex.errors import NonFiniteError
+from optex.estimators import Estimator, Posterior, SeparableEstimator
+from optex.evaluators import Evaluation, Evaluator, GradientSource, SequentialEvaluator
+from optex.evaluators.interface import ClosureSource, ObjectiveSource
+from optex.history import GradientHistory
+from optex.kernels import Kernel
+from optex.report import RoundReport
+from optex.vectors import ParameterVector, Presence, Walk
+
+__all__ = ["OptEx"]
+
+_STATE_KEY = "optex"
+
+
+@dataclass
+class _PlannedStep:
+    """A step of the window: its minibatch, and where and what its gradient was measured, if it was."""
+
+    batch: Any
+    proxy: Tensor | None = None  # [d]
+    gradient: Tensor | None = None  # [d]
+
+
+@dataclass(frozen=True)
+class _Draft:
+    proxies: Tensor  # [n, d]
+    gradients: Tensor  # [n - 1, d], as predicted
+    present: Presence  # the parameters that were stepped
+
+
+@dataclass(frozen=True)
+class _Measured:
+    losses: Tensor  # [n], NaN where not evaluated
+    gradients: Tensor  # [n, d]
+    present: Presence  # at the first point evaluated
+    usable: list[bool]
+    evaluated: range
+
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        return tuple(i for i in self.evaluated if not self.usable[i])
+
+
+@dataclass(frozen=True)
+class _RoundRequest:
+    """What ``rounds`` hands to ``step`` in the closure's place, so that hooks and schedulers see a step."""
+
+    source: GradientSource
+    pinned: bool  # each step's batch is its own for good
+
+
+class OptEx(Optimizer):
+    """A torch optimizer that takes up to ``parallelism`` steps of another one in a round.
+
+    A round drafts steps on predicted gradients, evaluates the true gradients at all drafted points at once,
+    and advances by what ``acceptance`` keeps (Shu et al., NeurIPS 2024, Algorithm 1; ``from_paper`` has it
+    to the letter). ``param_groups`` and ``state`` are the base optimizer's own.
+
+    Args:
+        base: any ``torch.optim.Optimizer`` for dense gradients; it keeps its state and hyperparameters, and
+            its step hooks run at every step, drafted ones too.
+        parallelism: N, gradients evaluated at once, at least 1. With 1 the run is the base optimizer's.
+        history_size: T0, pairs of iterate and gradient to predict from; ``max(16, 2 · parallelism)`` by
+            default.
+        estimator: predicts gradients; by default a Matérn-5/2 Gaussian process about the generalised
+            least-squares mean. False switches prediction off: a round is then one step of the base.
+        acceptance: which steps are kept; ``WithinTolerance()`` by default.
+        evaluator: how gradients are computed at once; ``SequentialEvaluator()`` by default.
+        scheduler: a learning-rate scheduler of ``base`` that ticks once for every step taken, drafted steps
+            included, so that each step has its own rate. One that is ticked outside sees rounds.
+        history_dtype, history_device: where the history's rows are kept; the parameters' by default.
+
+    Memory, in numbers beyond the base optimizer's: ``2 · T0 · d`` for the history, at most ``3 · N · d`` in a
+    round for proxies, predictions and gradients, and one copy of parameters and base state.
+
+    Raises:
+        TypeError, ValueError: an argument cannot work; the message names it and the remedy.
+
+    >>> import torch, optex
+    >>> theta = torch.nn.Parameter(torch.full((4,), 2.0))
+    >>> optimizer = optex.OptEx(torch.optim.Adam([theta], lr=0.1), parallelism=4)
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = (theta**2).sum()
+    ...     loss.backward()
+    ...     return loss
+    >>> losses = [float(optimizer.step(closure)) for _ in range(10)]
+    >>> losses[0], losses[-1] < 1.0
+    (16.0, True)
+    """
+
+    def __init__(
+        self,
+        base: Optimizer,
+        *,
+        parallelism: int = 4,
+        history_size: int | None = None,
+        estimator: Estimator | Literal[False] | None = None,
+        acceptance: Acceptance | None = None,
+        evaluator: Evaluator | None = None,
+        scheduler: LRScheduler | None = None,
+        history_dtype: torch.dtype | None = None,
+        history_device: torch.device | str | None = None,
+    ) -> None:
+        check_base(base)
+        _check_count("parallelism", parallelism)
+        if history_size is None:
+            history_size = max(16, 2 * parallelism)
+        _check_count("history_size", history_size)
+        _check_kind("estimator", estimator, (Estimator,), "an optex.estimators.Estimator, or False for none")
+        _check_kind("acceptance", acceptance, (Acceptance,), "an optex.acceptance.Acceptance")
+        _check_kind("evaluator", evaluator, (Evaluator,), "an optex.evaluators.Evaluator")
+        _check_kind("scheduler", scheduler, (LRScheduler,), "a torch.optim.lr_scheduler.LRScheduler")
+        if isinstance(scheduler, ReduceLROnPlateau):
+            raise TypeError(
+                "OptEx: scheduler cannot be ReduceLROnPlateau, whose tick needs a metric; tick it yourself "
+                "between rounds"
+            )
+        if isinstance(acceptance, LowestLoss) and any(group.get("maximize") for group in base.param_groups):
+            raise ValueError("OptEx: acceptance keeps the lowest loss, but base was built with maximize=True")
+        self.base = base
+        self.parallelism = parallelism
+        self.history_size = history_size
+        if estimator is None:
+            estimator = SeparableEstimator(prior_mean="gls")
+        self.estimator = estimator or None
+        self.acceptance = acceptance if acceptance is not None else WithinTolerance()
+        self.evaluator = evaluator if evaluator is not None else SequentialEvaluator()
+        self.scheduler = scheduler
+        self._history_dtype = history_dtype
+        self._history_device = history_device
+        self._ready = False
+        super().__init__(base.param_groups, base.defaults)
+        self._ready = True
+        self.last_report: RoundReport | None = None
+        self._rounds = 0
+        self._window: list[_PlannedStep] = []
+        self._posterior: Posterior | None = None
+        self._lay_out()
+
+    @classmethod
+    def from_paper(
+        cls,
+        base: Optimizer,
+        parallelism: int = 5,
+        history_size: int = 20,
+        kernel: Kernel | str = "matern-5/2",
+        lengthscale: float | Literal["median", "leave-one-out"] = "median",
+        noise_variance: float | Literal["leave-one-out"] = 1e-6,
+        selection: Literal["last", "lowest-loss", "smallest-gradient"] = "last",
+        evaluate: Literal["all", "last"] = "all",
+        **options: Any,
+    ) -> OptEx:
+        """Algorithm 1 as published, and the ablations of the paper's Figure 6.
+
+        Args:
+            base: the paper's FO-OPT.
+            parallelism: N.
+            history_size: T0.
+            kernel, lengthscale, noise_variance: of the separable Gaussian process with mean zero; see
+                :class:`~optex.estimators.SeparableEstimator`.
+            selection: which of the N results the round keeps.
+            evaluate: true gradients at ``"all"`` proxies, or at the ``"last"`` alone (with ``"last"``
+                selection only).
+            options: ``evaluator``, ``scheduler``, ``history_dtype``, ``history_device`` as in ``OptEx``.
+
+        Raises:
+            ValueError: a name is unknown, or ``evaluate="last"`` meets another selection.
+        """
+        if selection not in SELECTIONS:
+            raise ValueError(
+                f"OptEx.from_paper: selection must be one of {', '.join(SELECTIONS)}, got {selection!r}"
+            )
+        if evaluate not in ("all", "last"):
+            raise ValueError(f"OptEx.from_paper: evaluate must be 'all' or 'last', got {evaluate!r}")
+        if evaluate == "last" and selection != "last":
+            raise ValueError(
+                f"OptEx.from_paper: selection {selection!r} compares all proxies; it needs evaluate='all'"
+            )
+        estimator = SeparableEstimator(kernel, lengthscale, noise_variance, prior_mean="zero")
+        acceptance = Last(evaluate) if selection == "last" else SELECTIONS[selection]()
+        return cls(
+            base,
+            parallelism=parallelism,
+            history_size=history_size,
+            estimator=estimator,
+            acceptance=acceptance,
+            **options,
+        )
+
+    # ------------------------------------------------------------------ the round
+
+    def step(self, closure: Any = None) -> Any:
+        """One round: evaluates ``closure`` up to ``parallelism`` times and advances the parameters.
+
+        The closure is torch's: it clears the gradients, backpropagates and returns the loss. It is called
+        once for every point evaluated. A closure that draws its own minibatch cannot be asked for the same
+        one again, so gradients of steps not kept serve the history only; ``rounds`` keeps them.
+
+        Without a closure: one plain step of the base optimizer with the gradients that are there.
+
+        Returns:
+            The loss at the round's start, as a tensor; None without a closure.
+
+        Raises:
+            NonFiniteError: the loss or gradient at the round's start, or the parameters at its end, are not
+                finite. Parameters and state are those of before the call.
+        """
+        if closure is None:
+            self._walk.step_with_current_gradients()
+            return None
+        if isinstance(closure, _RoundRequest):
+            return self._round(closure)
+        if not callable(closure):
+            raise TypeError(f"OptEx.step: closure must be callable or None, got {type(closure).__name__}")
+        # A closure that draws its own minibatch has no window beyond the round.
+        self._window = [_PlannedStep(None) for _ in range(self._window_size)]
+        try:
+            return self._round(_RoundRequest(ClosureSource(closure), pinned=False))
+        finally:
+            self._window = []
+
+    def rounds(self, batches: Iterable[Any], objective: Callable[[Any], Tensor]) -> Iterator[RoundReport]:
+        """Run rounds until ``batches`` is used up; a generator of one report a round.
+
+        Each step has one batch for good, in the order they come. When the batches end inside a round, the
+        ones at hand are used. Leaving the loop early keeps the batches not yet stepped on for the next call.
+
+        Args:
+            batches: one item a step; for a deterministic objective ``itertools.repeat(None, steps)``.
+            objective: the scalar loss of a batch at the parameters' present values, without backward.
+
+        Raises:
+            NonFiniteError: as in ``step``. The batch of the step that failed is let go, later ones are kept.
+        """
+        request = _RoundRequest(ObjectiveSource(objective), pinned=True)
+        iterator = iter(batches)
+        while True:
+            while len(self._window) < self._window_size:
+                try:
+                    self._window.append(_PlannedStep(next(iterator)))
+                except StopIteration:
+                    break
+            if not self._window:
+                return
+            self.step(request)
+            yield cast(RoundReport, self.last_report)
+
+    @property
+    def _window_size(self) -> int:
+        return self.parallelism if self.estimator is not None else 1
+
+    @torch.no_grad()
+    def _round(self, request: _RoundRequest) -> Tensor:
+        started = time.perf_counter()
+        self._refresh_layout()
+        window = self._window
+        self._walk.mark()
+        try:
+            draft = self._draft(window)
+            gradients_started = time.perf_counter()
+            measured = self._measure(request.source, window, draft)
+            gradient_seconds = time.perf_counter() - gradients_started
+            self._remember(draft, measured)
+            accepted = self._advance(draft, measured)
+        except BaseException as error:
+            self._walk.rewind()
+            if isinstance(error, NonFiniteError):
+                del window[0]
+            raise
+        self._keep(window, accepted, draft, measured)
+        self.last_report = RoundReport(
+            number=self._rounds,
+            losses=measured.losses,
+            accepted=accepted,
+            evaluated=len(measured.evaluated),
+            dropped=measured.dropped,
+            relative_errors=_relative_errors(draft, measured),
+            seconds=time.perf_counter() - started,
+            gradient_seconds=gradient_seconds,
+        )
+        self._rounds += 1
+        return measured.losses[measured.evaluated[0]]
+
+    def _draft(self, window: Sequence[_PlannedStep]) -> _Draft:
+        """Walk ahead on predictions: ĝ_i = g_i + μ(y_i) - μ(x_i) where step i was measured, else μ(y_i)."""
+        walk, vector = self._walk, self._vector
+        proxies = torch.empty(len(window), vector.dimension, dtype=vector.dtype, device=vector.device)
+        gradients = torch.empty(len(window) - 1, vector.dimension, dtype=vector.dtype, device=vector.device)
+        proxies[0] = walk.point
+        for i, planned in enumerate(window[:-1]):
+            gradients[i] = self._predict(planned, proxies[i])
+            walk.step(gradients[i])
+            proxies[i + 1] = walk.point
+        return _Draft(proxies, gradients, walk.present)
+
+    def _predict(
+        self,
+        planned: _PlannedStep,
+        point: Tensor,  # [d]
+    ) -> Tensor:  # [d]
+        posterior = self._fitted()
+        if planned.gradient is None or planned.proxy is None:
+            return torch.zeros_like(point) if posterior is None else posterior.mean(point)
+        if posterior is None:
+            return planned.gradient
+        return planned.gradient + posterior.mean_difference(point, planned.proxy)
+
+    def _fitted(self) -> Posterior | None:
+        """The estimator's posterior, fitted when the history has changed; None while it is empty."""
+        if self.estimator is None or not len(self.history):
+            return None
+        if self._posterior is None:
+            self._posterior = self.estimator.fit(self.history)
+        return self._posterior
+
+    def _measure(self, source: GradientSource, window: Sequence[_PlannedStep], draft: _Draft) -> _Measured:
+        """True gradients at the proxies, and which of them are fit for use."""
+        count = len(window)
+        chosen = self.acceptance.evaluated(count)
+        points = draft.proxies[chosen.start : chosen.stop]
+        evaluation = self.evaluator.evaluate(source, self._vector, points, [window[i].batch for i in chosen])
+        finite = _finite(evaluation)
+        usable = (finite & self.acceptance.believed(evaluation.gradients)).tolist()
+        if not (usable[0] if chosen.start == 0 else any(usable)):
+            raise _non_finite_start(evaluation, self._rounds)
+        losses, gradients = evaluation.losses, evaluation.gradients
+        if len(chosen) < count:
+            losses = losses.new_full((count,), torch.nan)
+            losses[chosen.start : chosen.stop] = evaluation.losses
+            gradients = torch.zeros_like(draft.proxies)
+            gradients[chosen.start : chosen.stop] = evaluation.gradients
+        flags = [False] * count
+        flags[chosen.start : chosen.stop] = usable
+        return _Measured(losses, gradients, evaluation.present[0], flags, chosen)
+
+    def _remember(self, draft: _Draft, measured: _Measured) -> None:
+        if self.estimator is None:
+            return
+        rows = [i for i, usable in enumerate(measured.usable) if usable]
+        self.history.append(draft.proxies[rows], measured.gradients[rows])
+        self._posterior = None
+
+    def _advance(self, draft: _Draft, measured: _Measured) -> int:
+        walk = self._walk
+        if measured.present != draft.present:
+            # The draft stepped parameters that get no gradient; the base optimizer would have left them.
+            walk.rewind()
+            walk.present = measured.present
+        accepted = self.acceptance.advance(
+            MeasuredRound(
+                walk,
+                draft.proxies,
+                draft.gradients,
+                measured.losses,
+                measured.gradients,
+                measured.usable,
+                self._fitted() if self.acceptance.keeps_window else None,
+            )
+        )
+        if not self._vector.read().isfinite().all():
+            raise NonFiniteError(
+                f"OptEx: round {self._rounds} led to parameters that are not finite; they are back at the "
+                "round's start. Lower the learning rate."
+            )
+        return accepted
+
+    def _keep(self, window: list[_PlannedStep], accepted: int, draft: _Draft, measured: _Measured) -> None:
+        """Let go of the steps taken; the rest of the window keeps what was measured for it."""
+        if not self.acceptance.keeps_window:
+            window.clear()
+            return
+        for i, planned in enumerate(window):
+            planned.proxy = draft.proxies[i].clone() if measured.usable[i] else None
+            planned.gradient = measured.gradients[i].clone() if measured.usable[i] else None
+        del window[:accepted]
+
+    # ------------------------------------------------------------------ layout
+
+    def _lay_out(self) -> None:
+        parameters = [p for group in self.base.param_groups for p in group["params"] if p.requires_grad]
+        self._vector = ParameterVector(parameters)
+        self._walk = Walk(self.base, self._vector, self.scheduler)
+        self.history = GradientHistory(
+            self.history_size,
+            self._vector.dimension,
+            dtype=self._history_dtype or self._vector.dtype,
+            device=self._history_device or self._vector.device,
+        )
+        self._posterior = None
+        for planned in self._window:
+            planned.proxy = planned.gradient = None
+
+    def _refresh_layout(self) -> None:
+        """Start a new history where parameters were added, frozen, unfrozen or replaced."""
+        parameters = [p for group in self.base.param_groups for p in group["params"] if p.requires_grad]
+        if len(parameters) != len(self._vector.parameters) or any(
+            p is not q for p, q in zip(parameters, self._vector.parameters, strict=True)
+        ):
+            check_base(self.base)
+            self._lay_out()
+
+    # ------------------------------------------------------------------ torch.optim.Optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base optimizer's own groups, live."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        if self._ready:
+            self.base.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The base optimizer's own state, live."""
+        return self.base.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        if self._ready:
+            self.base.state = state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base optimizer. The history starts anew, its vectors being longer now."""
+        if self._ready:  # while torch's constructor runs, the groups are already the base's
+            self.base.add_param_group(param_group)
+            self._refresh_layout()
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        raise RuntimeError(
+            "OptEx: torch.amp.GradScaler scales gradients by a factor that changes, and the history would mix "
+            "them; use bfloat16 autocast, which needs no scaler"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state dict with one more entry, ``"optex"``: history, window, schedule."""
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        state = self.base.state_dict()
+        state[_STATE_KEY] = {
+            "history": self.history.state_dict(),
+            "window": [(planned.batch, planned.proxy, planned.gradient) for planned in self._window],
+            "present": list(self._walk.present),
+            "rounds": self._rounds,
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+        }
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = hook(self, state)
+            state = state if replaced is None else replaced
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a saved state, bit for bit.
+
+        A state dict of the base optimizer alone is taken too; the history then starts empty.
+
+        Raises:
+            ValueError: the state is of other parameters, or the history of another size.
+        """
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = hook(self, state_dict)
+            state_dict = state_dict if replaced is None else dict(replaced)
+        own = state_dict.pop(_STATE_KEY, None)
+        self._refresh_layout()
+        self.history.clear()
+        self._window = []
+        self._posterior = None
+        if own is not None:
+            self.history.load_state_dict(own["history"])
+            self._window = [_PlannedStep(*entry) for entry in own["window"]]
+            self._walk.present = tuple(own["present"])
+            self._rounds = own["rounds"]
+            if self.scheduler is not None and own["scheduler"] is not None:
+                self.scheduler.load_state_dict(own["scheduler"])
+        self.base.load_state_dict(state_dict)
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def __repr__(self) -> str:
+        return (
+            f"OptEx(parallelism={self.parallelism}, history_size={self.history_size}, "
+            f"estimator={self.estimator}, base={self.base})"
+        )
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"OptEx: {name} must be an integer of at least 1, got {value!r}")
+
+
+def _check_kind(name: str, value: Any, kinds: tuple[type, ...], remedy: str) -> None:
+    if value is not None and value is not False and not isinstance(value, kinds):
+        raise TypeError(f"OptEx: {name} must be {remedy}, got {value!r}")
+
+
+def _finite(evaluation: Evaluation) -> Tensor:  # [n] bool
+    largest = torch.linalg.vector_norm(evaluation.gradients, float("inf"), dim=1)
+    return evaluation.losses.isfinite().to(largest.device) & largest.isfinite()
+
+
+def _non_finite_start(evaluation: Evaluation, number: int) -> NonFiniteError:
+    what = "gradient" if evaluation.losses[0].isfinite() else f"loss ({evaluation.losses[0].item():g})"
+    return NonFiniteError(
+        f"OptEx: the {what} at the start of round {number} is not finite; parameters and state are those of "
+        "before the round. Check the batch, or lower the learning rate."
+    )
+
+
+def _relative_errors(draft: _Draft, measured: _Measured) -> Tensor:  # [evaluated proxies but the last]
+    rows = [i for i in measured.evaluated[:] if i < len(draft.gradients) and measured.usable[i]]
+    truth = measured.gradients[rows]
+    gap = torch.linalg.vector_norm(draft.gradients[rows] - truth, dim=1)
+    return gap / torch.linalg.vector_norm(truth, dim=1).clamp_min(torch.finfo(truth.dtype).tiny)

@@ -1,0 +1,61 @@
+"""The record a round leaves."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["RoundReport"]
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What one round did and what it cost.
+
+    Attributes:
+        number: rounds before this one.
+        losses: [n], the losses measured at the proxies; NaN where none was.
+        accepted: steps of the base optimizer that the round kept, 1..N.
+        evaluated: true gradients computed.
+        dropped: indices of proxies whose loss or gradient was not finite or not believed.
+        relative_errors: [n - 1], ``‖predicted - true‖ / ‖true‖`` at each proxy but the last, the evaluated
+            ones; empty where nothing was predicted.
+        seconds: wall time of the round.
+        gradient_seconds: the part of it spent evaluating gradients.
+    """
+
+    number: int
+    losses: Tensor
+    accepted: int
+    evaluated: int
+    dropped: tuple[int, ...]
+    relative_errors: Tensor
+    seconds: float
+    gradient_seconds: float
+
+    @property
+    def loss(self) -> float:
+        """The loss at the round's start (at the first point evaluated, where that one was not)."""
+        measured = self.losses[~self.losses.isnan()]
+        return float(measured[0]) if len(measured) else math.nan
+
+    @property
+    def prediction_error(self) -> float:
+        """Mean relative error of the predicted gradients; NaN where nothing was predicted."""
+        return float(self.relative_errors.mean()) if len(self.relative_errors) else math.nan
+
+    @property
+    def overhead_seconds(self) -> float:
+        """Wall time beyond the gradients: predicting, stepping, remembering."""
+        return self.seconds - self.gradient_seconds
+
+    @property
+    def break_even_seconds(self) -> float:
+        """How slow one gradient must be for the round to pay, if its N gradients take the time of one.
+
+        A round of k steps then takes the overhead and one gradient, vanilla k gradients: it pays where a
+        gradient takes more than overhead / (k - 1). Infinite at k = 1.
+        """
+        return self.overhead_seconds / (self.accepted - 1) if self.accepted > 1 else math.inf
