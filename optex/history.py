@@ -98,8 +98,9 @@ class GradientHistory:
         self,
         points: Tensor,  # [..., d]
     ) -> Tensor:  # [..., d]
-        """Points as displacements from the anchor, subtracted in the points' own precision."""
-        return points.to(self.displacements.device) - self._anchor()
+        """Points as displacements from the anchor, subtracted in the wider of the two precisions."""
+        dtype = torch.promote_types(points.dtype, self.displacements.dtype)
+        return points.to(self.displacements.device, dtype) - self._anchor().to(dtype)
 
     def append(
         self,

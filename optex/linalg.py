@@ -13,12 +13,12 @@ from optex.errors import JitterWarning, NotPositiveDefiniteError
 __all__ = ["combine_rows", "inner_products", "jittered_cholesky", "squared_distances"]
 
 JITTERS: Final = (1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
-_CHUNK: Final = 4096
-_MOST_CHUNKS: Final = 256
+_BLOCK: Final = 256  # columns summed in float32
+_SLAB: Final = 4096 * _BLOCK  # columns handled at a time, which bounds the scratch memory
 
 
-def _chunks(dimension: int) -> range:
-    return range(0, dimension, max(_CHUNK, -(-dimension // _MOST_CHUNKS)))
+def _slabs(dimension: int) -> list[slice]:
+    return [slice(start, start + _SLAB) for start in range(0, dimension, _SLAB)]
 
 
 def _working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -32,17 +32,23 @@ def inner_products(
 ) -> Tensor:  # [n, m] float64
     """All inner products of two sets of rows, as float64.
 
-    Rows in lower precision are multiplied in pieces and the pieces summed in float64: one long float32
-    sum over d = 100,000 loses two digits more, and differences of nearby iterates live in just those.
+    Rows in lower precision are multiplied in short blocks and the blocks summed in float64. The distance of
+    nearby iterates is a difference of such products, and one float32 sum over d = 100,000 terms of a sign, as
+    Adam's steps make them, loses a digit more than the difference has.
     """
     if left.dtype == right.dtype == torch.float64:
         return left @ right.mT
     dtype = _working_dtype(torch.promote_types(left.dtype, right.dtype))
     total = torch.zeros(left.shape[0], right.shape[0], dtype=torch.float64, device=left.device)
-    steps = _chunks(left.shape[1])
-    for start in steps:
-        piece = slice(start, start + steps.step)
-        total += left[:, piece].to(dtype) @ right[:, piece].to(dtype).mT
+    for slab in _slabs(left.shape[1]):
+        a, b = left[:, slab].to(dtype), right[:, slab].to(dtype)
+        whole = a.shape[1] - a.shape[1] % _BLOCK
+        blocks = torch.bmm(
+            a[:, :whole].unflatten(1, (-1, _BLOCK)).transpose(0, 1),  # [blocks, n, _BLOCK]
+            b[:, :whole].unflatten(1, (-1, _BLOCK)).permute(1, 2, 0),  # [blocks, _BLOCK, m]
+        )
+        total += blocks.sum(0, dtype=torch.float64)
+        total += a[:, whole:] @ b[:, whole:].mT
     return total
 
 
@@ -55,8 +61,7 @@ def combine_rows(
     coefficients = coefficients.to(dtype)
     if rows.dtype == dtype:
         return coefficients @ rows
-    steps = _chunks(rows.shape[1])
-    return torch.cat([coefficients @ rows[:, start : start + steps.step].to(dtype) for start in steps], dim=-1)
+    return torch.cat([coefficients @ rows[:, slab].to(dtype) for slab in _slabs(rows.shape[1])], dim=-1)
 
 
 def squared_distances(

@@ -78,7 +78,8 @@ def scalar_loss(loss: Any, name: str) -> Tensor:  # []
             raise TypeError(f"{name}: must return the loss as a scalar, got {type(loss).__name__}") from error
     if loss.numel() != 1:
         raise ValueError(
-            f"{name}: the loss must be a scalar, got shape {tuple(loss.shape)}; reduce it with .mean() or .sum()"
+            f"{name}: the loss must be a scalar, got shape {tuple(loss.shape)}; reduce it, "
+            "with .mean() or .sum()"
         )
     if loss.is_complex():
         raise TypeError(f"{name}: the loss is complex; return a real scalar")

@@ -51,8 +51,8 @@ def _check_gradients(vector: ParameterVector) -> None:
     found = [p.grad for p in vector.parameters if p.grad is not None]
     if not found:
         raise ValueError(
-            "closure: no parameter received a gradient; call loss.backward() in it, and make sure that the loss "
-            "is computed from the parameters this optimizer was built with"
+            "closure: no parameter received a gradient; call loss.backward() in it, and make sure that the "
+            "loss is computed from the parameters this optimizer was built with"
         )
     if any(gradient.layout is not torch.strided for gradient in found):
         raise TypeError(

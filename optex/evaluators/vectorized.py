@@ -108,7 +108,6 @@ class VectorizedEvaluator(Evaluator):
         def loss_of(parameters: dict[str, Tensor], batch: Any) -> Tensor:
             return functional_call(loss, parameters, (batch,))
 
-        # chunk_size must not stand in vmap's way where no argument is batched: the parameters always are.
         evaluate = vmap(
             grad_and_value(loss_of),
             in_dims=(0, batch_dims),
@@ -132,20 +131,20 @@ class VectorizedEvaluator(Evaluator):
         missing = [i for i, p in enumerate(vector.parameters) if id(p) not in known]
         if missing:
             raise ValueError(
-                f"VectorizedEvaluator: {len(missing)} of the optimizer's parameters (first: number {missing[0]}) "
-                "are not parameters of model; pass the module that owns them"
+                f"VectorizedEvaluator: {len(missing)} of the optimizer's parameters (first: number "
+                f"{missing[0]}) are not parameters of model; pass the module that owns them"
             )
         return [known[id(p)] for p in vector.parameters]
 
     def _refuse_running_statistics(self) -> None:
         for name, module in self.model.named_modules():
-            if isinstance(module, nn.modules.batchnorm._NormBase) and module.training:
-                if module.track_running_stats:
-                    raise ValueError(
-                        f"VectorizedEvaluator: {type(module).__name__} {name!r} updates running statistics, which "
-                        "points evaluated at once cannot share; use torch.nn.GroupNorm, "
-                        "torch.func.replace_all_batch_norm_modules_(model), eval(), or the SequentialEvaluator"
-                    )
+            is_norm = isinstance(module, nn.modules.batchnorm._NormBase)
+            if is_norm and module.training and module.track_running_stats:
+                raise ValueError(
+                    f"VectorizedEvaluator: {type(module).__name__} {name!r} updates running statistics, which "
+                    "points evaluated at once cannot share; use torch.nn.GroupNorm, "
+                    "torch.func.replace_all_batch_norm_modules_(model), eval(), or the SequentialEvaluator"
+                )
 
     def _presence(self, source: ObjectiveSource, vector: ParameterVector, batch: Any) -> Presence:
         # vmap answers zeros for parameters that the loss does not reach; a base optimizer must see None

@@ -1,0 +1,335 @@
+"""minimize: a SciPy-style front door over OptEx, for one deterministic function of one array."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from scipy.optimize import OptimizeResult
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from optex.acceptance import Acceptance
+from optex.bases import base_optimizer
+from optex.errors import NonFiniteError, NotPositiveDefiniteError
+from optex.estimators import Estimator
+from optex.evaluators import Evaluation, Evaluator, GradientSource, SequentialEvaluator, VectorizedEvaluator
+from optex.evaluators.interface import ObjectiveSource
+from optex.optimizer import OptEx
+from optex.vectors import ParameterVector
+
+__all__ = ["minimize", "scipy_method"]
+
+_WITHIN_GTOL = "Optimization terminated successfully: the gradient is within gtol."
+_WITHIN_FTOL = "Optimization terminated successfully: fun changed by no more than ftol in a round."
+_OUT_OF_ROUNDS = "Maximum number of iterations has been exceeded."
+_PRECISION_LOSS = "Desired error not necessarily achieved due to precision loss."
+
+
+def minimize(
+    fun: Callable[..., Any],
+    x0: Any,
+    args: Any = (),
+    *,
+    jac: Callable[..., Any] | Literal[True] | None = None,
+    optimizer: str | Callable[..., Optimizer] = "adam",
+    lr: float | None = None,
+    parallelism: int = 4,
+    history_size: int | None = None,
+    estimator: Estimator | Literal[False] | None = None,
+    acceptance: Acceptance | None = None,
+    evaluator: Evaluator | Literal["sequential", "vectorized"] | None = None,
+    scheduler: Callable[[Optimizer], LRScheduler] | None = None,
+    bounds: None = None,
+    callback: Callable[..., Any] | None = None,
+    maxiter: int = 1000,
+    gtol: float = 1e-5,
+    ftol: float | None = None,
+    **optimizer_options: Any,
+) -> OptimizeResult:
+    """Minimise a function by rounds of ``parallelism`` steps of a first-order optimizer.
+
+    The run is that of ``OptEx(optimizer([x], lr=lr), parallelism=N)``. Round t starts at x_{t,0} = x_{t-1},
+    drafts x_{t,i+1} = step(x_{t,i}, ĝ_{t,i}) on gradients predicted from those seen so far, evaluates
+    f and ∇f at x_{t,0}, ..., x_{t,N-1} at once, and advances by the 1..N steps that ``acceptance`` keeps.
+    It stops at a point x evaluated in round t with
+
+        ‖∇f(x)‖_∞ ≤ gtol  and  f(x) ≤ f(x_{t,0})              x_{t,0} itself is one
+        |f(x_{t,0}) - f(x_{t-1,0})| ≤ ftol · max(|f(x_{t,0})|, |f(x_{t-1,0})|, 1)
+
+    and returns it in the first case; in all others the point of least f evaluated so far. Either way x, fun
+    and jac belong together: f and ∇f were evaluated at this x. First-order optimizers with a constant learning
+    rate may circle a minimum without meeting gtol: lower ``lr``, or let a ``scheduler`` do it.
+
+    Args:
+        fun: ``fun(x, *args)``, the same value whenever it is asked. Every call gets a copy of its own.
+        x0: where to start, finite. A floating-point tensor of any shape: ``fun`` gets tensors of its shape,
+            dtype and device, and the result holds such. Anything else, a number or [d], is taken as a float64
+            array: ``fun`` gets and the result holds float64 arrays [d] (with ``jac=None`` ``fun`` gets float64
+            tensors [d]).
+        args: further arguments of ``fun`` and ``jac``.
+        jac: True: ``fun`` returns ``(f, g)``. A function: ``jac(x, *args)`` returns the gradient, of x's
+            shape. None: ``fun`` is written in torch, and autograd differentiates it. There are no finite
+            differences.
+        optimizer: a key of ``optex.bases.OPTIMIZERS``, or a function of a list of one parameter (and ``lr``
+            and ``optimizer_options``, where given) that returns a ``torch.optim.Optimizer``.
+        lr: its learning rate; by default the optimizer's own.
+        parallelism, history_size, estimator, acceptance: as in :class:`~optex.OptEx`.
+        evaluator: how the N gradients of a round are computed: ``"sequential"`` (default), ``"vectorized"``
+            (``jac=None`` only: ``fun`` goes through ``torch.func.vmap``), or an :class:`~optex.Evaluator`; of a
+            ``VectorizedEvaluator`` ``chunk_size`` and ``randomness`` are used, its model is not.
+        scheduler: takes the optimizer and returns a learning-rate scheduler, which ticks once a step.
+        bounds: refused; here for SciPy's sake.
+        callback: after every round ``callback(intermediate_result)`` if that is its parameter's name, with
+            the result that stopping now would give, else ``callback(x)`` with that result's x. It stops the
+            run by raising ``StopIteration`` or returning True.
+        maxiter: most rounds, at least 1.
+        gtol: largest component of the gradient to stop at, in units of fun per unit of x.
+        ftol: relative change of fun from one round's start to the next to stop at; None: never.
+        optimizer_options: go to the optimizer, as ``betas`` or ``weight_decay``.
+
+    Returns:
+        ``scipy.optimize.OptimizeResult``: ``x``, ``fun`` (a float), ``jac``, ``nit`` (rounds), ``nstep`` (steps
+        kept), ``nfev`` and ``njev`` (points evaluated), ``success``, ``message`` and ``status``: 0 within gtol or
+        ftol; 1 maxiter reached; 2 the run lost its precision: it met numbers that are not finite at a round's
+        start or end, or a history that cannot be fitted; 99 stopped by ``callback``.
+
+    Raises:
+        TypeError, ValueError: an argument cannot work, ``fun`` or ``jac`` answer in a form that cannot, or are
+            not finite at x0; the message names it and the remedy.
+
+    Source: Shu et al., NeurIPS 2024, Algorithm 1, in the form that :class:`~optex.OptEx` gives it.
+
+    >>> import optex
+    >>> from scipy.optimize import rosen, rosen_der
+    >>> result = optex.minimize(rosen, [-1.2, 1.0], jac=rosen_der, optimizer="adam", lr=0.1, parallelism=5)
+    >>> result.success, result.x.round(4)
+    (True, array([1., 1.]))
+    >>> result.nit < result.nstep / 2          # rounds, against the steps of Adam they stand for
+    True
+    """
+    _check_arguments(fun, jac, bounds, callback, scheduler)
+    _check_limits(maxiter, gtol, ftol)
+    form, start = _read_start(x0)
+    args = args if isinstance(args, tuple) else (args,)
+    problem = _Problem(start)
+    settings = optimizer_options if lr is None else {"lr": lr, **optimizer_options}
+    base = _build_base(optimizer, problem.x, settings)
+    tracker = _Tracker(_read_evaluator(evaluator, problem, jac), gtol)
+    wrapper = OptEx(
+        base,
+        parallelism=parallelism,
+        history_size=history_size,
+        estimator=estimator,
+        acceptance=acceptance,
+        evaluator=tracker,
+        scheduler=None if scheduler is None else scheduler(base),
+    )
+    source: GradientSource
+    if jac is not None:
+        source = _GivenGradient(fun, jac, args, problem.x, form)
+    elif isinstance(tracker.evaluator, VectorizedEvaluator):
+        source = ObjectiveSource(lambda _: _torch_value(fun, problem.x.clone(), args))
+    else:
+        source = _Autograd(fun, args, problem.x)
+    return _Run(wrapper, source, tracker, form, callback).until(maxiter, ftol)
+
+
+def scipy_method(
+    fun: Callable[..., Any],
+    x0: Any,
+    args: Any = (),
+    jac: Callable[..., Any] | Literal[True] | None = None,
+    hess: Any = None,
+    hessp: Any = None,
+    bounds: Any = None,
+    constraints: Any = (),
+    callback: Callable[..., Any] | None = None,
+    tol: float | None = None,
+    **options: Any,
+) -> OptimizeResult:
+    """:func:`minimize` in the form that ``scipy.optimize.minimize(..., method=optex.scipy_method)`` calls.
+
+    SciPy hands ``options`` on as keywords, and ``tol``, which stands for ``gtol`` where options have none. With
+    its ``jac=True`` a point is evaluated once. SciPy turns names of finite differences into ``jac=None``, so
+    ``fun`` must then be written in torch, as in :func:`minimize`.
+
+    Args:
+        fun, x0, args, jac, callback: as in :func:`minimize`.
+        hess, hessp: not used, with SciPy's warning.
+        bounds, constraints: refused.
+        tol: as ``gtol``.
+        options: any other argument of :func:`minimize`.
+
+    Raises:
+        TypeError, ValueError: as in :func:`minimize`.
+
+    >>> import optex
+    >>> from scipy.optimize import minimize, rosen, rosen_der
+    >>> result = minimize(
+    ...     rosen, [-1.2, 1.0], jac=rosen_der, method=optex.scipy_method, options={"lr": 0.1, "parallelism": 5}
+    ... )
+    >>> result.success, result.x.round(4)
+    (True, array([1., 1.]))
+    """
+    if constraints is not None and not (isinstance(constraints, (tuple, list)) and not constraints):
+        raise ValueError(
+            "scipy_method: constraints cannot be kept, the optimizers here are unconstrained; use "
+            "scipy.optimize.minimize(method='SLSQP'), or add a penalty to fun"
+        )
+    for name, value in (("hess", hess), ("hessp", hessp)):
+        if value is not None:
+            warnings.warn(
+                f"scipy_method: the method does not use second derivatives ({name})",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+    if tol is not None:
+        options.setdefault("gtol", tol)
+    return minimize(fun, x0, args, jac=jac, bounds=bounds, callback=callback, **options)
+
+
+# ---------------------------------------------------------------------- the run
+
+
+class _Tracker(Evaluator):
+    """Hands points on to an evaluator, counts them, and holds on to the one to be returned.
+
+    That is the point of least loss so far, until a round meets ``gtol``.
+    """
+
+    def __init__(self, evaluator: Evaluator, gtol: float) -> None:
+        self.evaluator = evaluator
+        self.gtol = gtol
+        self.count = 0
+        self.stationary = False
+        self.start_loss = math.inf  # at the first point of the last round
+        self.loss = math.inf
+        self.point: Tensor | None = None  # [d]
+        self.gradient: Tensor | None = None  # [d]
+
+    def evaluate(
+        self,
+        source: GradientSource,
+        vector: ParameterVector,
+        points: Tensor,
+        batches: Sequence[Any],
+    ) -> Evaluation:
+        # Without a history there is nothing to predict, and most optimizers draft a first round that stays
+        # where it is: the function is deterministic, so one answer serves for all.
+        distinct = 1 if bool((points == points[0]).all()) else len(points)
+        evaluation = self.evaluator.evaluate(source, vector, points[:distinct], batches[:distinct])
+        self._note(points, evaluation)
+        self.count += distinct
+        return evaluation if distinct == len(points) else _repeated(evaluation, len(points))
+
+    def _note(
+        self,
+        points: Tensor,  # [n, d]
+        evaluation: Evaluation,
+    ) -> None:
+        losses = evaluation.losses.to(points.device)
+        norms = torch.linalg.vector_norm(evaluation.gradients, math.inf, dim=1)
+        finite = losses.isfinite() & norms.isfinite()
+        self.start_loss = float(losses[0])
+        if not self.count and not finite[0]:
+            what = "its gradient" if math.isfinite(self.start_loss) else f"{self.start_loss:g}, which"
+            raise ValueError(
+                f"minimize: at x0 fun is {self.start_loss:g} and "
+                f"the largest component of its gradient {float(norms[0]):g}; start where both are finite"
+            )
+        stationary = finite & (norms <= self.gtol) & (losses <= losses[0])
+        self.stationary = bool(stationary.any())
+        ranked = torch.where(stationary if self.stationary else finite, losses, math.inf)
+        best = int(ranked.argmin())
+        if self.stationary or float(ranked[best]) < self.loss:
+            self.loss = float(losses[best])
+            self.point = points[best].clone()
+            self.gradient = evaluation.gradients[best].clone()
+
+
+def _repeated(evaluation: Evaluation, count: int) -> Evaluation:
+    """One point's evaluation as that of ``count`` equal points."""
+    variance = evaluation.noise_variance
+    return Evaluation(
+        evaluation.losses.repeat(count),
+        evaluation.gradients.repeat(count, 1),
+        evaluation.present * count,
+        None if variance is None else variance.repeat(count),
+    )
+
+
+class _Run:
+    """The rounds of one call of ``minimize``, and its result at any time."""
+
+    def __init__(
+        self,
+        optimizer: OptEx,
+        source: GradientSource,
+        tracker: _Tracker,
+        form: _Form,
+        callback: Callable[..., Any] | None,
+    ) -> None:
+        self._rounds = optimizer.rounds(itertools.repeat(None), source)
+        self._tracker = tracker
+        self._form = form
+        self._callback = callback
+        self._modern = callback is not None and _takes_intermediate_result(callback)
+        self._taken = 0
+        self._accepted = 0
+
+    def until(self, maxiter: int, ftol: float | None) -> OptimizeResult:
+        """Rounds until a tolerance is met, the callback stops them or ``maxiter`` is reached."""
+        tracker = self._tracker
+        before = math.nan
+        for _ in range(maxiter):
+            try:
+                report = next(self._rounds)
+            except (NonFiniteError, NotPositiveDefiniteError) as error:
+                return self._result(2, f"{_PRECISION_LOSS} {error}")
+            self._taken += 1
+            self._accepted += report.accepted
+            stopped = self._call_back()
+            if stopped:
+                return self._result(99, stopped)
+            if tracker.stationary:
+                return self._result(0, _WITHIN_GTOL)
+            here = tracker.start_loss
+            if ftol is not None and abs(here - before) <= ftol * max(abs(here), abs(before), 1.0):
+                return self._result(0, _WITHIN_FTOL)
+            before = here
+        return self._result(1, _OUT_OF_ROUNDS)
+
+    def _call_back(self) -> str | None:
+        """The message to stop with, if the callback asks for it."""
+        if self._callback is None:
+            return None
+        result = self._result(1, "The run has not ended.")
+        try:
+            answer = self._callback(intermediate_result=result) if self._modern else self._callback(result.x)
+        except StopIteration:
+            return "`callback` raised `StopIteration`."
+        return "`callback` returned True." if isinstance(answer, (bool, np.bool_)) and answer else None
+
+    def _result(self, status: int, message: str) -> OptimizeResult:
+        tracker = self._tracker
+        return OptimizeResult(
+            x=self._form.present(tracker.point),
+            fun=tracker.loss,
+            jac=self._form.present(tracker.gradient),
+            nit=self._taken,
+            njev=tracker.count,
+            nfev=tracker.count,
+            nstep=self._accepted,
+            success=status == 0,
+            status=status,
+            message=message,
+        )

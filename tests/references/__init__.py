@@ -1,0 +1,1 @@
+"""Slow, obvious twins that the fast code is held to."""
