@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -11,17 +11,27 @@ from optex.linalg import inner_products, squared_distances
 
 __all__ = ["GradientHistory"]
 
+FARTHEST_ANCHOR: Final = 3.0  # median distances from the newest iterate
+
 
 class GradientHistory:
     """Ring buffer of the last ``size`` pairs (θ_j, ∇f(θ_j)), with Gram matrices kept up to date.
 
     Iterates are stored as displacements from an *anchor* that follows the run: iterates of one run differ
     in their last digits, and the difference of two neighbours is exact where their norms would cancel. The
-    anchor moves to the newest iterate each time the ring has been filled anew.
+    anchor moves to the newest iterate when that is far from it in units of the distances in the history.
 
-    Pairs at the same iterate are merged: their gradients are averaged and ``counts`` says how many, which
-    for a Gaussian process with noise σ² / count is the same posterior. A merged or unfilled slot has count
-    0, zeros for its row, and takes no part in anything.
+    Pairs at the same iterate are merged: the newest of them stands for all, ``counts`` says for how many and
+    ``averaging`` takes the mean of their gradients, which with noise σ² / count is the same posterior and
+    keeps kernel matrices regular. The pairs themselves stay, so each is forgotten in its own time.
+
+    Attributes:
+        displacements, gradients: [T0, d], the pairs by slot; zeros where a slot is not filled yet.
+        counts: [T0] float64, how many pairs a slot stands for; 0 where it is unfilled or merged into another.
+        averaging: [T0, T0] float64; ``averaging @ gradients`` are the merged gradients, zero where count is 0.
+        iterate_gram: [T0, T0] float64, inner products of the displacements.
+        anchor: [d], None while the history is empty.
+        appended: pairs ever appended.
 
     Args:
         size: T0, how many pairs are kept, at least 1.
@@ -44,23 +54,23 @@ class GradientHistory:
             raise ValueError(f"GradientHistory: size must be at least 1, got {size}")
         self.size = size
         self.dimension = dimension
-        self.displacements = torch.zeros(size, dimension, dtype=dtype, device=device)  # [T0, d]
-        self.gradients = torch.zeros(size, dimension, dtype=dtype, device=device)  # [T0, d]
-        self.counts = torch.zeros(size, dtype=torch.float64, device=device)  # [T0]
-        self.iterate_gram = torch.zeros(size, size, dtype=torch.float64, device=device)  # [T0, T0]
-        self._gradient_gram = torch.zeros_like(self.iterate_gram)  # [T0, T0]
-        self._stale: set[int] = set()  # rows of the gradient Gram matrix to bring up to date
         self.anchor: Tensor | None = None  # [d]
         self.appended = 0
-        self._since_anchored = 0
+        self.displacements = torch.zeros(size, dimension, dtype=dtype, device=device)  # [T0, d]
+        self.gradients = torch.zeros(size, dimension, dtype=dtype, device=device)  # [T0, d]
+        self.iterate_gram = torch.zeros(size, size, dtype=torch.float64, device=device)  # [T0, T0]
+        self._groups: list[int | None] = [None] * size  # slots of one iterate share a number
+        self._merge_groups()
+        self._gradient_gram = torch.zeros_like(self.iterate_gram)  # [T0, T0]
+        self._stale: set[int] = set()  # rows of the gradient Gram matrix to bring up to date
 
     def __len__(self) -> int:
-        """Slots in use (merged pairs count as the slots they took)."""
+        """Pairs held."""
         return min(self.appended, self.size)
 
     @property
     def active(self) -> Tensor:  # [T0] bool
-        """Which slots hold a pair."""
+        """Which slots stand for an iterate."""
         return self.counts > 0
 
     @property
@@ -79,10 +89,21 @@ class GradientHistory:
             self._stale.clear()
         return self._gradient_gram
 
+    @property
+    def filled(self) -> Tensor:  # [T0] bool
+        """Which slots hold a pair."""
+        return torch.arange(self.size, device=self.counts.device) < self.appended
+
     def pairwise_squared_distances(self) -> Tensor:  # [T0, T0] float64
-        """‖θ_i - θ_j‖²; zero on the diagonal, meaningless where a slot is not active."""
+        """‖θ_i - θ_j‖²; exactly zero for one iterate, meaningless where a slot is not filled."""
         norms = self.iterate_gram.diagonal()
-        return squared_distances(norms, norms, self.iterate_gram).fill_diagonal_(0)
+        return squared_distances(norms, norms, self.iterate_gram).masked_fill_(self._same, 0)
+
+    def median_squared_distance(self) -> Tensor:  # [] float64
+        """Median of the positive squared distances between the pairs held; NaN where there is none."""
+        squared = self.pairwise_squared_distances()
+        pairs = self.filled[:, None] & self.filled & (squared > 0)
+        return torch.where(pairs, squared, torch.nan).nanmedian()
 
     def squared_distances_to(
         self,
@@ -123,87 +144,93 @@ class GradientHistory:
         device = self.displacements.device
         if self.anchor is None:
             self.anchor = points[-1].to(device, copy=True)
-        elif self._since_anchored >= self.size:
-            self._move_anchor(points[-1])
         slots = [(self.appended + i) % self.size for i in range(len(points))]
         self.displacements[slots] = self.displacement(points).to(self.displacements.dtype)
         self.gradients[slots] = gradients.to(device, self.gradients.dtype)
-        self.counts[slots] = 1.0
         products = inner_products(self.displacements[slots], self.displacements)
         self.iterate_gram[slots] = products
         self.iterate_gram[:, slots] = products.mT
         self._stale.update(slots)
         self.appended += len(points)
-        self._since_anchored += len(points)
-        self._merge_duplicates(slots)
+        self._find_duplicates(slots)
+        self._follow(points[-1])
 
     def _anchor(self) -> Tensor:
         if self.anchor is None:
             raise RuntimeError("GradientHistory: the history is empty; append a pair first")
         return self.anchor
 
-    def _move_anchor(self, point: Tensor) -> None:
+    def _follow(
+        self,
+        point: Tensor,  # [d]
+    ) -> None:
+        """Move the anchor to the newest iterate where inner products with the old one lose digits."""
+        distance = self.iterate_gram[self.newest, self.newest]
+        if distance <= FARTHEST_ANCHOR**2 * self.median_squared_distance():
+            return
         shift = self.displacement(point).to(self.displacements.dtype)
-        self.displacements -= torch.where(self.active[:, None], shift, torch.zeros_like(shift))
+        self.displacements -= torch.where(self.filled[:, None], shift, torch.zeros_like(shift))
         self._anchor().copy_(point)
         self.iterate_gram = inner_products(self.displacements, self.displacements)
-        self._since_anchored = 0
 
-    def _merge_duplicates(self, slots: list[int]) -> None:
+    def _find_duplicates(self, slots: list[int]) -> None:
         # The Gram matrix proposes, a direct difference decides: only rows equal to rounding are merged.
         eps = torch.finfo(self.displacements.dtype).eps
         norms = self.iterate_gram.diagonal()
-        bound = 4 * eps * (norms[slots][:, None] + norms)
-        close = (self.pairwise_squared_distances()[slots] <= bound) & self.active
-        for slot, row in zip(slots, close.tolist(), strict=True):
+        gaps = squared_distances(norms[slots], norms, self.iterate_gram[slots])
+        close = (gaps <= 4 * eps * (norms[slots][:, None] + norms)).tolist()
+        numbers = range(self.appended - len(slots), self.appended)
+        for slot, number in zip(slots, numbers, strict=True):
+            self._groups[slot] = number
+        for slot, row in zip(slots, close, strict=True):
             for other, candidate in enumerate(row):
-                if candidate and other != slot and self._same_iterate(slot, other, eps):
-                    self._merge(other, into=slot)
+                group = self._groups[other]
+                if candidate and other != slot and group is not None and self._same_iterate(slot, other, eps):
+                    self._groups[slot] = group
+                    break
+        self._merge_groups()
 
     def _same_iterate(self, left: int, right: int, eps: float) -> bool:
-        if not self.counts[left] or not self.counts[right]:
-            return False
         gap = (self.displacements[left] - self.displacements[right]).norm()
         return bool(gap <= 2 * eps * self.displacements[left].norm())
 
-    def _merge(self, other: int, *, into: int) -> None:
-        # The later slot wins, so that the pair is forgotten when its newest observation would be.
-        if self._age(other) < self._age(into):
-            other, into = into, other
-        total = self.counts[into] + self.counts[other]
-        share = self.counts[other] / total
-        self.gradients[into] += share.to(self.gradients.dtype) * (self.gradients[other] - self.gradients[into])
-        self.counts[into] = total
-        self.gradients[other] = 0.0
-        self.displacements[other] = 0.0
-        self.counts[other] = 0.0
-        self.iterate_gram[other] = 0.0
-        self.iterate_gram[:, other] = 0.0
-        self._stale.update((into, other))
-
-    def _age(self, slot: int) -> int:
-        return (self.newest - slot) % self.size
+    def _merge_groups(self) -> None:
+        device = self.displacements.device
+        # The newest member stands for its group: it is the last to be overwritten.
+        newest_first = [(self.newest - age) % self.size for age in range(len(self))]
+        members: dict[int | None, list[int]] = {}
+        for slot in newest_first:
+            members.setdefault(self._groups[slot], []).append(slot)
+        averaging = torch.zeros(self.size, self.size, dtype=torch.float64)
+        counts = torch.zeros(self.size, dtype=torch.float64)
+        same = torch.eye(self.size, dtype=torch.bool)
+        for slots in members.values():
+            counts[slots[0]] = len(slots)
+            averaging[slots[0], slots] = 1 / len(slots)
+            if len(slots) > 1:
+                same[torch.tensor(slots)[:, None], slots] = True
+        self.averaging, self.counts, self._same = averaging.to(device), counts.to(device), same.to(device)
 
     def clear(self) -> None:
         """Forget everything."""
-        for tensor in (self.displacements, self.gradients, self.counts, self.iterate_gram, self._gradient_gram):
+        for tensor in (self.displacements, self.gradients, self.iterate_gram, self._gradient_gram):
             tensor.zero_()
         self._stale.clear()
         self.anchor = None
         self.appended = 0
-        self._since_anchored = 0
+        self._groups = [None] * self.size
+        self._merge_groups()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on bit for bit; tensors are copies."""
         return {
             "displacements": self.displacements.clone(),
             "gradients": self.gradients.clone(),
-            "counts": self.counts.clone(),
+            "groups": list(self._groups),
             "iterate_gram": self.iterate_gram.clone(),
             "gradient_gram": self.gradient_gram.clone(),
             "anchor": None if self.anchor is None else self.anchor.clone(),
             "appended": self.appended,
-            "since_anchored": self._since_anchored,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -220,11 +247,11 @@ class GradientHistory:
             )
         self.displacements.copy_(state["displacements"])
         self.gradients.copy_(state["gradients"])
-        self.counts.copy_(state["counts"])
+        self._groups = list(state["groups"])
         self.iterate_gram.copy_(state["iterate_gram"])
         self._gradient_gram.copy_(state["gradient_gram"])
         self._stale.clear()
         anchor = state["anchor"]
         self.anchor = None if anchor is None else anchor.to(self.displacements.device, copy=True)
         self.appended = state["appended"]
-        self._since_anchored = state["since_anchored"]
+        self._merge_groups()

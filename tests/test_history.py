@@ -12,9 +12,9 @@ def rows(count, dimension, seed=0, dtype=torch.float64):
 
 
 def stored(history):
-    """Iterates and gradients of the active slots, oldest first."""
+    """Iterates and gradients by age, the oldest first, and their slots."""
     order = [(history.appended + i) % history.size for i in range(history.size)]
-    order = [slot for slot in order if history.active[slot]]
+    order = [slot for slot in order if history.filled[slot]]
     return (history.anchor + history.displacements)[order], history.gradients[order], order
 
 
@@ -72,11 +72,24 @@ def test_pairs_at_one_iterate_are_merged():
     history.append(points, torch.tensor([[1.0, 0, 0], [5.0, 5, 5]], dtype=torch.float64))
     history.append(points[:1], torch.tensor([[4.0, 0, 0]], dtype=torch.float64))
     history.append(points[:1], torch.tensor([[7.0, 3, 0]], dtype=torch.float64))
-    _, gradients, order = stored(history)
-    assert history.counts[order].tolist() == [1.0, 3.0]
-    assert gradients[1].tolist() == pytest.approx([4.0, 1.0, 0.0])
-    assert history.active[history.newest]
-    assert (history.gradient_gram[~history.active] == 0).all()
+    assert history.counts.tolist() == [0, 1, 0, 3, 0, 0]
+    merged = history.averaging @ history.gradients
+    assert merged[3].tolist() == pytest.approx([4.0, 1.0, 0.0])
+    assert merged[1].tolist() == [5, 5, 5]
+    assert not merged[~history.active].any()
+    assert history.pairwise_squared_distances()[0, 3] == 0
+
+
+def test_merged_pairs_are_forgotten_one_by_one():
+    history, points = GradientHistory(3, 2), rows(4, 2)
+    history.append(points[[0, 0, 0]], torch.tensor([[1.0, 0], [2.0, 0], [6.0, 0]], dtype=torch.float64))
+    assert history.counts.tolist() == [0, 0, 3]
+    history.append(points[1:2], points[1:2])
+    assert history.counts.tolist() == [1, 0, 2]
+    assert (history.averaging @ history.gradients)[2, 0] == 4
+    history.append(points[2:3], points[2:3])
+    history.append(points[3:4], points[3:4])
+    assert history.counts.tolist() == [1, 1, 1]
 
 
 def test_merging_is_only_for_equal_iterates():

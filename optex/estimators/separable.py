@@ -21,16 +21,6 @@ LENGTHSCALE_FACTORS: Final = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 NOISE_VARIANCES: Final = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
-def median_distance(
-    squared: Tensor,  # [T0, T0]
-    active: Tensor,  # [T0] bool
-) -> Tensor:  # []
-    """Median of the positive distances between stored iterates; 1 where there is none."""
-    pairs = active[:, None] & active & (squared > 0)
-    median = torch.where(pairs, squared, torch.nan).nanmedian().sqrt()
-    return torch.where(median.isnan(), torch.ones_like(median), median)
-
-
 @dataclass(frozen=True)
 class SeparableEstimator(Estimator):
     """Gaussian process ``∇F ~ GP(m, k(·,·) I)``: paper, section 4.1 and Proposition 4.1.
@@ -84,7 +74,7 @@ class SeparableEstimator(Estimator):
 
     def fit(self, history: GradientHistory) -> SeparablePosterior:
         squared = history.pairwise_squared_distances()
-        unit = median_distance(squared, history.active)
+        unit = history.median_squared_distance().sqrt().nan_to_num(nan=1.0)
         lengthscales = self._lengthscales(unit)
         noises = self._noise_variances(unit)
         best = 0
@@ -122,11 +112,10 @@ class SeparableEstimator(Estimator):
         factors, info = torch.linalg.cholesky_ex(matrices)
         identity = torch.eye(history.size, dtype=torch.float64, device=squared.device)
         inverse = torch.cholesky_solve(identity.expand_as(matrices), factors)
-        gram = history.gradient_gram
+        centring = history.averaging.clone()
         if self.prior_mean == "last":
-            centring = identity.clone()
             centring[:, history.newest] -= active
-            gram = centring @ gram @ centring.mT
+        gram = centring @ history.gradient_gram @ centring.mT
         if self.prior_mean == "gls":
             ones = inverse @ active
             inverse = inverse - ones[:, :, None] * ones[:, None] / (ones @ active)[:, None, None]
@@ -141,7 +130,7 @@ class SeparableEstimator(Estimator):
         lengthscale: Tensor,  # []
         noise_variance: Tensor,  # []
     ) -> Tensor:  # [T0, T0]
-        """A = K + σ² / count on the active slots, the identity on the others."""
+        """A = K + σ² / count on the slots that stand for an iterate, the identity on the others."""
         active = history.active
         both = active[:, None] & active
         covariance = torch.where(both, self._kernel.value(squared, lengthscale), torch.zeros_like(squared))
@@ -192,7 +181,7 @@ class SeparablePosterior(Posterior):
         if estimator.prior_mean == "last":
             self._mean_coefficients[history.newest] = 1.0
         elif estimator.prior_mean == "gls":
-            self._mean_coefficients = self._ones / self._ones.sum()
+            self._mean_coefficients = history.averaging.mT @ (self._ones / self._ones.sum())
 
     def _solve(
         self,
@@ -213,7 +202,7 @@ class SeparablePosterior(Posterior):
     ) -> Tensor:  # [T0] float64
         """The weights of the stored gradients in the prediction at a point."""
         weights = self._solve(self._covariances(point))
-        return weights + (1 - weights.sum()) * self._mean_coefficients
+        return self._history.averaging.mT @ weights + (1 - weights.sum()) * self._mean_coefficients
 
     def mean(self, point: Tensor) -> Tensor:
         return combine_rows(self.coefficients(point), self._history.gradients).to(point.device, point.dtype)

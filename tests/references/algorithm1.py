@@ -46,12 +46,12 @@ def algorithm1(gradient, loss, step, x, rounds, parallelism, history_size, noise
             proxies.append(step(y, s, mu(y)))
         true = [gradient(y) for y, _ in proxies]
         history = (history + [(y, g) for (y, _), g in zip(proxies, true, strict=True)])[-history_size:]
-        score = {
-            "last": lambda i: -i,
-            "lowest-loss": lambda i: loss(proxies[i][0]),
-            "smallest-gradient": lambda i: np.linalg.norm(true[i]),
+        scores = {
+            "last": [-i for i in range(parallelism)],
+            "lowest-loss": [loss(y) for y, _ in proxies],
+            "smallest-gradient": [np.linalg.norm(g) for g in true],
         }[selection]
-        chosen = min(range(parallelism), key=score)
+        chosen = int(np.argmin(scores))
         x, state = step(*proxies[chosen], true[chosen])
         iterates.append(x)
     return np.array(iterates)
