@@ -32,7 +32,9 @@ METHODS: dict[str, Callable[..., optex.OptEx]] = {
 }
 
 
-def overhead_milliseconds(method: str, dimension: int, parallelism: int, history: int, rounds: int) -> dict[str, float]:
+def overhead_milliseconds(
+    method: str, dimension: int, parallelism: int, history: int, rounds: int
+) -> dict[str, float]:
     """Median and largest overhead of a round once the history is full."""
     torch.manual_seed(0)
     theta = torch.nn.Parameter(torch.rand(dimension) * 4 - 2)

@@ -12,6 +12,7 @@ from optex.estimators import Estimator, HoldLast, Posterior, SeparableEstimator
 from optex.evaluators import Evaluator, SequentialEvaluator, VectorizedEvaluator
 from optex.history import GradientHistory
 from optex.kernels import RBF, Kernel, Matern12, Matern32, Matern52, RationalQuadratic
+from optex.minimize import minimize, scipy_method
 from optex.optimizer import OptEx
 from optex.report import RoundReport
 
@@ -41,4 +42,6 @@ __all__ = [
     "SmallestGradient",
     "VectorizedEvaluator",
     "WithinTolerance",
+    "minimize",
+    "scipy_method",
 ]

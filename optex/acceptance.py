@@ -165,13 +165,17 @@ class WithinTolerance(Acceptance):
             if not measured.usable[i]:
                 break
             here, proxy = walk.point, measured.proxies[i]
-            if (here - proxy).norm() > self.tolerance * (here - before).norm():
+            if not (here - proxy).norm() <= self.tolerance * (here - before).norm():
                 break
             before = here
             gradient = measured.gradients[i]
             if measured.posterior is not None:
                 gradient = gradient + measured.posterior.mean_difference(here, proxy)
             walk.step(gradient)
+        if walk.taken > 1 and not walk.point.isfinite().all():
+            # A correction went wrong; step 0 is exact, whatever the estimator said.
+            walk.rewind()
+            walk.step(measured.gradients[0])
         return walk.taken
 
 

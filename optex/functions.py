@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from optex.evaluators import GradientSource
+from optex.evaluators import Evaluator, GradientSource, SequentialEvaluator, VectorizedEvaluator
 from optex.evaluators.interface import ObjectiveSource
 
-__all__ = ["Point", "PointForm", "function_source", "read_start"]
+__all__ = ["Point", "PointForm", "check_function", "function_source", "read_evaluator", "read_start"]
 
 Jac = Callable[..., Any] | Literal[True] | None
 
@@ -52,22 +52,58 @@ def read_start(x0: Any) -> tuple[PointForm, Tensor]:
     Raises:
         TypeError, ValueError: x0 is not real, not finite, empty, or an array of two dimensions or more.
     """
-    start = _real_tensor(x0, "x0", "a real array or tensor").clone()
+    start = _real_tensor(x0, "x0", "a real array or dense tensor").detach()
+    start = start.clone(memory_format=torch.contiguous_format)
     if not start.is_floating_point():
         start = start.to(torch.float64)
     arrays = not isinstance(x0, Tensor)
     if arrays:
-        start = start.reshape(1) if start.ndim == 0 else start
+        start = torch.atleast_1d(start)
     if arrays and start.ndim != 1:
         raise ValueError(
-            f"minimize: x0 must have one dimension, got shape {tuple(start.shape)}; flatten it, or pass a torch "
-            "tensor, which may have any shape"
+            f"minimize: x0 must have one dimension, got shape {tuple(start.shape)}; flatten it, or pass "
+            "a torch tensor, which may have any shape"
         )
     if not start.numel():
         raise ValueError(f"minimize: x0 is empty (shape {tuple(start.shape)}); there is nothing to optimise")
     if not start.isfinite().all():
-        raise ValueError("minimize: x0 has components that are not finite; start at a point where fun is defined")
+        raise ValueError(
+            "minimize: x0 has components that are not finite; start at a point where fun is defined"
+        )
     return PointForm(arrays, start.shape, start.dtype), start
+
+
+def check_function(fun: Any, jac: Any) -> None:
+    """Refuse what cannot be a function and its gradient."""
+    if not callable(fun):
+        raise TypeError(f"minimize: fun must be callable, got {type(fun).__name__}")
+    if not (jac is None or jac is True or callable(jac)):
+        raise ValueError(
+            "minimize: jac must be True (fun returns (f, g)), a function for the gradient, or None (fun is "
+            f"written in torch, for autograd), got {jac!r}; there are no finite differences"
+        )
+
+
+def read_evaluator(evaluator: Any, point: Point, jac: Any) -> Evaluator:
+    """The evaluator that is named or given; one that goes through a module is made to go through ``point``."""
+    if evaluator is None or evaluator == "sequential":
+        return SequentialEvaluator()
+    if evaluator == "vectorized":
+        evaluator = VectorizedEvaluator(point)
+    if not isinstance(evaluator, Evaluator):
+        raise TypeError(
+            "minimize: evaluator must be 'sequential', 'vectorized' or an optex.evaluators.Evaluator, got "
+            f"{evaluator!r}"
+        )
+    if not isinstance(evaluator, VectorizedEvaluator):
+        return evaluator
+    if jac is not None:
+        raise ValueError(
+            "minimize: evaluator 'vectorized' differentiates fun by torch.func, so jac must be None; drop jac "
+            "and write fun in torch, or use evaluator='sequential'"
+        )
+    randomness = cast(Any, evaluator.randomness)
+    return VectorizedEvaluator(point, chunk_size=evaluator.chunk_size, randomness=randomness)
 
 
 def function_source(
@@ -112,7 +148,7 @@ class _GivenGradient(GradientSource):
         else:
             value, gradient = answer, self.jac(self.form.present(x), *self.args)
         x.grad = _gradient(gradient, x, "the g of fun's (f, g)" if self.jac is True else "jac")
-        return _scalar(value)
+        return _scalar(value).detach()
 
 
 @dataclass(frozen=True)
@@ -145,11 +181,14 @@ def _torch_value(fun: Callable[..., Any], x: Tensor, args: tuple[Any, ...]) -> T
     try:
         value = fun(x, *args)
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        error.add_note("minimize: jac is None, so fun was called with a torch tensor; a NumPy function needs jac")
+        error.add_note(
+            "minimize: jac is None, so fun was called with a torch tensor; a NumPy function needs jac"
+        )
         raise
     if not isinstance(value, Tensor):
-        what = f"{type(value).__name__}"
-        raise TypeError(f"minimize: jac is None, so fun must return a torch scalar, got {what}; {_REMEDY}")
+        raise TypeError(
+            f"minimize: jac is None, so fun must return a torch scalar, got {type(value).__name__}; {_REMEDY}"
+        )
     if not value.requires_grad:
         raise ValueError(f"minimize: jac is None, and fun's value carries no autograd; {_REMEDY}")
     return _scalar(value)
@@ -167,7 +206,9 @@ def _pair(answer: Any) -> tuple[Any, Any]:
 def _scalar(value: Any) -> Tensor:  # []
     tensor = _real_tensor(value, "fun", "a real scalar")
     if tensor.numel() != 1:
-        raise ValueError(f"minimize: fun must return a scalar, got shape {tuple(tensor.shape)}; sum or average it")
+        raise ValueError(
+            f"minimize: fun must return a scalar, got shape {tuple(tensor.shape)}; sum or average it"
+        )
     return tensor.reshape(())
 
 
@@ -189,12 +230,15 @@ def _gradient(
 def _real_tensor(value: Any, name: str, wanted: str) -> Tensor:
     """A tensor as it is; anything else through NumPy, as a float64 tensor of its own memory."""
     if isinstance(value, Tensor):
-        tensor, kind = value, str(value.dtype)
-        real = not value.is_complex()
+        if not value.is_complex() and value.layout is torch.strided:
+            return value
+        came = f"a tensor of {value.dtype} and {value.layout}"
     else:
-        array = np.asarray(value)
-        kind, real = f"{type(value).__name__} of dtype {array.dtype}", array.dtype.kind in "biuf"
-        tensor = torch.from_numpy(np.array(array, dtype=np.float64)) if real else torch.empty(0)
-    if not real:
-        raise TypeError(f"minimize: {name} must be {wanted}, got {kind}")
-    return tensor
+        try:
+            array = np.asarray(value)
+        except ValueError as error:  # rows of different lengths
+            raise TypeError(f"minimize: {name} must be {wanted}: {error}") from error
+        if array.dtype.kind in "biuf":
+            return torch.from_numpy(np.array(array, dtype=np.float64))
+        came = f"{type(value).__name__} of dtype {array.dtype}"
+    raise TypeError(f"minimize: {name} must be {wanted}, got {came}")

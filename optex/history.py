@@ -102,7 +102,7 @@ class GradientHistory:
     def median_squared_distance(self) -> Tensor:  # [] float64
         """Median of the positive squared distances between the pairs held; NaN where there is none."""
         squared = self.pairwise_squared_distances()
-        pairs = self.filled[:, None] & self.filled & (squared > 0)
+        pairs = self.filled[:, None] & self.filled & (squared > torch.finfo(squared.dtype).tiny)
         return torch.where(pairs, squared, torch.nan).nanmedian()
 
     def squared_distances_to(

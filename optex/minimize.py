@@ -7,8 +7,8 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from numbers import Integral, Real
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -21,17 +21,24 @@ from optex.acceptance import Acceptance
 from optex.bases import base_optimizer
 from optex.errors import NonFiniteError, NotPositiveDefiniteError
 from optex.estimators import Estimator
-from optex.evaluators import Evaluation, Evaluator, GradientSource, SequentialEvaluator, VectorizedEvaluator
-from optex.evaluators.interface import ObjectiveSource
+from optex.evaluators import Evaluation, Evaluator, GradientSource, VectorizedEvaluator
+from optex.functions import (
+    Point,
+    PointForm,
+    check_function,
+    function_source,
+    read_evaluator,
+    read_start,
+)
 from optex.optimizer import OptEx
 from optex.vectors import ParameterVector
 
 __all__ = ["minimize", "scipy_method"]
 
-_WITHIN_GTOL = "Optimization terminated successfully: the gradient is within gtol."
-_WITHIN_FTOL = "Optimization terminated successfully: fun changed by no more than ftol in a round."
-_OUT_OF_ROUNDS = "Maximum number of iterations has been exceeded."
-_PRECISION_LOSS = "Desired error not necessarily achieved due to precision loss."
+_WITHIN_GTOL: Final = "Optimization terminated successfully: the gradient is within gtol."
+_WITHIN_FTOL: Final = "Optimization terminated successfully: fun changed by no more than ftol in a round."
+_OUT_OF_ROUNDS: Final = "Maximum number of iterations has been exceeded."
+_PRECISION_LOSS: Final = "Desired error not necessarily achieved due to precision loss."
 
 
 def minimize(
@@ -97,10 +104,10 @@ def minimize(
         optimizer_options: go to the optimizer, as ``betas`` or ``weight_decay``.
 
     Returns:
-        ``scipy.optimize.OptimizeResult``: ``x``, ``fun`` (a float), ``jac``, ``nit`` (rounds), ``nstep`` (steps
-        kept), ``nfev`` and ``njev`` (points evaluated), ``success``, ``message`` and ``status``: 0 within gtol or
-        ftol; 1 maxiter reached; 2 the run lost its precision: it met numbers that are not finite at a round's
-        start or end, or a history that cannot be fitted; 99 stopped by ``callback``.
+        ``scipy.optimize.OptimizeResult``: ``x``, ``fun`` (a float), ``jac``, ``nit`` (rounds), ``nstep``
+        (steps kept), ``nfev`` and ``njev`` (points evaluated), ``success``, ``message`` and ``status``: 0
+        within gtol or ftol; 1 maxiter reached; 2 numbers at a round's start or end that are not finite, or a
+        history that cannot be fitted; 99 stopped by ``callback``.
 
     Raises:
         TypeError, ValueError: an argument cannot work, ``fun`` or ``jac`` answer in a form that cannot, or are
@@ -116,14 +123,14 @@ def minimize(
     >>> result.nit < result.nstep / 2          # rounds, against the steps of Adam they stand for
     True
     """
-    _check_arguments(fun, jac, bounds, callback, scheduler)
+    check_function(fun, jac)
+    _check_options(bounds, callback, scheduler)
     _check_limits(maxiter, gtol, ftol)
-    form, start = _read_start(x0)
-    args = args if isinstance(args, tuple) else (args,)
-    problem = _Problem(start)
+    form, start = read_start(x0)
+    point = Point(start)
     settings = optimizer_options if lr is None else {"lr": lr, **optimizer_options}
-    base = _build_base(optimizer, problem.x, settings)
-    tracker = _Tracker(_read_evaluator(evaluator, problem, jac), gtol)
+    base = _build_base(optimizer, point.x, settings)
+    tracker = _Tracker(read_evaluator(evaluator, point, jac), gtol)
     wrapper = OptEx(
         base,
         parallelism=parallelism,
@@ -133,13 +140,9 @@ def minimize(
         evaluator=tracker,
         scheduler=None if scheduler is None else scheduler(base),
     )
-    source: GradientSource
-    if jac is not None:
-        source = _GivenGradient(fun, jac, args, problem.x, form)
-    elif isinstance(tracker.evaluator, VectorizedEvaluator):
-        source = ObjectiveSource(lambda _: _torch_value(fun, problem.x.clone(), args))
-    else:
-        source = _Autograd(fun, args, problem.x)
+    args = args if isinstance(args, tuple) else (args,)
+    vectorized = isinstance(tracker.evaluator, VectorizedEvaluator)
+    source = function_source(fun, jac, args, point, form, vectorized=vectorized)
     return _Run(wrapper, source, tracker, form, callback).until(maxiter, ftol)
 
 
@@ -187,11 +190,8 @@ def scipy_method(
         )
     for name, value in (("hess", hess), ("hessp", hessp)):
         if value is not None:
-            warnings.warn(
-                f"scipy_method: the method does not use second derivatives ({name})",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+            text = f"scipy_method: the method does not use second derivatives ({name})"
+            warnings.warn(text, RuntimeWarning, stacklevel=3)
     if tol is not None:
         options.setdefault("gtol", tol)
     return minimize(fun, x0, args, jac=jac, bounds=bounds, callback=callback, **options)
@@ -213,8 +213,7 @@ class _Tracker(Evaluator):
         self.stationary = False
         self.start_loss = math.inf  # at the first point of the last round
         self.loss = math.inf
-        self.point: Tensor | None = None  # [d]
-        self.gradient: Tensor | None = None  # [d]
+        self.point = self.gradient = torch.empty(0)  # [d] each, from the first evaluation on
 
     def evaluate(
         self,
@@ -241,10 +240,9 @@ class _Tracker(Evaluator):
         finite = losses.isfinite() & norms.isfinite()
         self.start_loss = float(losses[0])
         if not self.count and not finite[0]:
-            what = "its gradient" if math.isfinite(self.start_loss) else f"{self.start_loss:g}, which"
             raise ValueError(
-                f"minimize: at x0 fun is {self.start_loss:g} and "
-                f"the largest component of its gradient {float(norms[0]):g}; start where both are finite"
+                f"minimize: at x0 fun is {self.start_loss:g} and the largest component of its gradient "
+                f"{float(norms[0]):g}; start where both are finite"
             )
         stationary = finite & (norms <= self.gtol) & (losses <= losses[0])
         self.stationary = bool(stationary.any())
@@ -275,7 +273,7 @@ class _Run:
         optimizer: OptEx,
         source: GradientSource,
         tracker: _Tracker,
-        form: _Form,
+        form: PointForm,
         callback: Callable[..., Any] | None,
     ) -> None:
         self._rounds = optimizer.rounds(itertools.repeat(None), source)
@@ -292,11 +290,12 @@ class _Run:
         before = math.nan
         for _ in range(maxiter):
             try:
-                report = next(self._rounds)
+                self._accepted += next(self._rounds).accepted
             except (NonFiniteError, NotPositiveDefiniteError) as error:
+                if tracker.stationary:  # the failure is the step's that nobody needs any more
+                    return self._result(0, _WITHIN_GTOL)
                 return self._result(2, f"{_PRECISION_LOSS} {error}")
             self._taken += 1
-            self._accepted += report.accepted
             stopped = self._call_back()
             if stopped:
                 return self._result(99, stopped)
@@ -333,3 +332,64 @@ class _Run:
             status=status,
             message=message,
         )
+
+
+# ---------------------------------------------------------------------- the arguments
+
+
+def _check_options(bounds: Any, callback: Any, scheduler: Any) -> None:
+    if bounds is not None:
+        raise ValueError(
+            "minimize: bounds cannot be kept, the optimizers here are unconstrained; use "
+            "scipy.optimize.minimize(method='L-BFGS-B'), or change variables (x = exp(z) is positive)"
+        )
+    if not (callback is None or callable(callback)):
+        raise TypeError(f"minimize: callback must be callable or None, got {type(callback).__name__}")
+    if not (scheduler is None or callable(scheduler)):
+        raise TypeError(
+            "minimize: scheduler must be a function of the optimizer, as lambda base: "
+            f"torch.optim.lr_scheduler.ExponentialLR(base, 0.99), got {type(scheduler).__name__}"
+        )
+
+
+def _check_limits(maxiter: Any, gtol: Any, ftol: Any) -> None:
+    if isinstance(maxiter, bool) or not isinstance(maxiter, Integral) or maxiter < 1:
+        raise ValueError(f"minimize: maxiter must be an integer of at least 1, got {maxiter!r}")
+    for name, value in (("gtol", gtol), ("ftol", 0.0 if ftol is None else ftol)):
+        if not (isinstance(value, Real) and float(value) >= 0):
+            raise ValueError(f"minimize: {name} must be a number that is not negative, got {value!r}")
+
+
+def _build_base(
+    optimizer: str | Callable[..., Optimizer],
+    x: nn.Parameter,  # [...]
+    settings: dict[str, Any],
+) -> Optimizer:
+    if not (isinstance(optimizer, str) or callable(optimizer)):
+        raise TypeError(
+            "minimize: optimizer must be a name or a function of a list of one parameter, as 'adam' or "
+            f"torch.optim.Adam, got {type(optimizer).__name__}"
+        )
+    try:
+        if isinstance(optimizer, str):
+            base = base_optimizer(optimizer, [x], **settings)
+        else:
+            base = optimizer([x], **settings)
+    except TypeError as error:
+        given = ", ".join(settings) or "no options"
+        raise TypeError(f"minimize: optimizer {optimizer!r} cannot be built with {given}: {error}") from error
+    if not isinstance(base, Optimizer):
+        raise TypeError(f"minimize: optimizer must return a torch.optim.Optimizer, got {type(base).__name__}")
+    if [id(p) for group in base.param_groups for p in group["params"]] != [id(x)]:
+        raise ValueError("minimize: optimizer must be built over the list that it is handed, and nothing else")
+    if any(group.get("maximize") for group in base.param_groups):
+        raise ValueError("minimize: optimizer has maximize=True; minimise -fun instead")
+    return base
+
+
+def _takes_intermediate_result(callback: Callable[..., Any]) -> bool:
+    """SciPy's rule: the one parameter has that name."""
+    try:
+        return set(inspect.signature(callback).parameters) == {"intermediate_result"}
+    except ValueError:  # a builtin that does not tell
+        return False

@@ -118,6 +118,8 @@ class OptEx(Optimizer):
         history_dtype: torch.dtype | None = None,
         history_device: torch.device | str | None = None,
     ) -> None:
+        if isinstance(base, OptEx):
+            raise TypeError("OptEx: base is an OptEx already; pass base.base to wrap its base optimizer anew")
         check_base(base)
         _check_count("parallelism", parallelism)
         if history_size is None:
@@ -236,7 +238,9 @@ class OptEx(Optimizer):
         finally:
             self._window = []
 
-    def rounds(self, batches: Iterable[Any], objective: Callable[[Any], Tensor]) -> Iterator[RoundReport]:
+    def rounds(
+        self, batches: Iterable[Any], objective: Callable[[Any], Tensor] | GradientSource
+    ) -> Iterator[RoundReport]:
         """Run rounds until ``batches`` is used up; a generator of one report a round.
 
         Each step has one batch for good, in the order they come. When the batches end inside a round, the
@@ -244,12 +248,14 @@ class OptEx(Optimizer):
 
         Args:
             batches: one item a step; for a deterministic objective ``itertools.repeat(None, steps)``.
-            objective: the scalar loss of a batch at the parameters' present values, without backward.
+            objective: the scalar loss of a batch at the parameters' present values, without backward; or a
+                ``GradientSource``, which leaves its gradient itself.
 
         Raises:
             NonFiniteError: as in ``step``. The batch of the step that failed is let go, later ones are kept.
         """
-        request = _RoundRequest(ObjectiveSource(objective), pinned=True)
+        source = objective if isinstance(objective, GradientSource) else ObjectiveSource(objective)
+        request = _RoundRequest(source, pinned=True)
         iterator = iter(batches)
         while True:
             while len(self._window) < self._window_size:
@@ -484,11 +490,13 @@ class OptEx(Optimizer):
             state_dict = state_dict if replaced is None else dict(replaced)
         own = state_dict.pop(_STATE_KEY, None)
         self._refresh_layout()
-        self.history.clear()
-        self._window = []
-        self._posterior = None
-        if own is not None:
+        if own is None:
+            self.history.clear()
+        else:
             self.history.load_state_dict(own["history"])
+        self._posterior = None
+        self._window = []
+        if own is not None:
             self._window = [_PlannedStep(*entry) for entry in own["window"]]
             self._walk.present = tuple(own["present"])
             self._rounds = own["rounds"]
@@ -497,6 +505,13 @@ class OptEx(Optimizer):
         self.base.load_state_dict(state_dict)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "step"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._patch_step_function()
 
     def __repr__(self) -> str:
         return (

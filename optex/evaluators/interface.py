@@ -73,7 +73,7 @@ def scalar_loss(loss: Any, name: str) -> Tensor:  # []
         raise TypeError(f"{name}: returned None; it must return the loss")
     if not isinstance(loss, Tensor):
         try:
-            loss = torch.tensor(float(loss))
+            loss = torch.tensor(float(loss), dtype=torch.float64)
         except (TypeError, ValueError) as error:
             raise TypeError(f"{name}: must return the loss as a scalar, got {type(loss).__name__}") from error
     if loss.numel() != 1:

@@ -22,10 +22,12 @@ class _Loss(nn.Module):
     def __init__(self, model: nn.Module, objective: Callable[[Any], Tensor]) -> None:
         super().__init__()
         self.model = model
-        self._objective = objective
+        # In a tuple, or an objective that is itself a module would be registered a second time, and
+        # functional_call would leave its swapped parameters behind.
+        self._objective = (objective,)
 
     def forward(self, batch: Any) -> Tensor:
-        return scalar_loss(self._objective(batch), "objective")
+        return scalar_loss(self._objective[0](batch), "objective")
 
 
 class VectorizedEvaluator(Evaluator):
@@ -64,7 +66,7 @@ class VectorizedEvaluator(Evaluator):
         self.model = model
         self.chunk_size = chunk_size
         self.randomness = randomness
-        self._present: tuple[tuple[int, ...], Presence] | None = None
+        self._present: tuple[list[Tensor], Presence] | None = None
 
     def evaluate(
         self,
@@ -149,12 +151,12 @@ class VectorizedEvaluator(Evaluator):
     def _presence(self, source: ObjectiveSource, vector: ParameterVector, batch: Any) -> Presence:
         # vmap answers zeros for parameters that the loss does not reach; a base optimizer must see None
         # there (weight decay!). One plain backward pass the first time tells which ones they are.
-        key = tuple(map(id, vector.parameters))
-        if self._present is None or self._present[0] != key:
+        # Compared by identity of a list that a ParameterVector never changes.
+        if self._present is None or self._present[0] is not vector.parameters:
             with torch.enable_grad(), torch.random.fork_rng(enabled=self.randomness != "error"):
                 loss = source.objective(batch)
                 found = torch.autograd.grad(loss, vector.parameters, allow_unused=True)
-            self._present = (key, tuple(gradient is not None for gradient in found))
+            self._present = (vector.parameters, tuple(gradient is not None for gradient in found))
         return self._present[1]
 
 

@@ -1,0 +1,39 @@
+# Two commands do all the set-up on a bare machine:
+#   make demo    create .venv, install, run the main job: a table and a picture
+#   make test    create .venv, install, lint, type-check, test, run the examples of the docs
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+
+.PHONY: demo test lint types tests clean
+
+demo: $(VENV)/.installed
+	$(BIN)/optex compare ackley rosenbrock logistic-breast-cancer \
+		--optimizer adam --lr 0.1 --parallelism 5 --rounds 60 --seeds 5 \
+		--json out/demo.json --plot out/demo.png
+
+test: lint types tests
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
+	$(BIN)/pyright
+
+tests: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 -q
+
+# torch first and by its exact version, so that no other package's requirement picks another build of it.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
+		|| { echo "optex needs Python 3.11 or later; name one with: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install "$$(grep '^torch==' constraints.txt)"
+	$(PIP) install -c constraints.txt -e ".[data,test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,548 @@
+"""OptEx as a torch optimizer: groups, schedules, hooks, checkpoints, and what it refuses."""
+
+import copy
+import io
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
+
+from optex import HoldLast, Last, LowestLoss, NonFiniteError, OptEx, VectorizedEvaluator, WithinTolerance
+from tests.bases import BASES
+from tests.models import (
+    assert_same_state,
+    network,
+    plain_run,
+    regression_batches,
+    same,
+    snapshot,
+    squared_error,
+)
+
+MAKERS = {
+    "paper": lambda base: OptEx.from_paper(base, parallelism=4),
+    "lowest-loss": lambda base: OptEx.from_paper(base, parallelism=4, selection="lowest-loss"),
+    "verified": lambda base: OptEx(base, parallelism=4),
+}
+
+
+def adam(parameters, **settings):
+    return torch.optim.Adam(parameters, lr=0.02, **settings)
+
+
+def closure_of(optimizer, model, batch):
+    def closure():
+        optimizer.zero_grad()
+        loss = squared_error(model)(batch)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+# ---------------------------------------------------------------- a torch.optim.Optimizer
+
+
+def test_groups_and_state_are_the_base_optimizers_own():
+    model = network()
+    base = adam([{"params": model[0].parameters(), "lr": 0.1}, {"params": model[2].parameters()}])
+    optimizer = OptEx(base)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert optimizer.param_groups is base.param_groups
+    optimizer.param_groups[0]["lr"] = 0.5
+    assert base.param_groups[0]["lr"] == 0.5
+    optimizer.step(closure_of(optimizer, model, regression_batches(1)[0]))
+    assert optimizer.state is base.state
+    assert len(optimizer.state) == 4
+    base.load_state_dict(base.state_dict())  # rebinds both
+    assert optimizer.param_groups is base.param_groups
+    assert optimizer.state is base.state
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_groups_with_rates_of_their_own(make):
+    # With a hundredth of the rate, a group moves about a hundredth as far.
+    model = network()
+    before = snapshot(model)
+    optimizer = make(adam([{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 2e-4}]))
+    list(optimizer.rounds(regression_batches(20), squared_error(model)))
+    moved = [(a - b).abs().mean() for a, b in zip(snapshot(model), before, strict=True)]
+    assert 30 < moved[0] / moved[2] < 300
+
+
+def test_add_param_group_reaches_the_base_and_starts_a_new_history():
+    model = network()
+    optimizer = OptEx(adam(model[0].parameters()))
+    batches = regression_batches(24)
+    list(optimizer.rounds(batches[:12], squared_error(model)))
+    assert len(optimizer.history) > 0
+    before = snapshot(model)
+    optimizer.add_param_group({"params": model[2].parameters(), "lr": 0.1})
+    assert len(optimizer.base.param_groups) == 2
+    assert len(optimizer.history) == 0
+    list(optimizer.rounds(batches[12:], squared_error(model)))
+    assert not any(torch.equal(a, b) for a, b in zip(snapshot(model), before, strict=True))
+
+
+def test_unfreezing_a_parameter_is_noticed():
+    model = network()
+    model[0].requires_grad_(False)
+    frozen = model[0].weight.detach().clone()
+    optimizer = OptEx(adam(model.parameters()))
+    list(optimizer.rounds(regression_batches(8), squared_error(model)))
+    assert torch.equal(model[0].weight, frozen)
+    model[0].requires_grad_(True)
+    list(optimizer.rounds(regression_batches(8), squared_error(model)))
+    assert not torch.equal(model[0].weight, frozen)
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("vectorized", [False, True])
+def test_a_parameter_without_gradient_is_left_alone(make, vectorized):
+    # Weight decay would move it if the base optimizer ever saw a gradient of zeros there.
+    model = network()
+    model.register_parameter("unused", nn.Parameter(torch.ones(3, dtype=torch.float64)))
+    optimizer = make(adam(model.parameters(), weight_decay=0.1))
+    if vectorized:
+        optimizer.evaluator = VectorizedEvaluator(model)
+    objective = lambda batch: (model[2](model[1](model[0](batch[0]))) - batch[1]).square().mean()  # noqa: E731
+    list(optimizer.rounds(regression_batches(20), objective))
+    assert torch.equal(model.unused, torch.ones(3, dtype=torch.float64))
+    assert model.unused not in optimizer.state
+
+
+def test_mixed_dtypes():
+    model = nn.Sequential(nn.Linear(6, 5).double(), nn.Tanh(), nn.Linear(5, 3).bfloat16())
+    objective = lambda batch: (  # noqa: E731
+        (model[2](model[1](model[0](batch[0])).bfloat16()) - batch[1]).square().float().mean()
+    )
+    optimizer = OptEx(adam(model.parameters()), acceptance=WithinTolerance(0.0))
+    assert optimizer.history.gradients.dtype == torch.float64
+    twin = copy.deepcopy(model)
+    reports = list(optimizer.rounds(regression_batches(20), objective))
+    assert reports[-1].loss < reports[0].loss
+    base = adam(twin.parameters())
+    for x, y in regression_batches(20):
+        base.zero_grad()
+        (twin[2](twin[1](twin[0](x)).bfloat16()) - y).square().float().mean().backward()
+        base.step()
+    assert same(snapshot(model), snapshot(twin))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_history_dtype_is_apart_from_the_parameters(dtype):
+    model = network()
+    optimizer = OptEx(adam(model.parameters()), history_dtype=dtype)
+    reports = list(optimizer.rounds(regression_batches(60, size=64), squared_error(model)))
+    assert optimizer.history.gradients.dtype == dtype
+    assert reports[-1].loss < reports[0].loss
+    assert model[0].weight.dtype == torch.float64
+
+
+def test_step_without_closure_is_one_plain_step():
+    model, plain = network(), network()
+    optimizer, base = OptEx(adam(model.parameters())), adam(plain.parameters())
+    for batch in regression_batches(3):
+        for each, opt in ((model, optimizer), (plain, base)):
+            opt.zero_grad()
+            squared_error(each)(batch).backward()
+            assert opt.step() is None
+    assert same(snapshot(model), snapshot(plain))
+    assert len(optimizer.history) == 0
+
+
+# ---------------------------------------------------------------- schedules and hooks
+
+
+def test_a_scheduler_outside_ticks_once_a_round():
+    model = network()
+    optimizer = OptEx(adam(model.parameters()), parallelism=4)
+    scheduler = StepLR(optimizer, step_size=1, gamma=0.5)
+    for _ in optimizer.rounds(regression_batches(12), squared_error(model)):
+        scheduler.step()
+    assert optimizer.base.param_groups[0]["lr"] == 0.02 * 0.5**optimizer._rounds
+
+
+@pytest.mark.parametrize("make", [OptEx, OptEx.from_paper], ids=["verified", "paper"])
+def test_a_scheduler_inside_ticks_once_a_step_taken(make):
+    model, rates = network(), []
+    base = adam(model.parameters())
+    scheduler = LambdaLR(base, lambda step: 1 / (1 + step))
+    optimizer = make(base, parallelism=4, scheduler=scheduler)
+    steps = 0
+    for report in optimizer.rounds(regression_batches(22), squared_error(model)):
+        steps += report.accepted
+        rates.append(base.param_groups[0]["lr"])
+        assert scheduler.last_epoch == steps
+        assert rates[-1] == pytest.approx(0.02 / (1 + steps))
+
+
+def test_hooks_of_the_wrapper_run_once_a_round_and_those_of_the_base_every_step():
+    model, seen = network(), []
+    optimizer = OptEx.from_paper(adam(model.parameters()), parallelism=3)
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    optimizer.base.register_step_pre_hook(lambda *_: seen.append("base"))
+    list(optimizer.rounds(regression_batches(6), squared_error(model)))
+    assert seen == ["before", "base", "base", "base", "after"] * 2
+
+
+def test_a_hook_that_clips_gradients_does_not_reach_the_history():
+    model = network()
+    optimizer = OptEx(torch.optim.SGD(model.parameters(), lr=0.1))
+
+    def clip(base, args, kwargs):
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+
+    optimizer.base.register_step_pre_hook(clip)
+    before = snapshot(model)
+    list(optimizer.rounds(regression_batches(4), squared_error(model)))
+    moved = torch.cat([(a - b).flatten() for a, b in zip(snapshot(model), before, strict=True)]).norm()
+    assert moved <= 4 * 1e-4 * 1.001
+    assert optimizer.history.gradients[:4].norm(dim=1).min() > 1e-2
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("name", ["momentum", "adam", "adam-tensor-lr", "asgd"])
+def test_a_checkpoint_continues_bit_for_bit(make, name):
+    batches = regression_batches(40)
+    model = network()
+    optimizer = make(BASES[name](list(model.parameters())))
+    iterator = iter(batches)
+    list(itertools.islice(optimizer.rounds(iterator, squared_error(model)), 5))
+
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    rest = list(iterator)
+    first = [r.losses for r in optimizer.rounds(rest, squared_error(model))]
+
+    twin = network(seed=1)
+    twin.load_state_dict(saved["model"])
+    continued = make(BASES[name](list(twin.parameters())))
+    continued.load_state_dict(saved["optimizer"])
+    second = [r.losses for r in continued.rounds(rest, squared_error(twin))]
+    assert same(first, second)
+    assert same(snapshot(model), snapshot(twin))
+    assert_same_state(optimizer.base, continued.base)
+
+
+def test_a_checkpoint_of_the_base_alone_is_taken():
+    model = network()
+    base = adam(model.parameters())
+    plain_run(model, base, regression_batches(3))
+    optimizer = OptEx(adam(model.parameters()))
+    optimizer.load_state_dict(base.state_dict())
+    assert_same_state(optimizer.base, base)
+    assert len(optimizer.history) == 0
+
+
+def test_a_checkpoint_of_another_history_is_refused_and_changes_nothing():
+    model = network()
+    optimizer, other = (OptEx(adam(model.parameters()), history_size=size) for size in (8, 9))
+    list(optimizer.rounds(regression_batches(8), squared_error(model)))
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="build it with the same history_size and parameters"):
+        optimizer.load_state_dict(other.state_dict())
+    after = optimizer.state_dict()
+    assert torch.equal(before["optex"]["history"]["gradients"], after["optex"]["history"]["gradients"])
+    assert_same_state(optimizer.base, optimizer.base)
+
+
+def test_state_dict_hooks_run():
+    model, seen = network(), []
+    optimizer = OptEx(adam(model.parameters()))
+    optimizer.register_state_dict_pre_hook(lambda o: seen.append("pre"))
+    optimizer.register_state_dict_post_hook(lambda o, state: {**state, "note": 1})
+    optimizer.register_load_state_dict_pre_hook(lambda o, state: seen.append("load"))
+    optimizer.register_load_state_dict_post_hook(lambda o: seen.append("loaded"))
+    state = optimizer.state_dict()
+    assert state.pop("note") == 1
+    optimizer.load_state_dict(state)
+    assert seen == ["pre", "load", "loaded"]
+
+
+def test_a_deep_copy_runs_on_by_itself():
+    model = network()
+    optimizer = OptEx(adam(model.parameters()))
+    list(optimizer.rounds(regression_batches(8), squared_error(model)))
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    for each, opt in ((model, optimizer), (twin_model, twin)):
+        list(opt.rounds(regression_batches(8, seed=1), squared_error(each)))
+    assert same(snapshot(model), snapshot(twin_model))
+    assert not same(snapshot(model), snapshot(network()))
+
+
+# ---------------------------------------------------------------- the loop
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("count", [1, 3, 4, 5, 11])
+def test_batches_that_end_inside_a_window_are_all_used(make, count):
+    model, seen = network(), set()
+    optimizer = make(adam(model.parameters()))
+    error = squared_error(model)
+
+    def objective(item):
+        seen.add(item[0])
+        return error(item[1])
+
+    reports = list(optimizer.rounds(enumerate(regression_batches(count)), objective))
+    assert seen == set(range(count))
+    if optimizer.acceptance.keeps_window or isinstance(optimizer.acceptance, Last):
+        assert sum(r.accepted for r in reports) == count
+
+
+def test_leaving_the_loop_keeps_the_batches_not_yet_stepped_on():
+    model, batches = network(), regression_batches(13)
+    optimizer = OptEx(adam(model.parameters()), acceptance=WithinTolerance(0.0), estimator=HoldLast())
+    iterator, taken = iter(batches), 0
+    for report in optimizer.rounds(iterator, squared_error(model)):
+        taken += report.accepted
+        if taken >= 3:
+            break
+    taken += sum(r.accepted for r in optimizer.rounds(iterator, squared_error(model)))
+    assert taken == 13
+    plain = network()
+    assert same(snapshot(model), plain_run(plain, adam(plain.parameters()), batches)[-1])
+
+
+def test_report_says_what_happened():
+    model = network()
+    optimizer = OptEx.from_paper(adam(model.parameters()), parallelism=4)
+    first, second = itertools.islice(optimizer.rounds(regression_batches(8), squared_error(model)), 2)
+    assert (first.number, second.number) == (0, 1)
+    assert (second.accepted, second.evaluated, second.dropped) == (4, 4, ())
+    assert second.loss == second.losses[0]
+    assert len(second.relative_errors) == 3
+    assert first.prediction_error == 1  # nothing to predict from: zeros
+    assert second.prediction_error > 0
+    assert 0 < second.gradient_seconds < second.seconds
+    assert second.break_even_seconds == pytest.approx(second.overhead_seconds / 3)
+    single = next(
+        OptEx(adam(model.parameters()), parallelism=1).rounds([None], lambda _: model[0].weight.sum())
+    )
+    assert math.isnan(single.prediction_error)
+    assert single.break_even_seconds == math.inf
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def one():
+    return [nn.Parameter(torch.ones(2))]
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "message"),
+    [
+        (lambda: OptEx(one()), TypeError, "base must be a torch.optim.Optimizer instance, got list"),
+        (
+            lambda: OptEx(adam(one()), parallelism=0),
+            ValueError,
+            "parallelism must be an integer of at least 1, got 0",
+        ),
+        (lambda: OptEx(adam(one()), parallelism=2.0), ValueError, "parallelism must be an integer"),
+        (lambda: OptEx(adam(one()), parallelism=True), ValueError, "parallelism must be an integer"),
+        (
+            lambda: OptEx(adam(one()), history_size=0),
+            ValueError,
+            "history_size must be an integer of at least 1",
+        ),
+        (
+            lambda: OptEx(adam(one()), estimator="gp"),
+            TypeError,
+            "estimator must be an optex.estimators.Estimator",
+        ),
+        (lambda: OptEx(adam(one()), acceptance="last"), TypeError, "acceptance must be an optex.acceptance"),
+        (lambda: OptEx(adam(one()), evaluator=max), TypeError, "evaluator must be an optex.evaluators"),
+        (lambda: OptEx(adam(one()), scheduler=0.9), TypeError, "scheduler must be a torch.optim.lr_scheduler"),
+        (
+            lambda: OptEx(torch.optim.LBFGS(one())),
+            TypeError,
+            "LBFGS cannot be the base: it evaluates its closure several times",
+        ),
+        (
+            lambda: OptEx(torch.optim.SparseAdam(one())),
+            TypeError,
+            "SparseAdam cannot be the base: it takes sparse gradients only",
+        ),
+        (
+            lambda: OptEx(adam([nn.Parameter(torch.ones(2), requires_grad=False)])),
+            ValueError,
+            "base has no parameter that requires a gradient",
+        ),
+        (
+            lambda: OptEx(adam([nn.Parameter(torch.ones(2, dtype=torch.complex64))])),
+            TypeError,
+            "complex parameters; optimise torch.view_as_real",
+        ),
+        (lambda: OptEx(adam(one(), differentiable=True)), ValueError, "differentiable=True"),
+        (
+            lambda: OptEx(torch.optim.SGD(one(), maximize=True), acceptance=LowestLoss()),
+            ValueError,
+            "base was built with maximize=True",
+        ),
+        (
+            lambda: (base := adam(one())) and OptEx(base, scheduler=ReduceLROnPlateau(base)),
+            TypeError,
+            "scheduler cannot be ReduceLROnPlateau",
+        ),
+        (lambda: OptEx(OptEx(adam(one()))), TypeError, "base is an OptEx already"),
+        (
+            lambda: OptEx.from_paper(adam(one()), selection="best"),
+            ValueError,
+            "selection must be one of last, lowest",
+        ),
+        (
+            lambda: OptEx.from_paper(adam(one()), evaluate="some"),
+            ValueError,
+            "evaluate must be 'all' or 'last'",
+        ),
+        (
+            lambda: OptEx.from_paper(adam(one()), evaluate="last", selection="lowest-loss"),
+            ValueError,
+            "compares all proxies; it needs evaluate='all'",
+        ),
+        (lambda: OptEx.from_paper(adam(one()), kernel="gauss"), ValueError, "kernel: 'gauss' is not one of"),
+    ],
+)
+def test_bad_settings_are_named(make, kind, message):
+    with pytest.raises(kind, match=message):
+        make()
+
+
+class TroubleError(Exception):
+    pass
+
+
+def raise_trouble(theta):
+    raise TroubleError("of its own")
+
+
+BAD_CLOSURES = {
+    "no loss": (lambda theta: None, TypeError, "closure: returned None; it must return the loss"),
+    "no scalar": (lambda theta: theta * 2, ValueError, r"closure: the loss must be a scalar, got shape \(2,\)"),
+    "no number": (lambda theta: "low", TypeError, "closure: must return the loss as a scalar, got str"),
+    "no backward": (lambda theta: theta.sum(), ValueError, "closure: no parameter received a gradient"),
+    "its own error": (raise_trouble, TroubleError, "of its own"),
+}
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("case", BAD_CLOSURES)
+def test_bad_closures_leave_everything_as_it_was(make, case):
+    bad, kind, message = BAD_CLOSURES[case]
+    theta = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+    optimizer = make(adam([theta]))
+
+    def good():
+        optimizer.zero_grad()
+        loss = theta.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(good)
+    before, state = theta.detach().clone(), copy.deepcopy(optimizer.base.state_dict())
+    with pytest.raises(kind, match=message):
+        optimizer.step(lambda: bad(theta))
+    assert torch.equal(theta, before)
+    assert optimizer.base.state_dict()["state"][0]["step"] == state["state"][0]["step"]
+    assert torch.equal(optimizer.base.state_dict()["state"][0]["exp_avg"], state["state"][0]["exp_avg"])
+    assert float(optimizer.step(good)) == pytest.approx(before.square().sum().item())
+
+
+def test_objectives_must_depend_on_the_parameters():
+    theta = nn.Parameter(torch.ones(2))
+    with pytest.raises(
+        ValueError, match="objective: the loss does not depend on any parameter through autograd"
+    ):
+        next(OptEx(adam([theta])).rounds([None], lambda _: theta.detach().sum()))
+
+
+def test_sparse_gradients_are_refused():
+    embedding = nn.Embedding(5, 2, sparse=True)
+    optimizer = OptEx(torch.optim.SGD(embedding.parameters(), lr=0.1))
+    with pytest.raises(TypeError, match="sparse gradient; OptEx needs dense ones"):
+        next(optimizer.rounds([torch.tensor([1])], lambda i: embedding(i).sum()))
+
+
+def test_grad_scaler_is_refused_with_the_reason():
+    theta = nn.Parameter(torch.ones(2))
+    optimizer, scaler = OptEx(adam([theta])), torch.amp.GradScaler("cpu")
+    scaler.scale(theta.sum()).backward()
+    with pytest.raises(RuntimeError, match="use bfloat16 autocast"):
+        scaler.step(optimizer)
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_trouble_at_the_start_of_a_round_keeps_the_last_iterate(make, bad, what):
+    model = network()
+    optimizer = make(adam(model.parameters()))
+    error = squared_error(model)
+    batches = [(i, b) for i, b in enumerate(regression_batches(40))]
+    poisoned = set()
+
+    def objective(item):
+        loss = error(item[1])
+        if item[0] in poisoned:
+            if what == "loss":
+                return loss * bad
+            hurt = model[0].weight * 1.0
+            hurt.register_hook(lambda gradient: gradient * bad)
+            return loss + 0 * hurt.sum() + 1e-9 * hurt.square().sum()
+        return loss
+
+    rounds = optimizer.rounds(iter(batches), objective)
+    for _ in range(3):
+        next(rounds)
+    before, state = snapshot(model), copy.deepcopy(optimizer.base.state_dict())
+    poisoned.update(range(40))
+    with pytest.raises(NonFiniteError, match=rf"the {what}.* at the start of round 3 is not finite"):
+        next(rounds)
+    assert same(snapshot(model), before)
+    assert optimizer.base.state_dict()["param_groups"] == state["param_groups"]
+    for key, entries in state["state"].items():
+        assert all(torch.equal(v, optimizer.base.state_dict()["state"][key][k]) for k, v in entries.items())
+    assert optimizer.history.gradients.isfinite().all()
+    poisoned.clear()
+    assert list(optimizer.rounds(batches[20:30], objective))[-1].loss < 10
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("where", [1, 3])
+def test_trouble_at_a_proxy_drops_that_proxy(make, where):
+    model = network()
+    optimizer = make(adam(model.parameters()))
+    error, calls = squared_error(model), itertools.count()
+
+    def objective(batch):
+        call = next(calls)
+        return error(batch) * (math.nan if call == 16 + where else 1.0)
+
+    reports = list(itertools.islice(optimizer.rounds(regression_batches(60), objective), 8))
+    assert reports[4].dropped == (where,)
+    assert reports[4].accepted <= (where if optimizer.acceptance.keeps_window else 4)
+    assert all(r.dropped == () for i, r in enumerate(reports) if i != 4)
+    assert optimizer.history.gradients.isfinite().all()
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert reports[-1].loss < reports[0].loss
+
+
+def test_steps_that_leave_the_numbers_are_undone():
+    theta = nn.Parameter(torch.ones(2))
+    optimizer = OptEx(torch.optim.SGD([theta], lr=1e38), estimator=False)
+    with pytest.raises(
+        NonFiniteError, match=r"round 0 led to parameters that are not finite.*Lower the learning rate"
+    ):
+        next(optimizer.rounds([None], lambda _: 1e3 * theta.sum()))
+    assert torch.equal(theta, torch.ones(2))
