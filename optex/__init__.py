@@ -7,8 +7,8 @@ NeurIPS 2024, arXiv 2402.11427, and what goes past it.
 from importlib.metadata import version
 
 from optex.acceptance import Acceptance, Last, LowestLoss, SmallestGradient, WithinTolerance
-from optex.errors import JitterWarning, NonFiniteError, NotPositiveDefiniteError
-from optex.estimators import Estimator, HoldLast, Posterior, SeparableEstimator
+from optex.errors import ConvergenceWarning, JitterWarning, NonFiniteError, NotPositiveDefiniteError
+from optex.estimators import CurlFreeEstimator, Estimator, HoldLast, Posterior, SeparableEstimator
 from optex.evaluators import Evaluator, SequentialEvaluator, VectorizedEvaluator
 from optex.history import GradientHistory
 from optex.kernels import RBF, Kernel, Matern12, Matern32, Matern52, RationalQuadratic
@@ -20,6 +20,8 @@ __version__ = version("optex")
 __all__ = [
     "RBF",
     "Acceptance",
+    "ConvergenceWarning",
+    "CurlFreeEstimator",
     "Estimator",
     "Evaluator",
     "GradientHistory",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["JitterWarning", "NonFiniteError", "NotPositiveDefiniteError"]
+__all__ = ["ConvergenceWarning", "JitterWarning", "NonFiniteError", "NotPositiveDefiniteError"]
 
 
 class NonFiniteError(ArithmeticError):
@@ -18,3 +18,7 @@ class NotPositiveDefiniteError(ArithmeticError):
 
 class JitterWarning(RuntimeWarning):
     """A kernel matrix needed jitter on its diagonal; the message says how much."""
+
+
+class ConvergenceWarning(RuntimeWarning):
+    """An iterative solve stopped short of its tolerance; the message says how far it came."""

@@ -62,11 +62,18 @@ class GradientHistory:
         self._groups: list[int | None] = [None] * size  # slots of one iterate share a number
         self._merge_groups()
         self._gradient_gram = torch.zeros_like(self.iterate_gram)  # [T0, T0]
+        self._cross_gram = torch.zeros_like(self.iterate_gram)  # [T0, T0]
         self._stale: set[int] = set()  # rows of the gradient Gram matrix to bring up to date
+        self._cross_stale: set[int] = set()  # rows and columns of the cross Gram matrix, likewise
 
     def __len__(self) -> int:
         """Pairs held."""
         return min(self.appended, self.size)
+
+    @property
+    def representatives(self) -> list[int]:
+        """The slots that stand for an iterate, the others of their group left out."""
+        return self._representatives
 
     @property
     def active(self) -> Tensor:  # [T0] bool
@@ -88,6 +95,17 @@ class GradientHistory:
             self._gradient_gram[:, rows] = products.mT
             self._stale.clear()
         return self._gradient_gram
+
+    @property
+    def cross_gram(self) -> Tensor:  # [T0, T0] float64
+        """Inner products of gradient i with displacement j, brought up to date on demand likewise."""
+        if self._cross_stale:
+            rows = sorted(self._cross_stale)
+            self._cross_gram[rows] = inner_products(self.gradients[rows], self.displacements)
+            if len(rows) < self.size:
+                self._cross_gram[:, rows] = inner_products(self.gradients, self.displacements[rows])
+            self._cross_stale.clear()
+        return self._cross_gram
 
     @property
     def filled(self) -> Tensor:  # [T0] bool
@@ -151,6 +169,7 @@ class GradientHistory:
         self.iterate_gram[slots] = products
         self.iterate_gram[:, slots] = products.mT
         self._stale.update(slots)
+        self._cross_stale.update(slots)
         self.appended += len(points)
         self._find_duplicates(slots)
         self._follow(points[-1])
@@ -172,6 +191,7 @@ class GradientHistory:
         self.displacements -= torch.where(self.filled[:, None], shift, torch.zeros_like(shift))
         self._anchor().copy_(point)
         self.iterate_gram = inner_products(self.displacements, self.displacements)
+        self._cross_stale.update(range(self.size))
 
     def _find_duplicates(self, slots: list[int]) -> None:
         # The Gram matrix proposes, a direct difference decides: only rows equal to rounding are merged.
@@ -204,6 +224,7 @@ class GradientHistory:
         averaging = torch.zeros(self.size, self.size, dtype=torch.float64)
         counts = torch.zeros(self.size, dtype=torch.float64)
         same = torch.eye(self.size, dtype=torch.bool)
+        self._representatives = sorted(slots[0] for slots in members.values())
         for slots in members.values():
             counts[slots[0]] = len(slots)
             averaging[slots[0], slots] = 1 / len(slots)
@@ -215,7 +236,9 @@ class GradientHistory:
         """Forget everything."""
         for tensor in (self.displacements, self.gradients, self.iterate_gram, self._gradient_gram):
             tensor.zero_()
+        self._cross_gram.zero_()
         self._stale.clear()
+        self._cross_stale.clear()
         self.anchor = None
         self.appended = 0
         self._groups = [None] * self.size
@@ -229,6 +252,7 @@ class GradientHistory:
             "groups": list(self._groups),
             "iterate_gram": self.iterate_gram.clone(),
             "gradient_gram": self.gradient_gram.clone(),
+            "cross_gram": self.cross_gram.clone(),
             "anchor": None if self.anchor is None else self.anchor.clone(),
             "appended": self.appended,
         }
@@ -250,7 +274,9 @@ class GradientHistory:
         self._groups = list(state["groups"])
         self.iterate_gram.copy_(state["iterate_gram"])
         self._gradient_gram.copy_(state["gradient_gram"])
+        self._cross_gram.copy_(state["cross_gram"])
         self._stale.clear()
+        self._cross_stale.clear()
         anchor = state["anchor"]
         self.anchor = None if anchor is None else anchor.to(self.displacements.device, copy=True)
         self.appended = state["appended"]

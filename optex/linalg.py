@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from optex.errors import JitterWarning, NotPositiveDefiniteError
+from optex.errors import ConvergenceWarning, JitterWarning, NotPositiveDefiniteError
 
-__all__ = ["combine_rows", "inner_products", "jittered_cholesky", "squared_distances"]
+__all__ = ["combine_rows", "conjugate_gradients", "inner_products", "jittered_cholesky", "squared_distances"]
 
 JITTERS: Final = (1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
 _BLOCK: Final = 256  # columns summed in float32
@@ -100,3 +101,42 @@ def jittered_cholesky(
         f"kernel matrix of size {len(matrix)} is not positive definite even with jitter {JITTERS[-1]:g}; "
         "raise noise_variance, or check the history for non-finite values"
     )
+
+
+def conjugate_gradients(
+    product: Callable[[Tensor], Tensor],
+    right: Tensor,  # [...]
+    preconditioner: Callable[[Tensor], Tensor],
+    *,
+    tolerance: float = 1e-12,
+    iterations: int = 2000,
+) -> Tensor:  # [...]
+    """Preconditioned conjugate gradients for a symmetric positive definite product of tensors of one shape.
+
+    Stops when the residual's norm is ``tolerance`` times the right side's; warns when it cannot get there.
+
+    Source: Golub and Van Loan, *Matrix Computations*, 4th edition, algorithm 11.5.1.
+    """
+    solution, residual = torch.zeros_like(right), right
+    goal = tolerance * right.norm()
+    direction = conditioned = preconditioner(residual)
+    energy = (residual * conditioned).sum()
+    for _ in range(iterations):
+        if residual.norm() <= goal:
+            return solution
+        image = product(direction)
+        length = energy / (direction * image).sum()
+        solution = solution + length * direction
+        residual = residual - length * image
+        conditioned = preconditioner(residual)
+        energy, before = (residual * conditioned).sum(), energy
+        direction = conditioned + (energy / before) * direction
+    reached = (right - product(solution)).norm() / right.norm()
+    if reached > 1e-6:
+        warnings.warn(
+            f"conjugate gradients stopped after {iterations} iterations at a relative residual of "
+            f"{reached.item():.1e}; a larger noise_variance makes the system easier",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
+    return solution

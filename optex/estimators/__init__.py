@@ -1,7 +1,16 @@
 """Estimators: predict the gradient at a new iterate from the history."""
 
+from optex.estimators.curl_free import CurlFreeEstimator, CurlFreePosterior
 from optex.estimators.hold_last import HoldLast
 from optex.estimators.interface import Estimator, Posterior
 from optex.estimators.separable import SeparableEstimator, SeparablePosterior
 
-__all__ = ["Estimator", "HoldLast", "Posterior", "SeparableEstimator", "SeparablePosterior"]
+__all__ = [
+    "CurlFreeEstimator",
+    "CurlFreePosterior",
+    "Estimator",
+    "HoldLast",
+    "Posterior",
+    "SeparableEstimator",
+    "SeparablePosterior",
+]

@@ -1,0 +1,134 @@
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optex import CurlFreeEstimator, GradientHistory
+from tests.references import dense_curl_free as dense
+from tests.test_separable import KINDS, history_of, sample
+
+PROFILES = {"rbf": dense.rbf, "matern-5/2": dense.matern52}
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.sampled_from(KINDS),
+    st.integers(1, 9),
+    st.integers(1, 6),
+    st.sampled_from(sorted(PROFILES)),
+    st.sampled_from(["last", "zero"]),
+    st.sampled_from([1e-4, 1e-2, 1.0]),
+    st.sampled_from(["dense", "cg"]),
+    st.integers(0, 10_000),
+)
+def test_matches_the_dense_system(kind, size, dimension, name, prior_mean, noise, solver, seed):
+    points, gradients, queries = sample(kind, size, dimension, seed)
+    mean = gradients[-1] if prior_mean == "last" else np.zeros(dimension)
+    estimator = CurlFreeEstimator(name, 1.5, noise_variance=noise, prior_mean=prior_mean, solver=solver)
+    posterior = estimator.fit(history_of(points, gradients, size=size + 2))
+    results = []
+    for query in queries:
+        expected, covariance = dense.posterior(points, gradients, query, PROFILES[name], 1.5, noise, mean)
+        results.append(expected)
+        scale = max(np.abs(expected).max(), np.abs(gradients).max())
+        assert np.abs(posterior.mean(torch.from_numpy(query)).numpy() - expected).max() < 1e-8 * scale
+        assert posterior.variance(torch.from_numpy(query)).item() == pytest.approx(
+            np.trace(covariance) / dimension, abs=1e-8
+        )
+    change = posterior.mean_difference(*torch.from_numpy(queries)).numpy()
+    np.testing.assert_allclose(change, results[0] - results[1], atol=1e-8 * max(1, np.abs(results).max()))
+    assert not posterior.mean_difference(*torch.from_numpy(queries[[0, 0]])).any()
+
+
+@pytest.mark.parametrize("kernel", ["rbf", "matern-5/2", "rational-quadratic"])
+def test_solvers_agree_on_a_run_with_a_long_history(kernel):
+    # Iterates of gradient descent, T0 = 40: nearly collinear at the end, as in real runs.
+    curvature = torch.logspace(-2, 0, 60, dtype=torch.float64)
+    theta = torch.randn(60, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    history = GradientHistory(40, 60)
+    for _ in range(40):
+        history.append(theta[None], (curvature * theta)[None])
+        theta = theta - 0.9 * curvature * theta
+    answers = [
+        CurlFreeEstimator(kernel, noise_variance=1e-4, solver=solver).fit(history).mean(theta)
+        for solver in ("dense", "cg")
+    ]
+    assert (answers[0] - answers[1]).norm() < 1e-8 * answers[0].norm()
+    assert (answers[0] - curvature * theta).norm() < 0.1 * (curvature * theta).norm()
+
+
+def test_large_systems_go_to_conjugate_gradients_and_small_ones_do_not(monkeypatch):
+    from optex.estimators import curl_free
+
+    calls = []
+    real = curl_free.conjugate_gradients
+    monkeypatch.setattr(curl_free, "conjugate_gradients", lambda *a: calls.append(1) or real(*a))
+    points, gradients, _ = sample("random", 20, 50, 0)
+    for limit, expected in ((20 * 19, 0), (20 * 19 - 1, 1)):
+        monkeypatch.setattr(curl_free, "DENSE_LIMIT", limit)
+        CurlFreeEstimator(noise_variance=1e-2).fit(history_of(points, gradients))
+        assert len(calls) == expected
+
+
+def test_sees_through_symmetry_what_the_separable_kernel_cannot():
+    # F = θ₀ θ₁. Along the first axis only the second component of the gradient changes; a curl-free field
+    # must then change in its first component along the second axis, where nothing was ever measured.
+    points = np.array([[t, 0.0] for t in (-1.0, 0.0, 1.0)])
+    history = history_of(points, points[:, ::-1].copy())
+    query = torch.tensor([0.0, 0.5], dtype=torch.float64)
+    from optex import SeparableEstimator
+
+    curl_free = CurlFreeEstimator("rbf", 3.0).fit(history).mean(query)
+    separable = SeparableEstimator("rbf", 3.0, prior_mean="gls").fit(history).mean(query)
+    assert curl_free[0].item() == pytest.approx(0.5, abs=0.05)
+    assert abs(separable[0].item()) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_never_fails_on_a_run_that_converges(dtype, size):
+    # Steps shrink to nothing: distances underflow, pairs merge, the span loses its rank. No warning either.
+    theta = torch.randn(500, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    history = GradientHistory(size, 500, dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(150):
+            history.append(theta[None], theta[None])
+            if step % 10 == 9:
+                posterior = CurlFreeEstimator().fit(history)
+                prediction = posterior.mean(theta * 0.9)
+                assert prediction.isfinite().all()
+                # The noise is relative to the largest gradient held, and so is what is promised.
+                largest = history.gradients.norm(dim=1).max()
+                assert (prediction - 0.9 * theta).norm() <= 3e-3 * largest
+            theta = theta * 0.7
+
+
+def test_half_precision_history():
+    points, gradients, _ = sample("random", 8, 300, 0)
+    history = GradientHistory(8, 300, dtype=torch.bfloat16)
+    history.append(torch.from_numpy(points), torch.from_numpy(gradients))
+    exact = CurlFreeEstimator(noise_variance=1e-2).fit(history_of(points, gradients))
+    rough = CurlFreeEstimator(noise_variance=1e-2).fit(history)
+    query = torch.from_numpy(points[:2].mean(0))
+    torch.testing.assert_close(rough.mean(query), exact.mean(query), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kernel": "matern-3/2"}, "is not twice differentiable at 0; use 'rbf'"),
+        ({"kernel": "gauss"}, "kernel: 'gauss' is not one of"),
+        ({"lengthscale": 0.0}, "lengthscale must be positive, got 0.0"),
+        ({"median_multiple": -1.0}, "median_multiple must be positive, got -1.0"),
+        ({"noise_variance": -1e-3}, "noise_variance must not be negative"),
+        ({"prior_mean": "gls"}, "prior_mean must be 'last' or 'zero', got 'gls'"),
+        ({"solver": "lu"}, "solver must be 'auto', 'dense' or 'cg', got 'lu'"),
+    ],
+)
+def test_errors_name_the_argument(settings, message):
+    with pytest.raises(ValueError, match=message):
+        CurlFreeEstimator(**settings)
