@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from optex.acceptance import SELECTIONS, Acceptance, Last, LowestLoss, MeasuredRound, WithinTolerance
 from optex.bases import check_base
 from optex.errors import NonFiniteError
-from optex.estimators import Estimator, Posterior, SeparableEstimator
+from optex.estimators import CurlFreeEstimator, Estimator, Posterior, SeparableEstimator
 from optex.evaluators import Evaluation, Evaluator, GradientSource, SequentialEvaluator
 from optex.evaluators.interface import ClosureSource, ObjectiveSource
 from optex.history import GradientHistory
@@ -78,8 +78,8 @@ class OptEx(Optimizer):
         parallelism: N, gradients evaluated at once, at least 1. With 1 the run is the base optimizer's.
         history_size: T0, pairs of iterate and gradient to predict from; ``max(16, 2 · parallelism)`` by
             default.
-        estimator: predicts gradients; by default a Matérn-5/2 Gaussian process about the generalised
-            least-squares mean. False switches prediction off: a round is then one step of the base.
+        estimator: predicts gradients; ``CurlFreeEstimator()`` by default. False switches prediction off: a
+            round is then one step of the base.
         acceptance: which steps are kept; ``WithinTolerance()`` by default.
         evaluator: how gradients are computed at once; ``SequentialEvaluator()`` by default.
         scheduler: a learning-rate scheduler of ``base`` that ticks once for every step taken, drafted steps
@@ -140,7 +140,7 @@ class OptEx(Optimizer):
         self.parallelism = parallelism
         self.history_size = history_size
         if estimator is None:
-            estimator = SeparableEstimator(prior_mean="gls")
+            estimator = CurlFreeEstimator()
         self.estimator = estimator or None
         self.acceptance = acceptance if acceptance is not None else WithinTolerance()
         self.evaluator = evaluator if evaluator is not None else SequentialEvaluator()

@@ -56,9 +56,9 @@ class CurlFreeEstimator(Estimator):
     >>> history = GradientHistory(4, 2)
     >>> points = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     >>> history.append(points, 2 * points)            # ∇F of ‖θ‖²
-    >>> posterior = CurlFreeEstimator().fit(history)
-    >>> posterior.mean(torch.tensor([2.0, 1.0], dtype=torch.float64)).round(decimals=1)
-    tensor([4.0000, 2.0000], dtype=torch.float64)
+    >>> posterior = CurlFreeEstimator(lengthscale=50.0).fit(history)
+    >>> posterior.mean(torch.tensor([0.5, 0.5], dtype=torch.float64)).round(decimals=2)
+    tensor([1., 1.], dtype=torch.float64)
     """
 
     kernel: Kernel | str = field(default_factory=Matern52)

@@ -1,0 +1,282 @@
+"""One suite over every method, and each method against a slow, obvious twin."""
+
+import math
+import time
+from functools import partial
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from optex import HoldLast, NonFiniteError, OptEx, WithinTolerance
+from optex.acceptance import Last
+from optex.baselines import METHODS, Recorder, Setting, make_method
+from optex.baselines.data_parallel import data_parallel, tuned_data_parallel
+from optex.baselines.line_search import line_search, step_factors
+from optex.comparison import acceleration
+from optex.problems import Problem, Quadratic, Rosenbrock, Sphere, make_problem
+
+PROBLEMS = {
+    "deterministic": lambda: Quadratic(dim=20, seed=1),
+    "noisy": lambda: Rosenbrock(dim=20, seed=1, noise=0.01),
+    "minibatches": lambda: make_problem("digits-mlp", seed=1),
+}
+BASES = {
+    "sgd": partial(torch.optim.SGD, lr=0.01),
+    "momentum": partial(torch.optim.SGD, lr=0.005, momentum=0.9),
+    "adam": partial(torch.optim.Adam, lr=0.01),
+}
+
+
+def setting(base="adam", parallelism=3, rounds=6, **changes):
+    return Setting(BASES.get(base, base), parallelism, changes.get("history_size", 8), rounds)
+
+
+@pytest.fixture(params=PROBLEMS)
+def problem(request) -> Problem:
+    return PROBLEMS[request.param]()
+
+
+@pytest.mark.parametrize("name", METHODS)
+class TestEveryMethod:
+    def test_leaves_a_whole_trace(self, name, problem):
+        start = problem.evaluate()
+        trace = METHODS[name].run(problem, setting())
+        assert trace.stopped is None
+        assert len(trace.loss) == len(trace.gradients) == len(trace.seconds) == len(trace.accepted) == 7
+        assert trace.rounds == 6
+        assert (trace.loss[0], trace.gradients[0], trace.seconds[0], trace.accepted[0]) == (start, 0, 0.0, 0)
+        assert np.isfinite(trace.loss).all()
+        assert all(0 < step <= 3 for step in np.diff(trace.gradients))
+        assert all(seconds > 0 for seconds in np.diff(trace.seconds))
+        assert all(0 <= accepted <= 3 for accepted in trace.accepted)
+
+    def test_ends_where_its_last_loss_says(self, name, problem):
+        trace = METHODS[name].run(problem, setting())
+        assert problem.evaluate() == trace.loss[-1]
+
+    def test_starts_from_the_start_again(self, name, problem):
+        first = METHODS[name].run(problem, setting())
+        again = METHODS[name].run(problem, setting())
+        assert first.loss == again.loss
+        assert first.accepted == again.accepted
+
+    def test_makes_progress(self, name):
+        trace = METHODS[name].run(Quadratic(dim=20), setting(base="sgd", rounds=10))
+        assert trace.loss[-1] < trace.loss[0]
+
+    def test_has_one_line_of_description(self, name):
+        assert 10 < len(METHODS[name].description) < 80
+        assert "\n" not in METHODS[name].description
+
+
+@pytest.mark.parametrize("name", [name for name, entry in METHODS.items() if entry.own_optimizer is None])
+def test_a_run_that_diverges_is_filled_up(name):
+    trace = METHODS[name].run(Rosenbrock(dim=5), setting(partial(torch.optim.SGD, lr=1e4), rounds=12))
+    assert trace.stopped
+    assert len(trace.loss) == len(trace.gradients) == len(trace.seconds) == len(trace.accepted) == 13
+    assert math.isnan(trace.loss[-1])
+    end = int(np.isnan(trace.loss).argmax())
+    assert np.isfinite(trace.loss[:end]).all()
+    assert np.isnan(trace.loss[end:]).all()
+    assert set(trace.gradients[end:]) == {trace.gradients[end - 1]}
+    assert set(trace.accepted[end:]) == {0}
+
+
+class TestInTurn:
+    def test_vanilla_is_the_plain_loop(self, problem):
+        trace = METHODS["vanilla"].run(problem, setting())
+        problem.reset()
+        optimizer, losses = BASES["adam"](problem.parameters()), [problem.evaluate()]
+        for batch in islice(problem.batches(), 6):
+            optimizer.zero_grad()
+            problem(batch).backward()
+            optimizer.step()
+            losses.append(problem.evaluate())
+        assert trace.loss == losses
+
+    def test_target_is_vanilla_seen_at_every_nth_step(self, problem):
+        vanilla = METHODS["vanilla"].run(problem, setting(rounds=18))
+        target = METHODS["target"].run(problem, setting(rounds=6))
+        assert target.loss == vanilla.loss[::3]
+        assert target.gradients == vanilla.gradients[::3]
+
+    @pytest.mark.parametrize("parallelism", [1, 2, 5, 16])
+    def test_acceleration_of_target_is_n_and_of_vanilla_one(self, parallelism):
+        problem, rounds = Sphere(dim=50), 12
+        ruler = METHODS["vanilla"].run(problem, setting("sgd", parallelism, parallelism * rounds)).loss
+        target = METHODS["target"].run(problem, setting("sgd", parallelism, rounds)).loss
+        assert acceleration(target, ruler) == parallelism
+        assert acceleration(ruler[: rounds + 1], ruler) == 1
+
+
+class TestOneAtATime:
+    """With one gradient a round there is nothing to predict: every method of OptEx is the base optimizer."""
+
+    @pytest.mark.parametrize("name", ["target", "hold-last", "picard", "optex-paper", "optex"])
+    @pytest.mark.parametrize("base", BASES)
+    def test_is_vanilla_bit_for_bit(self, name, base, problem):
+        vanilla = METHODS["vanilla"].run(problem, setting(base, parallelism=1))
+        assert METHODS[name].run(problem, setting(base, parallelism=1)).loss == vanilla.loss
+
+
+OPTEX_TWINS = {
+    "hold-last": lambda base: OptEx(base, parallelism=3, estimator=HoldLast(), acceptance=Last()),
+    "picard": lambda base: OptEx(base, parallelism=3, estimator=HoldLast(), acceptance=WithinTolerance(1.0)),
+    "optex-paper": lambda base: OptEx.from_paper(base, 3, 8),
+    "optex": lambda base: OptEx(base, parallelism=3, history_size=8),
+}
+
+
+@pytest.mark.parametrize("name", OPTEX_TWINS)
+def test_is_the_optex_it_says(name, problem):
+    trace = METHODS[name].run(problem, setting())
+    problem.reset()
+    optimizer = OPTEX_TWINS[name](BASES["adam"](problem.parameters()))
+    losses, accepted = [problem.evaluate()], [0]
+    for report in islice(optimizer.rounds(problem.batches(), problem), 6):
+        losses.append(problem.evaluate())
+        accepted.append(report.accepted)
+    assert trace.loss == losses
+    assert trace.accepted == accepted
+    assert 0 < trace.overhead_seconds < trace.seconds[-1]
+
+
+class TestDataParallel:
+    @pytest.mark.parametrize("base", BASES)
+    def test_without_noise_and_factor_one_is_vanilla(self, base):
+        problem = Quadratic(dim=20)
+        vanilla = METHODS["vanilla"].run(problem, setting(base))
+        np.testing.assert_allclose(data_parallel(problem, setting(base), 1.0).loss, vanilla.loss, rtol=1e-12)
+
+    def test_steps_with_the_mean_gradient_of_its_own_batches(self):
+        problem = Sphere(dim=20, noise=0.1)
+        data_parallel(problem, setting("sgd", rounds=2), 2.0)
+        end = problem.theta.detach().clone()
+        problem.reset()
+        batches = problem.batches()
+        for _ in range(2):
+            (exact,) = torch.autograd.grad(problem(None), problem.theta)
+            noise = torch.stack([next(batches) for _ in range(3)]).mean(0)
+            with torch.no_grad():
+                problem.theta.sub_(2.0 * 0.01 * (exact + noise))
+        torch.testing.assert_close(end, problem.theta.detach())
+
+    def test_tuning_keeps_the_best_factor_and_says_which(self, problem):
+        traces = {f: data_parallel(problem, setting(parallelism=4), f) for f in (1.0, 2.0, 4.0)}
+        best = min(traces, key=lambda factor: traces[factor].loss[-1])
+        tuned = tuned_data_parallel(problem, setting(parallelism=4))
+        assert tuned.loss == traces[best].loss
+        assert tuned.lr == pytest.approx(best * 0.01)
+        assert tuned.gradients == [4 * r for r in range(7)]
+
+    def test_tuning_passes_over_rates_that_diverge(self):
+        problem = Quadratic(
+            dim=3, condition=1.0
+        )  # one step of 1 solves it; 9 overflows, which is not a best loss
+        tuned = tuned_data_parallel(problem, setting(partial(torch.optim.SGD, lr=1.0), 9, rounds=200))
+        assert data_parallel(problem, setting(partial(torch.optim.SGD, lr=1.0), 9, rounds=200), 9.0).stopped
+        assert (tuned.lr, tuned.loss[-1]) == (1.0, 0.0)
+
+
+class TestLineSearch:
+    @pytest.mark.parametrize(
+        ("parallelism", "factors"),
+        [(1, [1]), (2, [1, 2]), (3, [0.5, 1, 2]), (4, [0.5, 1, 2, 4]), (5, [0.25, 0.5, 1, 2, 4])],
+    )
+    def test_factors_are_powers_of_two_about_one(self, parallelism, factors):
+        assert step_factors(parallelism).tolist() == factors
+
+    @pytest.mark.parametrize("base", BASES)
+    def test_alone_is_vanilla_one_round_late(self, base, problem):
+        vanilla = METHODS["vanilla"].run(problem, setting(base, parallelism=1))
+        searched = line_search(problem, setting(base, parallelism=1, rounds=7))
+        if problem.name == "quadratic":
+            np.testing.assert_allclose(searched.loss[1:], vanilla.loss, rtol=1e-10)
+        assert searched.loss[1] == searched.loss[0]
+        assert searched.accepted == [0, 0, 1, 1, 1, 1, 1, 1]
+
+    def test_a_round_is_never_worse_than_the_base_optimizers_step(self):
+        problem = Rosenbrock(dim=10)
+        trace = line_search(problem, setting("sgd", parallelism=5, rounds=10))
+        for rounds in range(1, 10):
+            line_search(problem, setting("sgd", parallelism=5, rounds=rounds))
+            (gradient,) = torch.autograd.grad(problem(None), problem.theta)
+            with torch.no_grad():
+                problem.theta.sub_(0.01 * gradient)
+            assert trace.loss[rounds + 1] <= problem.evaluate() * (1 + 1e-12)
+
+    def test_the_base_state_advances_by_kept_gradients_once_a_round(self):
+        made = []
+
+        def base(parameters):
+            made.append(BASES["momentum"](parameters))
+            return made[-1]
+
+        problem = Quadratic(dim=4)
+        line_search(problem, setting(base, parallelism=3, rounds=3))
+        # Twin: the same three rounds by hand.
+        problem.reset()
+        momentum, point = torch.zeros(4, dtype=torch.float64), problem.theta.detach().clone()
+        for _ in range(2):
+            momentum = 0.9 * momentum + problem.eigenvalues * point
+            tried = [point - factor * 0.005 * momentum for factor in (0.5, 1.0, 2.0)]
+            point = min(tried, key=lambda theta: float(problem.value(theta)))
+        (state,) = made[-1].state.values()
+        torch.testing.assert_close(state["momentum_buffer"], momentum)
+
+
+class TestLBFGS:
+    def test_every_evaluation_is_a_round(self):
+        calls = []
+
+        class Counting(Quadratic):
+            def forward(self, batch):
+                calls.append(batch)
+                return super().forward(batch)
+
+        trace = METHODS["lbfgs"].run(Counting(dim=10), setting(rounds=15))
+        assert len(calls) == 15
+        assert trace.gradients == list(range(16))
+        assert trace.lr == 1.0
+        assert trace.loss[-1] < 1e-3 * trace.loss[0]
+
+    def test_is_not_stopped_by_a_gradient_of_zero(self):
+        problem = Quadratic(dim=2, condition=1.0)
+        trace = METHODS["lbfgs"].run(problem, setting(rounds=10))
+        assert trace.loss[-1] == pytest.approx(0.0, abs=1e-20)
+        assert len(trace.loss) == 11
+
+
+class TestRecorder:
+    def test_time_of_the_evaluations_is_not_counted(self):
+        class Slow(Sphere):
+            def evaluate(self):
+                time.sleep(0.05)
+                return super().evaluate()
+
+        trace = METHODS["vanilla"].run(Slow(dim=3), setting(rounds=5))
+        assert 0 < trace.seconds[-1] < 5 * 0.05
+
+    def test_swallows_only_what_a_diverging_run_raises(self):
+        with Recorder(Sphere(dim=3), 2) as recorder:
+            raise NonFiniteError("too far")
+        assert recorder.trace(0.1).stopped == "too far"
+        with pytest.raises(KeyError), Recorder(Sphere(dim=3), 2):
+            raise KeyError
+
+    def test_a_loss_that_is_not_finite_ends_the_run(self):
+        problem = Sphere(dim=3)
+        with Recorder(problem, 2) as recorder:
+            with torch.no_grad():
+                problem.theta.fill_(math.inf)
+            recorder.round(gradients=1, accepted=1)
+        trace = recorder.trace(0.1)
+        assert trace.stopped == "sphere: the objective after round 1 is inf"
+        assert trace.gradients == [0, 0, 0]
+
+
+def test_an_unknown_method_is_refused_with_the_names():
+    with pytest.raises(ValueError, match="'nope' is not one of vanilla, target, data-parallel"):
+        make_method("nope")

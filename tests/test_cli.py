@@ -1,0 +1,172 @@
+"""The command line, as a user meets it."""
+
+import json
+import re
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import optex
+from optex import cli
+from optex.baselines import METHODS
+from optex.bases import OPTIMIZERS
+from optex.problems import PROBLEMS
+
+SMALL = ["--rounds", "4", "--seeds", "2", "--dim", "6", "--parallelism", "3"]
+
+
+@pytest.fixture(autouse=True)
+def _threads_as_before():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def run(*arguments, width=80):
+    return CliRunner().invoke(cli.app, list(arguments), env={"COLUMNS": str(width), "TERM": "dumb"})
+
+
+class TestCompare:
+    @pytest.fixture(scope="class")
+    def result(self):
+        methods = ",".join(METHODS)
+        return run("compare", *PROBLEMS, *SMALL, "--methods", methods, "--lr", "0.05")
+
+    def test_prints_a_table_for_every_problem(self, result):
+        assert result.exit_code == 0, result.output
+        for name in PROBLEMS:
+            assert re.search(rf"^{name}: d = ", result.stdout, re.MULTILINE)
+        for name in METHODS:
+            assert len(re.findall(rf"^{name} ", result.stdout, re.MULTILINE)) >= len(PROBLEMS)
+
+    def test_the_table_fits_eighty_columns_without_cuts(self, result):
+        assert "…" not in result.stdout
+        assert max(map(len, result.stdout.splitlines())) <= 80
+
+    def test_says_what_was_run_and_what_the_columns_mean(self, result):
+        assert result.stdout.startswith("adam, lr 0.05, N = 3, T0 = 20, 4 rounds, 2 seeds")
+        for column in ("as good at round", "seconds", "pays above"):
+            assert f"\n{column}: " in result.stdout
+
+    def test_there_is_no_progress_bar_where_nobody_watches(self, result):
+        assert result.stderr == ""
+
+    def test_writes_the_record_and_the_plot_into_new_folders(self, tmp_path):
+        record, plot = tmp_path / "a" / "b" / "out.json", tmp_path / "c" / "out.png"
+        result = run("compare", "sphere", *SMALL, "--noise", "0.1", "--json", str(record), "--plot", str(plot))
+        assert result.exit_code == 0, result.output
+        document = json.loads(record.read_text())
+        assert {run["method"] for run in document["runs"]} == {"vanilla", "target", "optex-paper", "optex"}
+        assert document["meta"]["noise"] == 0.1
+        assert document["meta"]["command"][0] == "optex"
+        assert plot.read_bytes().startswith(b"\x89PNG")
+        assert plot.stat().st_size > 10_000
+
+    def test_target_shows_its_acceleration(self):
+        result = run("compare", "sphere", *SMALL, "--optimizer", "sgd", "--lr", "0.01", "--methods", "target")
+        assert re.search(r"^target .* 3\.00 ± 0\.00 ", result.stdout, re.MULTILINE)
+        assert re.search(r"^vanilla .* 1\.00 ± 0\.00 ", result.stdout, re.MULTILINE)
+
+    def test_a_diverging_method_is_a_row_like_the_others(self):
+        result = run("compare", "rosenbrock", *SMALL, "--rounds", "9", "--optimizer", "sgd", "--lr", "1e5")
+        assert result.exit_code == 0, result.output
+        assert re.search(r"^optex .*diverged", result.stdout, re.MULTILINE)
+
+    def test_one_seed_has_no_spread(self):
+        result = run("compare", "sphere", *SMALL, "--seeds", "1")
+        assert "1 seed\n" in result.stdout
+        assert "±" not in result.stdout
+
+    def test_threads_are_set_on_purpose(self):
+        run("compare", "sphere", *SMALL, "--seeds", "1", "--threads", "1")
+        assert torch.get_num_threads() == 1
+
+    def test_warnings_are_gathered_under_the_table(self, monkeypatch):
+        def warned(comparison, case, run_case=cli.run_case):
+            cli.warnings.warn("a bit of jitter", optex.JitterWarning, stacklevel=1)
+            return run_case(comparison, case)
+
+        monkeypatch.setattr(cli, "run_case", warned)
+        result = run("compare", "sphere", *SMALL, "--seeds", "1", "--methods", "target")
+        assert "2 × JitterWarning, the first: a bit of jitter" in result.stdout
+
+
+REFUSALS = {
+    "problem": (["nope"], "problem: 'nope' is not one of sphere, ackley"),
+    "method": (["sphere", "--methods", "vanilla,nope"], "method: 'nope' is not one of vanilla"),
+    "optimizer": (["sphere", "--optimizer", "nope"], "optimizer: 'nope' is not one of sgd"),
+    "rounds": (["sphere", "--rounds", "0"], "rounds: must be an integer of at least 1, got 0"),
+    "seeds": (["sphere", "--seeds", "0"], "seeds: must be an integer of at least 1, got 0"),
+    "parallelism": (["sphere", "--parallelism", "0"], "parallelism: must be an integer of at least 1"),
+    "history": (["sphere", "--history", "0"], "history_size: must be an integer of at least 1"),
+    "learning rate": (["sphere", "--lr", "0"], "lr: must be positive and finite, got 0.0"),
+    "negative rate": (["sphere", "--lr", "-1"], "lr: must be positive and finite, got -1.0"),
+    "noise": (["sphere", "--noise", "-1"], "noise: must be finite and not negative, got -1.0"),
+    "dimension": (["rosenbrock", "--dim", "1"], "Rosenbrock: dim must be at least 2, got 1"),
+    "batch size": (["digits-mlp", "--batch-size", "5000"], "batch_size must be between 1 and 1437, got 5000"),
+    "threads": (["sphere", "--threads", "0"], "threads: must be at least 1, got 0"),
+    "plot format": (["sphere", "--plot", "out.foo"], "plot: 'out.foo' must end in one of"),
+    "folder": (["sphere", "--json", "."], "json: . is a folder; name a file in it"),
+    "no such place": (["sphere", "--json", "/dev/null/out.json"], "json: cannot make the folder /dev/null"),
+}
+if "muon" in OPTIMIZERS:
+    REFUSALS["shape"] = (["sphere", "--optimizer", "muon"], "optimizer: muon cannot optimise sphere")
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSALS.values(), ids=REFUSALS.keys())
+def test_a_users_mistake_is_one_line_and_exit_code_two(arguments, message):
+    result = run("compare", *arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("optex: ")
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [["compare"], ["compare", "sphere", "--lr", "abc"], ["nope"], ["--nope"]])
+def test_what_cannot_be_parsed_exits_with_two_and_no_traceback(arguments):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+
+
+def test_missing_data_package_says_how_to_get_it(monkeypatch):
+    def missing(name, **options):
+        raise ModuleNotFoundError("digits-mlp: pip install optex[data]")
+
+    monkeypatch.setattr("optex.comparison.make_problem", missing)
+    result = run("compare", "digits-mlp")
+    assert result.exit_code == 2
+    assert result.stderr == "optex: digits-mlp: pip install optex[data]\n"
+
+
+def test_list_names_everything_with_one_line_each():
+    result = run("list")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    for name in (*PROBLEMS, *METHODS, *OPTIMIZERS):
+        assert sum(line.split()[:1] == [name] and len(line.split()) > 2 for line in lines) == 1, name
+    assert max(map(len, lines)) <= 80
+
+
+def test_version():
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"optex {optex.__version__}\n")
+
+
+def test_help_has_every_option():
+    result = run("compare", "--help")
+    for option in (
+        "--optimizer",
+        "--lr",
+        "--parallelism",
+        "--history",
+        "--rounds",
+        "--seeds",
+        "--dim",
+        "--noise",
+    ):
+        assert option in result.stdout
+    for option in ("--methods", "--batch-size", "--threads", "--json", "--plot"):
+        assert option in result.stdout

@@ -1,0 +1,321 @@
+"""Runs, their record, and the measures, with numbers that can be followed by hand."""
+
+import json
+import math
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optex.baselines import METHODS, Trace
+from optex.bases import OPTIMIZERS
+from optex.comparison import (
+    Comparison,
+    Run,
+    Spread,
+    acceleration,
+    default_rate,
+    describe,
+    run_case,
+    summarise,
+    write_json,
+)
+from optex.plots import METHOD_STYLES, check_plot_path, plot_comparison, write_plot
+from optex.problems import PROBLEMS
+
+RUN_KEYS = [
+    "problem",
+    "method",
+    "optimizer",
+    "lr",
+    "parallelism",
+    "seed",
+    "rounds",
+    "loss",
+    "gradients",
+    "seconds",
+    "accepted",
+]
+
+
+def small(**changes):
+    options = {"problems": ("quadratic",), "rounds": 4, "seeds": 2, "dim": 6, "parallelism": 3, "lr": 0.1}
+    return Comparison(**{**options, **changes})
+
+
+def all_runs(comparison):
+    return [run_case(comparison, case) for case in comparison.cases()]
+
+
+def made_up(method, loss, seed=0, *, parallelism=2, overhead=math.nan, stopped=None, problem="sphere"):
+    count = len(loss)
+    trace = Trace(
+        loss=list(loss),
+        gradients=list(range(count)),
+        seconds=[0.5 * r for r in range(count)],
+        accepted=[0] + [1] * (count - 1),
+        lr=0.1,
+        overhead_seconds=overhead,
+        stopped=stopped,
+    )
+    return Run(problem, method, "adam", 0.1, parallelism, seed, trace)
+
+
+def prototypes_acceleration(losses, ruler):
+    """The evidence prototype's formula, as it stands there."""
+    best, ruler, T = np.fmin.accumulate(losses), np.fmin.accumulate(ruler), len(losses) - 1
+    return float(
+        np.mean([min(np.searchsorted(-ruler, -best[r]), len(ruler) - 1) / r for r in (T // 3, 2 * T // 3, T)])
+    )
+
+
+def literal_acceleration(losses, ruler):
+    """The sentence of the design, word by word."""
+    values = []
+    for r in (len(losses) // 3, 2 * (len(losses) - 1) // 3, len(losses) - 1):
+        best = min(loss for loss in losses[: r + 1] if not math.isnan(loss))
+        first = [k for k in range(len(ruler)) if min(ruler[: k + 1]) <= best]
+        values.append((first[0] if first else len(ruler) - 1) / r)
+    return sum(values) / 3
+
+
+def losses(rounds):
+    return st.lists(st.floats(0, 100), min_size=rounds + 1, max_size=rounds + 1)
+
+
+class TestAcceleration:
+    @given(losses(9), losses(27))
+    def test_is_the_prototypes(self, method, ruler):
+        assert acceleration(method, ruler) == prototypes_acceleration(method, ruler)
+
+    @given(losses(6), losses(18))
+    def test_is_the_designs_sentence(self, method, ruler):
+        assert acceleration(method, ruler) == pytest.approx(literal_acceleration(method, ruler))
+
+    def test_a_method_that_diverges_stands_still(self):
+        ruler = [10.0 - r for r in range(10)]
+        late = acceleration([10.0, 7.0, math.nan, math.nan], ruler)  # 3 rounds' worth after 1, 2 and 3
+        assert late == pytest.approx((3 / 1 + 3 / 2 + 3 / 3) / 3)
+        assert acceleration([10.0, math.nan, math.nan, math.nan], ruler) == 0
+
+    def test_a_ruler_that_diverges_is_beaten_by_its_whole_length(self):
+        assert acceleration([5.0, 4.0, 3.0, 2.0], [5.0] + [math.nan] * 6) == pytest.approx(np.mean([6, 3, 2]))
+
+    @pytest.mark.parametrize("rounds", [1, 2])
+    def test_short_runs_have_one_too(self, rounds):
+        assert acceleration([3.0, 1.0, 1.0][: rounds + 1], [3.0, 2.0, 1.0]) > 0
+
+
+class TestSummary:
+    def test_by_hand(self):
+        ruler = [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0]  # three rounds at N = 2: its loss to reach is 5
+        rows = summarise(
+            [
+                made_up("vanilla", ruler, 0),
+                made_up("fast", [8.0, 6.0, 4.0, 2.0], 0, overhead=0.2),
+                made_up("vanilla", ruler, 1),
+                made_up("fast", [8.0, 7.0, 6.0, 4.0], 1, overhead=0.4),
+            ]
+        )
+        vanilla, fast = rows
+        assert (vanilla.method, fast.method) == ("vanilla", "fast")
+        assert vanilla.final_loss.mean == 5.0
+        assert vanilla.rounds_to_vanilla.mean == 3.0
+        assert vanilla.acceleration == Spread(1.0, 0.0, 2)
+        assert (vanilla.gradients, vanilla.seconds) == (3.0, 1.5)
+        assert math.isnan(vanilla.break_even_seconds)
+        second = (1 / 1 + 2 / 2 + 4 / 3) / 3
+        assert fast.final_loss.mean == 3.0
+        assert fast.rounds_to_vanilla == Spread(2.5, pytest.approx(math.sqrt(0.5)), 2)
+        assert fast.acceleration.mean == pytest.approx((2 + second) / 2)
+        assert fast.acceleration.deviation == pytest.approx((2 - second) / math.sqrt(2))
+        assert fast.overhead_seconds == pytest.approx(0.3)
+        assert fast.break_even_seconds == pytest.approx(0.3 / ((2 + second) / 2 - 1))
+        assert fast.accepted == 1.0
+
+    def test_a_method_that_gains_nothing_never_pays(self):
+        ruler = [3.0, 2.0, 1.0]
+        _, slow = summarise([made_up("vanilla", ruler), made_up("slow", [3.0, 2.5], overhead=0.1)])
+        assert slow.break_even_seconds == math.inf
+        assert math.isnan(slow.rounds_to_vanilla.mean)
+        assert slow.rounds_to_vanilla.count == 0
+
+    def test_seeds_that_diverged_are_counted_and_left_out_of_the_loss(self):
+        ruler = [3.0, 2.0, 1.0]
+        runs = [made_up("vanilla", ruler, seed) for seed in (0, 1)]
+        runs += [made_up("m", [3.0, 2.0], 0), made_up("m", [3.0, math.nan], 1, stopped="too far")]
+        row = summarise(runs)[1]
+        assert row.stopped == 1
+        assert row.final_loss == Spread(2.0, pytest.approx(math.nan, nan_ok=True), 1)
+        assert row.acceleration.mean == 0.5
+
+    def test_needs_the_ruler(self):
+        with pytest.raises(ValueError, match="no vanilla run of sphere, seed 0"):
+            summarise([made_up("optex", [1.0, 0.5])])
+
+
+class TestRecords:
+    @pytest.fixture(scope="class")
+    def comparison(self):
+        return small(problems=("quadratic", "logistic-breast-cancer"), methods=tuple(METHODS))
+
+    @pytest.fixture(scope="class")
+    def runs(self, comparison):
+        return all_runs(comparison)
+
+    @pytest.fixture(scope="class")
+    def document(self, comparison, runs, tmp_path_factory):
+        path = tmp_path_factory.mktemp("compare") / "not" / "there" / "yet.json"
+        write_json(path, describe(comparison), runs)
+        return json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+
+    def test_there_is_a_run_for_every_case(self, comparison, document):
+        cases = {(run["problem"], run["method"], run["seed"]) for run in document["runs"]}
+        assert len(document["runs"]) == len(cases) == 2 * len(METHODS) * 2
+
+    def test_the_schema_is_the_designs(self, document):
+        assert list(document) == ["meta", "runs"]
+        for run in document["runs"]:
+            assert list(run) == RUN_KEYS
+            length = 3 * 4 + 1 if run["method"] == "vanilla" else 4 + 1
+            assert run["rounds"] == list(range(length))
+            assert all(len(run[key]) == length for key in ("loss", "gradients", "seconds", "accepted"))
+            assert run["gradients"][0] == run["seconds"][0] == run["accepted"][0] == 0
+            assert run["parallelism"] == 3
+            assert run["optimizer"] == ("lbfgs" if run["method"] == "lbfgs" else "adam")
+
+    def test_methods_share_their_start(self, document):
+        for problem in ("quadratic", "logistic-breast-cancer"):
+            for seed in (0, 1):
+                starts = {
+                    run["loss"][0]
+                    for run in document["runs"]
+                    if run["problem"] == problem and run["seed"] == seed
+                }
+                assert len(starts) == 1
+
+    def test_meta_says_what_was_run_and_where(self, comparison, document):
+        meta = document["meta"]
+        assert meta["dimension"] == {"quadratic": 6, "logistic-breast-cancer": 31}
+        assert meta["minimum"]["quadratic"] == 0
+        assert meta["history_size"] == comparison.history_size == 20
+        assert meta["noise"] == 0
+        assert meta["torch"] == torch.__version__.partition("+")[0] or meta["torch"] == torch.__version__
+        assert meta["threads"] == torch.get_num_threads()
+        assert meta["options"]["optimizer"] == "adam"
+        assert {"optex", "python", "platform", "cpu", "cpus", "date"} <= meta.keys()
+        assert len(meta["summary"]) == 2 * len(METHODS)
+
+    def test_what_is_not_finite_is_null(self, tmp_path):
+        comparison = small(problems=("rosenbrock",), optimizer="sgd", lr=1e5, methods=("target",), rounds=9)
+        write_json(tmp_path / "out.json", {}, all_runs(comparison))
+        document = json.loads((tmp_path / "out.json").read_text())
+        assert {run["loss"][-1] for run in document["runs"]} == {None}
+        assert document["meta"]["summary"][0]["stopped"] == 2
+
+    def test_the_ruler_is_always_run_and_runs_n_times_as_far(self):
+        comparison = small(methods=("optex",), problems=("sphere", "sphere"))
+        assert comparison.methods == ("vanilla", "optex")
+        assert comparison.problems == ("sphere",)
+        assert [run.trace.rounds for run in all_runs(comparison)] == [12, 4, 12, 4]
+
+    def test_options_reach_the_problems_that_have_them(self):
+        comparison = small(problems=tuple(PROBLEMS), noise=0.5, batch_size=8)
+        assert comparison.problem("sphere", 0).noise == 0.5
+        assert comparison.problem("sphere", 0).dimension == 6
+        assert comparison.problem("digits-mlp", 0).batch_size == 8
+
+    @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "muon"])
+    def test_every_optimizer_runs_at_its_default_rate(self, name):
+        comparison = small(optimizer=name, lr=None, seeds=1, methods=("optex",))
+        assert comparison.lr == default_rate(name) > 0
+        comparison.check()
+        assert all(run.trace.stopped is None for run in all_runs(comparison))
+
+
+REFUSALS = {
+    "no problem": ({"problems": ()}, "problems: none given"),
+    "problem": ({"problems": ("nope",)}, "problem: 'nope' is not one of"),
+    "method": ({"methods": ("nope",)}, "method: 'nope' is not one of"),
+    "optimizer": ({"optimizer": "nope"}, "optimizer: 'nope' is not one of"),
+    "parallelism": ({"parallelism": 0}, "parallelism: must be an integer of at least 1, got 0"),
+    "history": ({"history_size": -1}, "history_size: must be an integer of at least 1, got -1"),
+    "rounds": ({"rounds": 0}, "rounds: must be an integer of at least 1, got 0"),
+    "seeds": ({"seeds": 2.5}, "seeds: must be an integer of at least 1, got 2.5"),
+    "dim": ({"dim": 0}, "dim: must be an integer of at least 1, got 0"),
+    "batch size": ({"batch_size": 0}, "batch_size: must be an integer of at least 1, got 0"),
+    "zero rate": ({"lr": 0.0}, "lr: must be positive and finite, got 0.0"),
+    "no rate": ({"lr": math.nan}, "lr: must be positive and finite, got nan"),
+    "noise": ({"noise": -0.1}, "noise: must be finite and not negative, got -0.1"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSALS.values(), ids=REFUSALS.keys())
+def test_refuses_with_a_reason(changes, message):
+    with pytest.raises(ValueError, match=message):
+        small(**changes)
+
+
+@pytest.mark.skipif("muon" not in OPTIMIZERS, reason="torch 2.9 and later")
+def test_an_optimizer_that_cannot_take_the_parameters_is_found_before_any_run():
+    with pytest.raises(ValueError, match="optimizer: muon cannot optimise quadratic"):
+        small(optimizer="muon").check()
+
+
+class TestPlots:
+    def test_every_method_has_a_style_of_its_own(self):
+        assert METHOD_STYLES.keys() == METHODS.keys()
+        assert len({style["color"] for style in METHOD_STYLES.values()}) == len(METHODS)
+
+    @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+    def test_writes_the_format_of_the_suffix(self, suffix, tmp_path: Path):
+        path = tmp_path / "deep" / f"plot.{suffix}"
+        write_plot(path, plot_comparison(all_runs(small(seeds=1)), {"quadratic": 0.0}))
+        assert path.stat().st_size > 5_000
+
+    def test_panels_lines_and_labels(self):
+        comparison = small(problems=("quadratic", "digits-mlp"))
+        figure = plot_comparison(all_runs(comparison), {"quadratic": 0.0, "digits-mlp": None})
+        quadratic, digits = figure.axes
+        assert [line.get_label() for line in quadratic.lines] == list(comparison.methods)
+        assert all(len(line.get_xdata()) == 5 for line in quadratic.lines)
+        assert quadratic.get_yscale() == "log"
+        assert (quadratic.get_ylabel(), digits.get_ylabel()) == ("loss − minimum (0)", "loss")
+        assert "rounds" in quadratic.get_xlabel()
+
+    def test_the_line_is_the_geometric_mean_above_the_minimum(self):
+        runs = [
+            made_up("vanilla", [9.0, 5.0, 2.0], seed=0),
+            made_up("vanilla", [5.0, 2.0, 2.0], seed=1),
+        ]
+        figure = plot_comparison(runs, {"sphere": 1.0})
+        np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), [math.sqrt(32), 2.0])
+
+    def test_a_line_ends_with_a_cross_where_a_seed_diverged(self, tmp_path):
+        nan = math.nan
+        runs = [made_up("vanilla", [9.0] * 7, seed) for seed in (0, 1)]
+        runs += [made_up("optex", [9.0, 1e300, 1e306, nan], 0), made_up("optex", [9.0, 8.0, nan, nan], 1)]
+        figure = plot_comparison(runs)
+        _, line, cross = figure.axes[0].lines
+        assert list(line.get_xdata()) == [0, 1]
+        assert cross.get_marker() == "X"
+        write_plot(tmp_path / "plot.png", figure)
+
+    def test_a_panel_that_touches_its_minimum_can_be_drawn(self, tmp_path):
+        write_plot(
+            tmp_path / "plot.png", plot_comparison([made_up("vanilla", [1.0, 0.0, 0.0])], {"sphere": 0.0})
+        )
+
+    def test_the_users_figures_are_left_alone(self):
+        before = plt.get_backend()
+        plot_comparison([made_up("vanilla", [3.0, 2.0, 1.0])])
+        assert plt.get_fignums() == []
+        assert plt.get_backend() == before
+
+    def test_an_unknown_suffix_is_refused(self):
+        with pytest.raises(ValueError, match=r"plot: 'a.foo' must end in one of .*\.png"):
+            check_plot_path(Path("a.foo"))
