@@ -27,12 +27,13 @@ def run(*arguments, width=80):
     return CliRunner().invoke(cli.app, list(arguments), env={"COLUMNS": str(width), "TERM": "dumb"})
 
 
-class TestCompare:
-    @pytest.fixture(scope="class")
-    def result(self):
-        methods = ",".join(METHODS)
-        return run("compare", *PROBLEMS, *SMALL, "--methods", methods, "--lr", "0.05")
+@pytest.fixture(scope="module")
+def result():
+    methods = ",".join(METHODS)
+    return run("compare", *PROBLEMS, *SMALL, "--methods", methods, "--lr", "0.05")
 
+
+class TestCompare:
     def test_prints_a_table_for_every_problem(self, result):
         assert result.exit_code == 0, result.output
         for name in PROBLEMS:

@@ -76,7 +76,7 @@ def prototypes_acceleration(losses, ruler):
 def literal_acceleration(losses, ruler):
     """The sentence of the design, word by word."""
     values = []
-    for r in (len(losses) // 3, 2 * (len(losses) - 1) // 3, len(losses) - 1):
+    for r in ((len(losses) - 1) // 3, 2 * (len(losses) - 1) // 3, len(losses) - 1):
         best = min(loss for loss in losses[: r + 1] if not math.isnan(loss))
         first = [k for k in range(len(ruler)) if min(ruler[: k + 1]) <= best]
         values.append((first[0] if first else len(ruler) - 1) / r)
@@ -158,21 +158,24 @@ class TestSummary:
             summarise([made_up("optex", [1.0, 0.5])])
 
 
+@pytest.fixture(scope="module")
+def comparison():
+    return small(problems=("quadratic", "logistic-breast-cancer"), methods=tuple(METHODS))
+
+
+@pytest.fixture(scope="module")
+def runs(comparison):
+    return all_runs(comparison)
+
+
+@pytest.fixture(scope="module")
+def document(comparison, runs, tmp_path_factory):
+    path = tmp_path_factory.mktemp("compare") / "not" / "there" / "yet.json"
+    write_json(path, describe(comparison), runs)
+    return json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+
+
 class TestRecords:
-    @pytest.fixture(scope="class")
-    def comparison(self):
-        return small(problems=("quadratic", "logistic-breast-cancer"), methods=tuple(METHODS))
-
-    @pytest.fixture(scope="class")
-    def runs(self, comparison):
-        return all_runs(comparison)
-
-    @pytest.fixture(scope="class")
-    def document(self, comparison, runs, tmp_path_factory):
-        path = tmp_path_factory.mktemp("compare") / "not" / "there" / "yet.json"
-        write_json(path, describe(comparison), runs)
-        return json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
-
     def test_there_is_a_run_for_every_case(self, comparison, document):
         cases = {(run["problem"], run["method"], run["seed"]) for run in document["runs"]}
         assert len(document["runs"]) == len(cases) == 2 * len(METHODS) * 2

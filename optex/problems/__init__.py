@@ -43,16 +43,12 @@ class ProblemEntry:
 _FUNCTION_OPTIONS: Final = frozenset({"dim", "noise"})
 
 PROBLEMS: Final[dict[str, ProblemEntry]] = {
-    "sphere": ProblemEntry(
-        Sphere, "root mean square of the parameters; a kink at its minimum", _FUNCTION_OPTIONS
-    ),
+    "sphere": ProblemEntry(Sphere, "root mean square, with a kink at its minimum", _FUNCTION_OPTIONS),
     "ackley": ProblemEntry(Ackley, "many local minima in a funnel", _FUNCTION_OPTIONS),
     "rosenbrock": ProblemEntry(Rosenbrock, "a curved, narrow valley", _FUNCTION_OPTIONS),
-    "quadratic": ProblemEntry(
-        Quadratic, "a bowl with eigenvalues log-spaced from 1/1000 to 1", _FUNCTION_OPTIONS
-    ),
+    "quadratic": ProblemEntry(Quadratic, "a bowl, eigenvalues log-spaced from 1/1000 to 1", _FUNCTION_OPTIONS),
     "logistic-breast-cancer": ProblemEntry(
-        LogisticBreastCancer, "logistic regression, 569 cases, 31 parameters, full batch", frozenset()
+        LogisticBreastCancer, "logistic regression, 31 parameters, full batch", frozenset()
     ),
     "digits-mlp": ProblemEntry(
         DigitsMLP, "64-64-10 tanh network on 8 × 8 digits, minibatches", frozenset({"batch_size"})

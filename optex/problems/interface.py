@@ -16,7 +16,7 @@ _STREAMS: Final = {"start": 0, "batches": 1}
 
 
 def seeded_generator(seed: int, stream: Literal["start", "batches"]) -> torch.Generator:
-    """A generator of its own for each purpose, so that a start does not depend on how many batches were drawn."""
+    """A generator for one purpose: a start does not depend on how many batches were drawn."""
     state = np.random.SeedSequence([seed, _STREAMS[stream]]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
 

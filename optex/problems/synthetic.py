@@ -106,7 +106,7 @@ class Function(Problem):
 def root_mean_square(
     theta: Tensor,  # [d]
 ) -> Tensor:  # []
-    """``sqrt(mean(θ²))`` with the subgradient 0 at θ = 0, where the square root's own derivative is infinite."""
+    """``sqrt(mean(θ²))``, with subgradient 0 at θ = 0, where the square root's derivative is infinite."""
     return torch.linalg.vector_norm(theta) / math.sqrt(len(theta))
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import repeat
-from typing import Final, final
+from typing import Final, cast, final
 
 import numpy as np
 import torch
@@ -45,7 +45,12 @@ def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [1437, 64], [1437], [
     order = np.random.default_rng(0).permutation(len(inputs))  # one split for every seed
     pixels = torch.tensor(inputs[order] / 16.0, dtype=torch.float32)
     digits = torch.tensor(labels[order], dtype=torch.int64)
-    return pixels[DIGITS_HELD_OUT:], digits[DIGITS_HELD_OUT:], pixels[:DIGITS_HELD_OUT], digits[:DIGITS_HELD_OUT]
+    return (
+        pixels[DIGITS_HELD_OUT:],
+        digits[DIGITS_HELD_OUT:],
+        pixels[:DIGITS_HELD_OUT],
+        digits[:DIGITS_HELD_OUT],
+    )
 
 
 @final
@@ -81,7 +86,7 @@ class LogisticBreastCancer(Problem):
         self.bias = nn.Parameter(torch.empty((), dtype=dtype))
         self.reset()
 
-    def forward(self, batch: None) -> Tensor:  # noqa: ARG002  (every batch is all of the data)
+    def forward(self, batch: None) -> Tensor:
         logits = self.inputs @ self.weight + self.bias
         data_loss = functional.binary_cross_entropy_with_logits(logits, self.labels)
         return data_loss + 0.5 * self.l2 * (self.weight**2).sum()
@@ -106,9 +111,11 @@ class LogisticBreastCancer(Problem):
 
 
 @lru_cache(maxsize=8)
-def _logistic_minimum(l2: float, steps: int = 50) -> float:
+def _logistic_minimum(l2: float, steps: int = 30) -> float:
     inputs, labels = _breast_cancer()
-    design = torch.cat([inputs, torch.ones_like(inputs[:, :1])], dim=1)  # [569, 31], the last column is the bias
+    design = torch.cat(
+        [inputs, torch.ones_like(inputs[:, :1])], dim=1
+    )  # [569, 31], the last column is the bias
     penalty = torch.full_like(design[0], l2)
     penalty[-1] = 0
 
@@ -162,8 +169,8 @@ class DigitsMLP(Problem):
         self.register_buffer("labels", labels, persistent=False)
         self.register_buffer("test_inputs", test_inputs.to(dtype), persistent=False)
         self.register_buffer("test_labels", test_labels, persistent=False)
-        self.hidden = nn.utils.skip_init(nn.Linear, 64, 64, dtype=dtype)
-        self.output = nn.utils.skip_init(nn.Linear, 64, 10, dtype=dtype)
+        self.hidden = cast(nn.Linear, nn.utils.skip_init(nn.Linear, 64, 64, dtype=dtype))
+        self.output = cast(nn.Linear, nn.utils.skip_init(nn.Linear, 64, 10, dtype=dtype))
         self.reset()
 
     def logits(
