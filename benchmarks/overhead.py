@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,40 +59,46 @@ def read_milliseconds(dimension: int, parallelism: int, history: int, repeats: i
     return statistics.median(times)
 
 
+def measure(sizes: list[tuple[int, int, int]], *, rounds: int, threads: int) -> dict[str, Any]:
+    """Overheads for each (d, N, T0), with what is needed to read them."""
+    torch.set_num_threads(threads)
+    return {
+        "meta": {
+            "rounds": rounds,
+            "threads": threads,
+            "dtype": "float32",
+            "optimizer": "adam",
+            "torch": torch.__version__,
+            "machine": f"{platform.machine()}, {platform.system()}",
+        },
+        "sizes": [
+            {
+                "dimension": size[0],
+                "parallelism": size[1],
+                "history": size[2],
+                "milliseconds": {method: overhead_milliseconds(method, *size, rounds) for method in METHODS},
+                "read": read_milliseconds(*size, rounds),
+            }
+            for size in sizes
+        ],
+    }
+
+
 def main() -> None:
-    """Print the table; with --json also write it."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dim", type=int, default=100_000)
     parser.add_argument("--parallelism", type=int, default=5)
     parser.add_argument("--history", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     size = (options.dim, options.parallelism, options.history)
-    result = {
-        "meta": {
-            "dimension": options.dim,
-            "parallelism": options.parallelism,
-            "history": options.history,
-            "rounds": options.rounds,
-            "threads": options.threads,
-            "dtype": "float32",
-            "optimizer": "adam",
-            "torch": torch.__version__,
-            "machine": f"{platform.machine()}, {platform.system()}",
-        },
-        "milliseconds": {method: overhead_milliseconds(method, *size, options.rounds) for method in METHODS},
-        "reading the history N times": read_milliseconds(*size, options.rounds),
-    }
+    (result,) = measure([size], rounds=options.rounds, threads=options.threads)["sizes"]
     print(f"d = {size[0]}, N = {size[1]}, T0 = {size[2]}, Adam, float32, {options.threads} threads; ms a round")
     for method, times in result["milliseconds"].items():
         print(f"  {method:30s} median {times['median']:7.2f}   slowest {times['slowest']:7.2f}")
-    print(f"  {'reading the history N times':30s} median {result['reading the history N times']:7.2f}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"  {'reading the history N times':30s} median {result['read']:7.2f}")
 
 
 if __name__ == "__main__":
