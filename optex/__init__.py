@@ -8,7 +8,14 @@ from importlib.metadata import version
 
 from optex.acceptance import Acceptance, Last, LowestLoss, SmallestGradient, WithinTolerance
 from optex.errors import ConvergenceWarning, JitterWarning, NonFiniteError, NotPositiveDefiniteError
-from optex.estimators import CurlFreeEstimator, Estimator, HoldLast, Posterior, SeparableEstimator
+from optex.estimators import (
+    CommitteeEstimator,
+    CurlFreeEstimator,
+    Estimator,
+    HoldLast,
+    Posterior,
+    SeparableEstimator,
+)
 from optex.evaluators import Evaluator, SequentialEvaluator, VectorizedEvaluator
 from optex.history import GradientHistory
 from optex.kernels import RBF, Kernel, Matern12, Matern32, Matern52, RationalQuadratic
@@ -20,6 +27,7 @@ __version__ = version("optex")
 __all__ = [
     "RBF",
     "Acceptance",
+    "CommitteeEstimator",
     "ConvergenceWarning",
     "CurlFreeEstimator",
     "Estimator",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +25,8 @@ __all__ = [
     "WithinTolerance",
 ]
 
+NEAREST: Final = 3  # predictions a round that the tolerance learns from
+
 
 @dataclass(frozen=True)
 class MeasuredRound:
@@ -35,6 +39,8 @@ class MeasuredRound:
         losses: [n], NaN where not evaluated.
         gradients: [n, d], true gradients at the proxies.
         usable: n flags: evaluated, loss and gradient finite, gradient believed.
+        reach: n - 1 entries: how far from where its step was measured before each drafted gradient was
+            predicted, a distance []; None for a step that had not been measured.
         posterior: the estimator fitted to the history with this round's pairs in it; None without one.
     """
 
@@ -44,6 +50,7 @@ class MeasuredRound:
     losses: Tensor
     gradients: Tensor
     usable: Sequence[bool]
+    reach: Sequence[Tensor | None]
     posterior: Posterior | None
 
 
@@ -67,6 +74,13 @@ class Acceptance(ABC):
     ) -> Tensor:  # [n] bool
         """Which gradients may be remembered and used, beyond being finite."""
         return torch.ones(len(gradients), dtype=torch.bool, device=gradients.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the rule has learned from earlier rounds."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what another rule of these settings has learned."""
 
     @abstractmethod
     def advance(self, measured: MeasuredRound) -> int:
@@ -135,48 +149,109 @@ class WithinTolerance(Acceptance):
 
     Step 0 uses its exact gradient. Step i ≥ 1, at y_i, uses the gradient measured at the proxy x_i plus the
     estimator's difference, ``g_i + μ(y_i) - μ(x_i)``; the replay stops before the first step with
-    ``‖y_i - x_i‖ > tolerance · ‖y_i - y_{i-1}‖``. With tolerance 0 the trajectory is the base optimizer's.
+    ``‖y_i - x_i‖ > tolerance · min_{j ≤ i} ‖y_j - y_{j-1}‖``. With tolerance 0 the trajectory is the base
+    optimizer's. (The shortest step, not the last: a run that starts to diverge takes ever longer steps, and
+    must not measure its tolerance by them.)
+
+    The tolerance adapts to evidence. Each drafted gradient was predicted at some distance ρ, in steps, from
+    where its step had been measured, and is now measured itself; with e its relative error, the prediction
+    would be wrong by ``error`` at about ``error · ρ / e`` steps. The median of that over the ``NEAREST`` such
+    predictions (far ones say nothing: an error cannot grow past everything) is the new tolerance, taken at
+    once if it is lower and half way, in logarithms, if it is higher.
 
     Args:
-        tolerance: how far, in steps, a gradient may have been measured from where it is used; ≥ 0.
-        absurd: a gradient more than this many times longer than step 0's ends the replay.
+        tolerance: how far, in steps, a gradient may have been measured from where it is used; ≥ 0. With
+            ``adaptive`` the value to start from; 0 stays 0.
+        adaptive: learn the tolerance.
+        error: the relative error of a gradient that is put up with, > 0.
+        lowest, highest: bounds of the adaptive tolerance.
+        absurd: a gradient more than this many times longer than step 0's is not believed.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
     """
 
     keeps_window = True
 
-    def __init__(self, tolerance: float = 2.0, *, absurd: float = 20.0) -> None:
+    def __init__(
+        self,
+        tolerance: float = 2.0,
+        *,
+        adaptive: bool = True,
+        error: float = 0.5,
+        lowest: float = 0.1,
+        highest: float = 16.0,
+        absurd: float = 20.0,
+    ) -> None:
         if not tolerance >= 0:
             raise ValueError(f"WithinTolerance: tolerance must not be negative, got {tolerance}")
         if not absurd > 0:
             raise ValueError(f"WithinTolerance: absurd must be positive, got {absurd}")
+        if not error > 0:
+            raise ValueError(f"WithinTolerance: error must be positive, got {error}")
+        if not 0 < lowest <= highest:
+            raise ValueError(f"WithinTolerance: needs 0 < lowest <= highest, got {lowest} and {highest}")
         self.tolerance = tolerance
+        self.adaptive = adaptive and tolerance > 0
+        self.error = error
+        self.lowest = lowest
+        self.highest = highest
         self.absurd = absurd
 
     def believed(self, gradients: Tensor) -> Tensor:
         norms = torch.linalg.vector_norm(gradients, dim=1)
         return norms <= self.absurd * norms[0].clamp_min(torch.finfo(norms.dtype).tiny)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"tolerance": self.tolerance}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.tolerance = state["tolerance"]
+
     def advance(self, measured: MeasuredRound) -> int:
+        if self.adaptive:
+            self._learn(measured)
         walk = measured.walk
         walk.rewind()
-        before = measured.proxies[0]
+        before, shortest = measured.proxies[0], None
+        posterior = measured.posterior
+        origins = None if posterior is None else posterior.locate(measured.proxies)
         walk.step(measured.gradients[0])
         for i in range(1, len(measured.proxies)):
             if not measured.usable[i]:
                 break
             here, proxy = walk.point, measured.proxies[i]
-            if not (here - proxy).norm() <= self.tolerance * (here - before).norm():
+            step, gap = (here - before).norm(), (here - proxy).norm()
+            shortest = step if shortest is None else torch.minimum(step, shortest)
+            if not gap <= self.tolerance * shortest:
                 break
             before = here
             gradient = measured.gradients[i]
-            if measured.posterior is not None:
-                gradient = gradient + measured.posterior.mean_difference(here, proxy)
+            if posterior is not None and origins is not None and gap > 0:
+                gradient = gradient + posterior.differences(posterior.locate(here[None]), origins[i])[0]
             walk.step(gradient)
         if walk.taken > 1 and not walk.point.isfinite().all():
             # A correction went wrong; step 0 is exact, whatever the estimator said.
             walk.rewind()
             walk.step(measured.gradients[0])
         return walk.taken
+
+    def _learn(self, measured: MeasuredRound) -> None:
+        evidence = []
+        for i, reach in enumerate(measured.reach):
+            if reach is None or not measured.usable[i]:
+                continue
+            step = (measured.proxies[i + 1] - measured.proxies[i]).norm()
+            wrong = (measured.drafted[i] - measured.gradients[i]).norm() / measured.gradients[i].norm()
+            steps = float(reach / step)
+            # Closer than rounding is no distance to learn from.
+            if 1e-6 < steps < math.inf and not torch.isnan(wrong):
+                evidence.append((steps, steps / max(float(wrong), 1e-12)))
+        if not evidence:
+            return
+        bearable = self.error * statistics.median(ratio for _, ratio in sorted(evidence)[:NEAREST])
+        bearable = min(max(bearable, self.lowest), self.highest)
+        self.tolerance = min(bearable, math.sqrt(self.tolerance * bearable))
 
 
 SELECTIONS: Final[dict[str, type[_Selection]]] = {

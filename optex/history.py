@@ -2,16 +2,72 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from optex.linalg import inner_products, squared_distances
+from optex.linalg import inner_products, squared_distances, squared_norms
 
-__all__ = ["GradientHistory"]
+__all__ = ["GradientHistory", "Locations"]
 
 FARTHEST_ANCHOR: Final = 3.0  # median distances from the newest iterate
+
+
+class Locations:
+    """Points seen from a history: their inner products with its rows, each computed once, when asked for.
+
+    Several posteriors of one history share them.
+
+    Attributes:
+        history: the history.
+        points: [n, d].
+    """
+
+    def __init__(
+        self,
+        history: GradientHistory,
+        points: Tensor,  # [n, d]
+    ) -> None:
+        self.history = history
+        self.points = points
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __getitem__(self, index: int) -> Locations:
+        """One of the points, with what is known of it."""
+        one = Locations(self.history, self.points[index : index + 1])
+        for name in ("offsets", "norms", "on_displacements", "on_gradients"):
+            if name in self.__dict__:
+                one.__dict__[name] = self.__dict__[name][index : index + 1]
+        return one
+
+    @cached_property
+    def offsets(self) -> Tensor:  # [n, d]
+        """Displacements from the history's anchor."""
+        return self.history.displacement(self.points)
+
+    @cached_property
+    def norms(self) -> Tensor:  # [n] float64
+        """Squared norms of the offsets."""
+        return squared_norms(self.offsets)
+
+    @cached_property
+    def on_displacements(self) -> Tensor:  # [n, T0] float64
+        """Inner products of the offsets with the stored displacements."""
+        return inner_products(self.offsets, self.history.displacements)
+
+    @cached_property
+    def on_gradients(self) -> Tensor:  # [n, T0] float64
+        """Inner products of the offsets with the stored gradients."""
+        return inner_products(self.offsets, self.history.gradients)
+
+    @property
+    def squared_distances(self) -> Tensor:  # [n, T0] float64
+        """‖θ - θ_j‖² from each point to each stored iterate."""
+        return squared_distances(self.norms, self.history.iterate_gram.diagonal(), self.on_displacements)
 
 
 class GradientHistory:
@@ -123,15 +179,12 @@ class GradientHistory:
         pairs = self.filled[:, None] & self.filled & (squared > torch.finfo(squared.dtype).tiny)
         return torch.where(pairs, squared, torch.nan).nanmedian()
 
-    def squared_distances_to(
+    def locate(
         self,
         points: Tensor,  # [n, d]
-    ) -> Tensor:  # [n, T0] float64
-        """‖θ - θ_j‖² from each point to each stored iterate."""
-        offsets = self.displacement(points)
-        norms = torch.stack([inner_products(row[None], row[None])[0, 0] for row in offsets])
-        products = inner_products(offsets, self.displacements)
-        return squared_distances(norms, self.iterate_gram.diagonal(), products)
+    ) -> Locations:
+        """Points as predictions need to know them; good until the next ``append``."""
+        return Locations(self, points)
 
     def displacement(
         self,

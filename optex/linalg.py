@@ -11,7 +11,14 @@ from torch import Tensor
 
 from optex.errors import ConvergenceWarning, JitterWarning, NotPositiveDefiniteError
 
-__all__ = ["combine_rows", "conjugate_gradients", "inner_products", "jittered_cholesky", "squared_distances"]
+__all__ = [
+    "combine_rows",
+    "conjugate_gradients",
+    "inner_products",
+    "jittered_cholesky",
+    "squared_distances",
+    "squared_norms",
+]
 
 JITTERS: Final = (1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
 _BLOCK: Final = 256  # columns summed in float32
@@ -51,6 +58,13 @@ def inner_products(
         total += blocks.sum(0, dtype=torch.float64)
         total += a[:, whole:] @ b[:, whole:].mT
     return total
+
+
+def squared_norms(
+    rows: Tensor,  # [n, d]
+) -> Tensor:  # [n] float64
+    """Squared norms with the precision of ``inner_products``."""
+    return torch.stack([inner_products(row[None], row[None])[0, 0] for row in rows])
 
 
 def combine_rows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,10 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from optex.acceptance import SELECTIONS, Acceptance, Last, LowestLoss, MeasuredRound, WithinTolerance
 from optex.bases import check_base
 from optex.errors import NonFiniteError
-from optex.estimators import CurlFreeEstimator, Estimator, Posterior, SeparableEstimator
+from optex.estimators import CommitteeEstimator, Estimator, Posterior, SeparableEstimator
 from optex.evaluators import Evaluation, Evaluator, GradientSource, SequentialEvaluator
 from optex.evaluators.interface import ClosureSource, ObjectiveSource
-from optex.history import GradientHistory
+from optex.history import GradientHistory, Locations
 from optex.kernels import Kernel
 from optex.report import RoundReport
 from optex.vectors import ParameterVector, Presence, Walk
@@ -33,14 +34,14 @@ class _PlannedStep:
     """A step of the window: its minibatch, and where and what its gradient was measured, if it was."""
 
     batch: Any
-    proxy: Tensor | None = None  # [d]
-    gradient: Tensor | None = None  # [d]
+    held: tuple[Tensor, Tensor] | None = None  # proxy [d] and gradient [d]
 
 
 @dataclass(frozen=True)
 class _Draft:
     proxies: Tensor  # [n, d]
     gradients: Tensor  # [n - 1, d], as predicted
+    reach: list[Tensor | None]  # how far each of them was predicted: [] from where its step was measured
     present: Presence  # the parameters that were stepped
 
 
@@ -76,9 +77,9 @@ class OptEx(Optimizer):
         base: any ``torch.optim.Optimizer`` for dense gradients; it keeps its state and hyperparameters, and
             its step hooks run at every step, drafted ones too.
         parallelism: N, gradients evaluated at once, at least 1. With 1 the run is the base optimizer's.
-        history_size: T0, pairs of iterate and gradient to predict from; ``max(16, 2 · parallelism)`` by
+        history_size: T0, pairs of iterate and gradient to predict from; 16 up to N = 8, else 32, by
             default.
-        estimator: predicts gradients; ``CurlFreeEstimator()`` by default. False switches prediction off: a
+        estimator: predicts gradients; ``CommitteeEstimator()`` by default. False switches prediction off: a
             round is then one step of the base.
         acceptance: which steps are kept; ``WithinTolerance()`` by default.
         evaluator: how gradients are computed at once; ``SequentialEvaluator()`` by default.
@@ -123,7 +124,7 @@ class OptEx(Optimizer):
         check_base(base)
         _check_count("parallelism", parallelism)
         if history_size is None:
-            history_size = max(16, 2 * parallelism)
+            history_size = 16 if parallelism <= 8 else 32
         _check_count("history_size", history_size)
         _check_kind("estimator", estimator, (Estimator,), "an optex.estimators.Estimator, or False for none")
         _check_kind("acceptance", acceptance, (Acceptance,), "an optex.acceptance.Acceptance")
@@ -140,9 +141,9 @@ class OptEx(Optimizer):
         self.parallelism = parallelism
         self.history_size = history_size
         if estimator is None:
-            estimator = CurlFreeEstimator()
-        self.estimator = estimator or None
-        self.acceptance = acceptance if acceptance is not None else WithinTolerance()
+            estimator = CommitteeEstimator()
+        self.estimator: Estimator | None = copy.deepcopy(estimator) if estimator else None
+        self.acceptance = WithinTolerance() if acceptance is None else copy.deepcopy(acceptance)
         self.evaluator = evaluator if evaluator is not None else SequentialEvaluator()
         self.scheduler = scheduler
         self._history_dtype = history_dtype
@@ -277,6 +278,8 @@ class OptEx(Optimizer):
         started = time.perf_counter()
         self._refresh_layout()
         window = self._window
+        if self.acceptance.keeps_window and not len(self.history) and window[0].batch is None:
+            window = window[:1]  # with nothing to predict from, all would be one point and one gradient
         self._walk.mark()
         try:
             draft = self._draft(window)
@@ -288,9 +291,9 @@ class OptEx(Optimizer):
         except BaseException as error:
             self._walk.rewind()
             if isinstance(error, NonFiniteError):
-                del window[0]
+                del self._window[0]
             raise
-        self._keep(window, accepted, draft, measured)
+        self._keep(accepted, draft, measured)
         self.last_report = RoundReport(
             number=self._rounds,
             losses=measured.losses,
@@ -306,27 +309,37 @@ class OptEx(Optimizer):
 
     def _draft(self, window: Sequence[_PlannedStep]) -> _Draft:
         """Walk ahead on predictions: ĝ_i = g_i + μ(y_i) - μ(x_i) where step i was measured, else μ(y_i)."""
-        walk, vector = self._walk, self._vector
+        walk, vector, posterior = self._walk, self._vector, self._fitted()
         proxies = torch.empty(len(window), vector.dimension, dtype=vector.dtype, device=vector.device)
-        gradients = torch.empty(len(window) - 1, vector.dimension, dtype=vector.dtype, device=vector.device)
+        gradients = torch.zeros(len(window) - 1, vector.dimension, dtype=vector.dtype, device=vector.device)
+        reach: list[Tensor | None] = []
         proxies[0] = walk.point
+        origins = self._locate_held(window, posterior)
         for i, planned in enumerate(window[:-1]):
-            gradients[i] = self._predict(planned, proxies[i])
+            here = None if posterior is None else posterior.locate(proxies[i : i + 1])
+            if planned.held is not None:
+                gradients[i] = planned.held[1]
+                if posterior is not None and here is not None:
+                    gradients[i] += posterior.differences(here, origins[i])[0]
+                reach.append((proxies[i] - planned.held[0]).norm())
+            elif posterior is not None and here is not None:
+                gradients[i] = posterior.means(here)[0]
+                # Without minibatches the nearest pair of the history is a measurement of this step, too.
+                nearest = here.squared_distances[0, self.history.representatives].min().sqrt()
+                reach.append(nearest if planned.batch is None else None)
+            else:
+                reach.append(None)
             walk.step(gradients[i])
             proxies[i + 1] = walk.point
-        return _Draft(proxies, gradients, walk.present)
+        return _Draft(proxies, gradients, reach, walk.present)
 
-    def _predict(
-        self,
-        planned: _PlannedStep,
-        point: Tensor,  # [d]
-    ) -> Tensor:  # [d]
-        posterior = self._fitted()
-        if planned.gradient is None or planned.proxy is None:
-            return torch.zeros_like(point) if posterior is None else posterior.mean(point)
-        if posterior is None:
-            return planned.gradient
-        return planned.gradient + posterior.mean_difference(point, planned.proxy)
+    def _locate_held(self, window: Sequence[_PlannedStep], posterior: Posterior | None) -> dict[int, Locations]:
+        """Where the window's steps were measured, by index, located all at once."""
+        held = {i: planned.held[0] for i, planned in enumerate(window) if planned.held is not None}
+        if posterior is None or not held:
+            return {}
+        locations = posterior.locate(torch.stack(list(held.values())))
+        return {i: locations[row] for row, i in enumerate(held)}
 
     def _fitted(self) -> Posterior | None:
         """The estimator's posterior, fitted when the history has changed; None while it is empty."""
@@ -360,7 +373,11 @@ class OptEx(Optimizer):
         if self.estimator is None:
             return
         rows = [i for i, usable in enumerate(measured.usable) if usable]
-        self.history.append(draft.proxies[rows], measured.gradients[rows])
+        points, gradients = draft.proxies[rows], measured.gradients[rows]
+        if (posterior := self._fitted()) is not None:
+            held = [self._window[i].held for i in rows]
+            self.estimator.judge(posterior, points, gradients, held)
+        self.history.append(points, gradients)
         self._posterior = None
 
     def _advance(self, draft: _Draft, measured: _Measured) -> int:
@@ -377,6 +394,7 @@ class OptEx(Optimizer):
                 measured.losses,
                 measured.gradients,
                 measured.usable,
+                draft.reach,
                 self._fitted() if self.acceptance.keeps_window else None,
             )
         )
@@ -387,15 +405,15 @@ class OptEx(Optimizer):
             )
         return accepted
 
-    def _keep(self, window: list[_PlannedStep], accepted: int, draft: _Draft, measured: _Measured) -> None:
+    def _keep(self, accepted: int, draft: _Draft, measured: _Measured) -> None:
         """Let go of the steps taken; the rest of the window keeps what was measured for it."""
         if not self.acceptance.keeps_window:
-            window.clear()
+            self._window.clear()
             return
-        for i, planned in enumerate(window):
-            planned.proxy = draft.proxies[i].clone() if measured.usable[i] else None
-            planned.gradient = measured.gradients[i].clone() if measured.usable[i] else None
-        del window[:accepted]
+        for i, usable in enumerate(measured.usable):
+            pair = draft.proxies[i].clone(), measured.gradients[i].clone()
+            self._window[i].held = pair if usable else None
+        del self._window[:accepted]
 
     # ------------------------------------------------------------------ layout
 
@@ -411,7 +429,7 @@ class OptEx(Optimizer):
         )
         self._posterior = None
         for planned in self._window:
-            planned.proxy = planned.gradient = None
+            planned.held = None
 
     def _refresh_layout(self) -> None:
         """Start a new history where parameters were added, frozen, unfrozen or replaced."""
@@ -466,7 +484,9 @@ class OptEx(Optimizer):
         state = self.base.state_dict()
         state[_STATE_KEY] = {
             "history": self.history.state_dict(),
-            "window": [(planned.batch, planned.proxy, planned.gradient) for planned in self._window],
+            "window": [(planned.batch, planned.held) for planned in self._window],
+            "estimator": {} if self.estimator is None else self.estimator.state_dict(),
+            "acceptance": self.acceptance.state_dict(),
             "present": list(self._walk.present),
             "rounds": self._rounds,
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
@@ -498,6 +518,9 @@ class OptEx(Optimizer):
         self._window = []
         if own is not None:
             self._window = [_PlannedStep(*entry) for entry in own["window"]]
+            if self.estimator is not None:
+                self.estimator.load_state_dict(own["estimator"])
+            self.acceptance.load_state_dict(own["acceptance"])
             self._walk.present = tuple(own["present"])
             self._rounds = own["rounds"]
             if self.scheduler is not None and own["scheduler"] is not None:

@@ -40,7 +40,7 @@ def test_keeps_the_last_pairs_and_their_gram_matrices(size, dimension, chunks, s
     torch.testing.assert_close(history.pairwise_squared_distances()[order][:, order], gaps)
     query = rows(2, dimension, seed + 77)
     gaps = torch.cdist(query, expected[0], compute_mode="donot_use_mm_for_euclid_dist") ** 2
-    torch.testing.assert_close(history.squared_distances_to(query)[:, order], gaps)
+    torch.testing.assert_close(history.locate(query).squared_distances[:, order], gaps)
 
 
 def test_float32_distances_survive_where_naive_norms_do_not():
@@ -60,7 +60,7 @@ def test_float32_distances_survive_where_naive_norms_do_not():
     assert (ours / exact - 1)[off_diagonal].abs().max() < 1e-3
     query = points[-1] * (1 + 1e-6 * rows(1, 100_000, 99, torch.float32)[0])
     to_query = (last.double() - query.double()).norm(dim=1)
-    assert (history.squared_distances_to(query[None])[0, order].sqrt() / to_query - 1).abs().max() < 1e-3
+    assert (history.locate(query[None]).squared_distances[0, order].sqrt() / to_query - 1).abs().max() < 1e-3
 
     norms = (last**2).sum(1)
     naive = (norms[:, None] + norms - 2 * last @ last.T).clamp_min(0).sqrt()
@@ -143,4 +143,4 @@ def test_errors_name_the_argument():
     with pytest.raises(ValueError, match="build it with the same history_size and parameters"):
         GradientHistory(2, 3).load_state_dict(GradientHistory(3, 3).state_dict())
     with pytest.raises(RuntimeError, match="the history is empty"):
-        GradientHistory(2, 3).squared_distances_to(torch.zeros(1, 3))
+        GradientHistory(2, 3).displacement(torch.zeros(1, 3))

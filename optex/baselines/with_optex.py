@@ -46,7 +46,7 @@ def picard(problem: Problem, setting: Setting) -> Trace:
             parallelism=setting.parallelism,
             history_size=1,
             estimator=HoldLast(),
-            acceptance=WithinTolerance(1.0),
+            acceptance=WithinTolerance(1.0, adaptive=False),
         ),
     )
 

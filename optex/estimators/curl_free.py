@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from optex.estimators.interface import Estimator, Posterior
-from optex.history import GradientHistory
+from optex.history import GradientHistory, Locations
 from optex.kernels import Kernel, Matern52, kernel_named
-from optex.linalg import combine_rows, conjugate_gradients, inner_products, jittered_cholesky
+from optex.linalg import combine_rows, conjugate_gradients, jittered_cholesky
 
 __all__ = ["CurlFreeEstimator", "CurlFreePosterior"]
 
@@ -119,8 +119,8 @@ class CurlFreePosterior(Posterior):
     """
 
     def __init__(self, estimator: CurlFreeEstimator, history: GradientHistory) -> None:
+        super().__init__(history)
         self._estimator = estimator
-        self._history = history
         slots = history.representatives
         self._from_gradients = history.averaging[slots]  # Y = from_gradients @ G
         if estimator.prior_mean == "last":
@@ -129,12 +129,14 @@ class CurlFreePosterior(Posterior):
         self._from_displacements = identity[slots] - identity[history.newest]  # X = from_displacements @ D
         squared = history.pairwise_squared_distances()[slots][:, slots]
         self.lengthscale = self._choose_lengthscale()
+        self._newest_products = self._from_displacements @ history.iterate_gram[:, history.newest]  # [m]
+        self._newest_cross = history.cross_gram[:, history.newest]  # [T0]
         self._noise = estimator.noise_variance / history.counts[slots]  # [n]
         self._gram = self._from_displacements @ history.iterate_gram @ self._from_displacements.mT
         self._solve(*estimator.profiles(squared, self.lengthscale))
 
     def _choose_lengthscale(self) -> Tensor:  # []
-        median = self._history.median_squared_distance().sqrt().nan_to_num(nan=1.0)
+        median = self.history.median_squared_distance().sqrt().nan_to_num(nan=1.0)
         if self._estimator.lengthscale is not None:
             return torch.full_like(median, self._estimator.lengthscale)
         return self._estimator.median_multiple * median
@@ -144,8 +146,8 @@ class CurlFreePosterior(Posterior):
         first: Tensor,  # [n, n], p₁
         second: Tensor,  # [n, n], p₂
     ) -> None:
-        cross = self._from_gradients @ self._history.cross_gram @ self._from_displacements.mT  # Y Xᵀ
-        basis, scales = _span(self._gram, self._history.displacements.dtype)
+        cross = self._from_gradients @ self.history.cross_gram @ self._from_displacements.mT  # Y Xᵀ
+        basis, scales = _span(self._gram, self.history.displacements.dtype)
         coordinates = basis * scales  # of X in an orthonormal basis of its span
         targets = cross @ basis / scales  # of Y, projected
         self._first_factor = jittered_cholesky(first + torch.diag(self._noise))
@@ -158,75 +160,78 @@ class CurlFreePosterior(Posterior):
         self._along = (inside - across @ targets) / scales @ basis.mT  # C
         self._own_products = (coordinates * inside).sum(1)  # X_i · A_i
 
-    def _parts(
-        self,
-        point: Tensor,  # [d]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Coefficients on G [T0] and on D [T0], the coefficient of ξ [], and ξ [d]."""
-        history = self._history
-        offset = history.displacement(point) - history.displacements[history.newest]
-        on_rows = inner_products(offset[None], history.displacements)[0]
-        on_gradients = self._from_gradients @ inner_products(offset[None], history.gradients)[0]
-        on_displacements = self._from_displacements @ on_rows
-        norm = inner_products(offset[None], offset[None])[0, 0]
-        squared = (norm + self._gram.diagonal() - 2 * on_displacements).clamp_min(0)
-        first, second = self._estimator.profiles(squared, self.lengthscale)
-        change = self._across @ on_gradients + self._along @ on_displacements - self._own_products
-        slopes = second * change  # q
-        gradient_weights = self._from_gradients.mT @ (self._across @ first)
+    def _along_span(self, locations: Locations) -> tuple[Tensor, Tensor]:  # [n, m], [n]
+        """X·ξ and ‖ξ‖² by algebra from the inner products with the rows as they are stored."""
+        newest = self.history.newest
+        products = locations.on_displacements
+        on_rows = products @ self._from_displacements.mT - self._newest_products
+        norms = locations.norms - 2 * products[:, newest] + self.history.iterate_gram[newest, newest]
+        return on_rows, norms.clamp_min(0)
+
+    def _profiles(self, on_rows: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:  # [n, m], [n, m]
+        squared = (norms[:, None] + self._gram.diagonal() - 2 * on_rows).clamp_min(0)
+        return self._estimator.profiles(squared, self.lengthscale)
+
+    def _weights(self, locations: Locations) -> tuple[Tensor, Tensor, Tensor]:
+        """Coefficients of the predictions on G [n, T0], on D [n, T0] and on the offsets [n]."""
+        on_rows, norms = self._along_span(locations)
+        on_gradients = (locations.on_gradients - self._newest_cross) @ self._from_gradients.mT  # Y·ξ
+        first, second = self._profiles(on_rows, norms)
+        changes = on_gradients @ self._across + on_rows @ self._along.mT - self._own_products  # δ_i·A_i
+        slopes = second * changes  # q
+        on_g = first @ self._across @ self._from_gradients
         if self._estimator.prior_mean == "last":
-            gradient_weights[history.newest] += 1
-        displacement_weights = self._from_displacements.mT @ (self._along.mT @ first - slopes)
-        return gradient_weights, displacement_weights, slopes.sum(), offset
+            on_g[:, self.history.newest] += 1
+        on_d = (first @ self._along - slopes) @ self._from_displacements
+        on_d[:, self.history.newest] -= slopes.sum(1)  # ξ is the offset less the newest displacement
+        return on_g, on_d, slopes.sum(1)
+
+    def means(self, locations: Locations) -> Tensor:
+        on_g, on_d, slopes = self._weights(locations)
+        return self._combine(
+            on_g, on_d, slopes[:, None].to(locations.offsets.dtype) * locations.offsets, locations
+        )
+
+    def differences(self, locations: Locations, origins: Locations) -> Tensor:
+        here, there = self._weights(locations), self._weights(origins)
+        dtype = locations.offsets.dtype
+        offsets = here[2][:, None].to(dtype) * locations.offsets - there[2][:, None].to(dtype) * origins.offsets
+        return self._combine(here[0] - there[0], here[1] - there[1], offsets, locations)
 
     def _combine(
         self,
-        gradient_weights: Tensor,  # [T0]
-        displacement_weights: Tensor,  # [T0]
-    ) -> Tensor:  # [d]
-        return combine_rows(gradient_weights, self._history.gradients) + combine_rows(
-            displacement_weights, self._history.displacements
-        )
-
-    def mean(self, point: Tensor) -> Tensor:
-        on_gradients, on_displacements, slope, offset = self._parts(point)
-        result = self._combine(on_gradients, on_displacements) + slope.to(offset.dtype) * offset
-        return result.to(point.device, point.dtype)
-
-    def mean_difference(self, point: Tensor, origin: Tensor) -> Tensor:
-        here, there = self._parts(point), self._parts(origin)
-        result = self._combine(here[0] - there[0], here[1] - there[1])
-        result = result + (here[2].to(result.dtype) * here[3] - there[2].to(result.dtype) * there[3])
-        return result.to(point.device, point.dtype)
+        on_g: Tensor,  # [n, T0]
+        on_d: Tensor,  # [n, T0]
+        offsets: Tensor,  # [n, d], weighted
+        locations: Locations,
+    ) -> Tensor:  # [n, d]
+        result = combine_rows(on_g, self.history.gradients) + offsets
+        result += combine_rows(on_d, self.history.displacements)
+        return result.to(locations.points.device, locations.points.dtype)
 
     def variance(self, point: Tensor) -> Tensor:
         """The posterior variance of a component, averaged over the components: it differs by direction."""
-        history = self._history
-        offset = history.displacement(point) - history.displacements[history.newest]
-        on_displacements = self._from_displacements @ inner_products(offset[None], history.displacements)[0]
-        norm = inner_products(offset[None], offset[None])[0, 0]
-        squared = (norm + self._gram.diagonal() - 2 * on_displacements).clamp_min(0)
-        first, second = self._estimator.profiles(squared, self.lengthscale)
+        dimension = self.history.dimension
+        on_rows, norms = self._along_span(self.locate(point[None]))
+        first, second = (profile[0] for profile in self._profiles(on_rows, norms))
         count, rank = self._coordinates.shape
         # Three kinds of directions: in the span, along what of ξ is outside it, and all the others.
-        inside = on_displacements @ self._basis / self._scales  # ξ in the span [r]
-        outside = (norm - inside.square().sum()).clamp_min(0).sqrt()
-        gaps = inside - self._coordinates  # δ_i in the span [n, r]
-        if rank < history.dimension:
+        inside = on_rows[0] @ self._basis / self._scales  # ξ in the span [r]
+        outside = (norms[0] - inside.square().sum()).clamp_min(0).sqrt()
+        gaps = inside - self._coordinates  # δ_i in the span [m, r]
+        if rank < dimension:
             gaps = torch.cat([gaps, outside.expand(count, 1)], dim=1)
-        explained = torch.zeros_like(norm)
+        explained = torch.zeros_like(outside)
         for column in range(gaps.shape[1]):
-            covariances = (second * gaps[:, column])[
-                :, None
-            ] * gaps  # of direction `column` with all [n, r (+1)]
+            covariances = (second * gaps[:, column])[:, None] * gaps  # of direction `column` with all
             covariances[:, column] += first
             within, across = covariances[:, :rank], covariances[:, rank:]
             if rank:
                 explained += (within * self._system.solve(within, self._estimator.solver)).sum()
             explained += (across * torch.cholesky_solve(across, self._first_factor)).sum()
         alone = first @ torch.cholesky_solve(first[:, None], self._first_factor)[:, 0]
-        explained += (history.dimension - gaps.shape[1]) * alone
-        return (1 - explained / history.dimension).clamp_min(0)
+        explained += (dimension - gaps.shape[1]) * alone
+        return (1 - explained / dimension).clamp_min(0)
 
 
 def _span(

@@ -8,26 +8,21 @@ import torch
 from torch import Tensor
 
 from optex.estimators.interface import Estimator, Posterior
-from optex.history import GradientHistory
+from optex.history import GradientHistory, Locations
 
 __all__ = ["HoldLast"]
 
 
 class _HeldGradient(Posterior):
-    def __init__(
-        self,
-        gradient: Tensor,  # [d]
-    ) -> None:
-        self._gradient = gradient
+    def means(self, locations: Locations) -> Tensor:
+        gradient = self.history.gradients[self.history.newest]
+        return gradient.to(locations.points.device, locations.points.dtype).expand_as(locations.points)
 
-    def mean(self, point: Tensor) -> Tensor:
-        return self._gradient.to(point.device, point.dtype)
+    def differences(self, locations: Locations, origins: Locations) -> Tensor:
+        return torch.zeros_like(locations.points)
 
     def variance(self, point: Tensor) -> Tensor:
         return torch.ones((), dtype=torch.float64, device=point.device)
-
-    def mean_difference(self, point: Tensor, origin: Tensor) -> Tensor:
-        return torch.zeros_like(point)
 
 
 @dataclass(frozen=True)
@@ -38,4 +33,4 @@ class HoldLast(Estimator):
     """
 
     def fit(self, history: GradientHistory) -> Posterior:
-        return _HeldGradient(history.gradients[history.newest])
+        return _HeldGradient(history)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from optex.estimators.interface import Estimator, Posterior
-from optex.history import GradientHistory
+from optex.history import GradientHistory, Locations
 from optex.kernels import Kernel, Matern52, kernel_named
 from optex.linalg import combine_rows, jittered_cholesky
 
@@ -169,10 +169,10 @@ class SeparablePosterior(Posterior):
         lengthscale: Tensor,  # []
         noise_variance: Tensor,  # []
     ) -> None:
+        super().__init__(history)
         self.lengthscale = lengthscale
         self.noise_variance = noise_variance
         self._kernel = kernel_named(estimator.kernel)
-        self._history = history
         self._active = history.active.to(torch.float64)
         self._factor = jittered_cholesky(estimator.covariance(history, squared, lengthscale, noise_variance))
         self._ones = self._solve(self._active)  # A⁻¹ 1
@@ -185,34 +185,37 @@ class SeparablePosterior(Posterior):
 
     def _solve(
         self,
-        right: Tensor,  # [T0]
-    ) -> Tensor:  # [T0]
-        return torch.cholesky_solve(right[:, None], self._factor)[:, 0] * self._active
+        right: Tensor,  # [T0] or [T0, n]
+    ) -> Tensor:  # of that shape
+        columns = right if right.ndim == 2 else right[:, None]
+        solution = torch.cholesky_solve(columns, self._factor) * self._active[:, None]
+        return solution if right.ndim == 2 else solution[:, 0]
 
-    def _covariances(
+    def _covariances(self, locations: Locations) -> Tensor:  # [n, T0]
+        return self._kernel.value(locations.squared_distances, self.lengthscale) * self._active
+
+    def coefficients(self, locations: Locations) -> Tensor:  # [n, T0] float64
+        """The weights of the stored gradients in the predictions."""
+        weights = self._solve(self._covariances(locations).mT).mT
+        missing = 1 - weights.sum(1, keepdim=True)
+        return weights @ self.history.averaging + missing * self._mean_coefficients
+
+    def means(self, locations: Locations) -> Tensor:
+        return self._combine(self.coefficients(locations), locations)
+
+    def differences(self, locations: Locations, origins: Locations) -> Tensor:
+        return self._combine(self.coefficients(locations) - self.coefficients(origins), locations)
+
+    def _combine(
         self,
-        point: Tensor,  # [d]
-    ) -> Tensor:  # [T0]
-        squared = self._history.squared_distances_to(point[None])[0]
-        return self._kernel.value(squared, self.lengthscale) * self._active
-
-    def coefficients(
-        self,
-        point: Tensor,  # [d]
-    ) -> Tensor:  # [T0] float64
-        """The weights of the stored gradients in the prediction at a point."""
-        weights = self._solve(self._covariances(point))
-        return self._history.averaging.mT @ weights + (1 - weights.sum()) * self._mean_coefficients
-
-    def mean(self, point: Tensor) -> Tensor:
-        return combine_rows(self.coefficients(point), self._history.gradients).to(point.device, point.dtype)
-
-    def mean_difference(self, point: Tensor, origin: Tensor) -> Tensor:
-        change = self.coefficients(point) - self.coefficients(origin)
-        return combine_rows(change, self._history.gradients).to(point.device, point.dtype)
+        coefficients: Tensor,  # [n, T0]
+        locations: Locations,
+    ) -> Tensor:  # [n, d]
+        points = locations.points
+        return combine_rows(coefficients, self.history.gradients).to(points.device, points.dtype)
 
     def variance(self, point: Tensor) -> Tensor:
-        covariances = self._covariances(point)
+        covariances = self._covariances(self.locate(point[None]))[0]
         weights = self._solve(covariances)
         variance = 1 - covariances @ weights
         if self._mean_is_estimated:

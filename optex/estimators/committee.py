@@ -1,0 +1,132 @@
+"""Several estimators, judged on gradients they have not seen; the one that does best predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optex.estimators.curl_free import CurlFreeEstimator
+from optex.estimators.hold_last import HoldLast
+from optex.estimators.interface import Estimator, Posterior
+from optex.history import GradientHistory, Locations
+
+__all__ = ["CommitteeEstimator", "CommitteePosterior", "default_members"]
+
+
+def default_members() -> tuple[Estimator, ...]:
+    """Curl-free processes for gradients with kinks, for smooth ones and for two sizes of noise; hold-last."""
+    return (
+        CurlFreeEstimator("matern-5/2", median_multiple=10.0, noise_variance=1e-6),
+        CurlFreeEstimator("rbf", median_multiple=3.0, noise_variance=1e-9),
+        CurlFreeEstimator("matern-5/2", median_multiple=10.0, noise_variance=1e-2),
+        CurlFreeEstimator("matern-5/2", median_multiple=10.0, noise_variance=1e-1),
+        HoldLast(),
+    )
+
+
+class CommitteeEstimator(Estimator):
+    """Choose kernel, length scale and noise online, by how well each choice predicted.
+
+    Every round brings true gradients at points that no member has seen. With E_c = log ‖μ_c(x_i) - g_i‖, each
+    member's score follows the excess of its error over the best member's,
+
+        score_c ← memory · score_c + (1 - memory) · mean_i (E_c - min_c E_c),
+
+    and the member with the lowest score predicts until the next round. This is cross-validation forward in
+    time: leaving one pair out of the history instead asks for interpolation, and members that extrapolate
+    badly pass that test.
+
+    Args:
+        members: estimators to choose from; ``default_members()`` by default. In doubt the earlier one serves.
+        memory: how slowly scores forget, in [0, 1).
+
+    Raises:
+        ValueError: no members, or memory out of range.
+
+    Source: Dawid, *Present position and potential developments: the prequential approach*, 1984.
+    """
+
+    def __init__(self, members: Sequence[Estimator] | None = None, *, memory: float = 0.7) -> None:
+        self.members = tuple(default_members() if members is None else members)
+        if not self.members:
+            raise ValueError("CommitteeEstimator: members is empty; name at least one estimator")
+        if not 0 <= memory < 1:
+            raise ValueError(f"CommitteeEstimator: memory must be in [0, 1), got {memory}")
+        self.memory = memory
+        self.scores = torch.zeros(len(self.members), dtype=torch.float64)
+
+    @property
+    def best(self) -> int:
+        """Index of the member that predicts."""
+        return int(self.scores.argmin())
+
+    def fit(self, history: GradientHistory) -> CommitteePosterior:
+        return CommitteePosterior(self.members, self.best, history)
+
+    def judge(
+        self,
+        posterior: Posterior,
+        points: Tensor,
+        gradients: Tensor,
+        held: Sequence[tuple[Tensor, Tensor] | None],
+    ) -> None:
+        if not isinstance(posterior, CommitteePosterior) or not len(points):
+            return
+        locations = posterior.locate(points)
+        rows = [row for row, pair in enumerate(held) if pair is not None]
+        known = [pair for pair in held if pair is not None]
+        origins = posterior.locate(torch.stack([point for point, _ in known])) if known else None
+        gaps = []
+        for member in posterior.fitted:
+            predicted = member.means(locations)
+            if origins is not None:
+                predicted[rows] += torch.stack([gradient for _, gradient in known]) - member.means(origins)
+            gaps.append((predicted - gradients).norm(dim=1))
+        floor = torch.finfo(gradients.dtype).tiny
+        errors = torch.stack(gaps).to("cpu", torch.float64).clamp_min(floor).log()  # [members, n]
+        excess = (errors - errors.amin(0)).mean(1)
+        self.scores = self.memory * self.scores + (1 - self.memory) * excess.nan_to_num(nan=torch.inf)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scores": self.scores.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.scores = state["scores"].to("cpu", torch.float64, copy=True)
+
+    def __repr__(self) -> str:
+        return f"CommitteeEstimator({', '.join(map(repr, self.members))}, memory={self.memory})"
+
+
+class CommitteePosterior(Posterior):
+    """``CommitteeEstimator`` fitted: the best member predicts; the others are fitted when judged."""
+
+    def __init__(self, members: Sequence[Estimator], best: int, history: GradientHistory) -> None:
+        super().__init__(history)
+        self._members = members
+        self._best = best
+
+    @cached_property
+    def chosen(self) -> Posterior:
+        """The member that predicts."""
+        return self._members[self._best].fit(self.history)
+
+    @cached_property
+    def fitted(self) -> list[Posterior]:
+        """All members."""
+        return [
+            self.chosen if i == self._best else member.fit(self.history)
+            for i, member in enumerate(self._members)
+        ]
+
+    def means(self, locations: Locations) -> Tensor:
+        return self.chosen.means(locations)
+
+    def differences(self, locations: Locations, origins: Locations) -> Tensor:
+        return self.chosen.differences(locations, origins)
+
+    def variance(self, point: Tensor) -> Tensor:
+        return self.chosen.variance(point)
