@@ -25,6 +25,7 @@ __all__ = [
     "WithinTolerance",
 ]
 
+LEAST_AHEAD: Final = 4  # steps drafted under a lookahead, however few were kept
 NEAREST: Final = 3  # predictions a round that the tolerance learns from
 
 
@@ -67,6 +68,10 @@ class Acceptance(ABC):
     def evaluated(self, count: int) -> range:
         """Which of the ``count`` proxies need a true gradient; all of them unless a rule says otherwise."""
         return range(count)
+
+    def ahead(self, parallelism: int) -> int:
+        """How many steps of the window are worth drafting and evaluating this round, 1..parallelism."""
+        return parallelism
 
     def believed(
         self,
@@ -166,6 +171,9 @@ class WithinTolerance(Acceptance):
         error: the relative error of a gradient that is put up with, > 0.
         lowest, highest: bounds of the adaptive tolerance.
         absurd: a gradient more than this many times longer than step 0's is not believed.
+        lookahead: draft and evaluate at most this many times the steps that the last round kept, at least
+            ``LEAST_AHEAD``; saves gradients where they are not free. None evaluates all N: proxies that are
+            not kept still teach the estimator.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -182,6 +190,7 @@ class WithinTolerance(Acceptance):
         lowest: float = 0.1,
         highest: float = 16.0,
         absurd: float = 20.0,
+        lookahead: float | None = None,
     ) -> None:
         if not tolerance >= 0:
             raise ValueError(f"WithinTolerance: tolerance must not be negative, got {tolerance}")
@@ -191,26 +200,40 @@ class WithinTolerance(Acceptance):
             raise ValueError(f"WithinTolerance: error must be positive, got {error}")
         if not 0 < lowest <= highest:
             raise ValueError(f"WithinTolerance: needs 0 < lowest <= highest, got {lowest} and {highest}")
+        if lookahead is not None and not lookahead >= 1:
+            raise ValueError(f"WithinTolerance: lookahead must be at least 1, or None, got {lookahead}")
         self.tolerance = tolerance
         self.adaptive = adaptive and tolerance > 0
         self.error = error
         self.lowest = lowest
         self.highest = highest
         self.absurd = absurd
+        self.lookahead = lookahead
+        self._kept: int | None = None  # steps of the last round
 
     def believed(self, gradients: Tensor) -> Tensor:
         norms = torch.linalg.vector_norm(gradients, dim=1)
         return norms <= self.absurd * norms[0].clamp_min(torch.finfo(norms.dtype).tiny)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tolerance": self.tolerance}
+        return {"tolerance": self.tolerance, "kept": self._kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.tolerance = state["tolerance"]
+        self._kept = state["kept"]
+
+    def ahead(self, parallelism: int) -> int:
+        if self.lookahead is None or self._kept is None:
+            return parallelism
+        return min(parallelism, max(LEAST_AHEAD, math.ceil(self.lookahead * self._kept)))
 
     def advance(self, measured: MeasuredRound) -> int:
         if self.adaptive:
             self._learn(measured)
+        self._kept = self._replay(measured)
+        return self._kept
+
+    def _replay(self, measured: MeasuredRound) -> int:
         walk = measured.walk
         walk.rewind()
         before, shortest = measured.proxies[0], None

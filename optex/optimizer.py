@@ -277,7 +277,7 @@ class OptEx(Optimizer):
     def _round(self, request: _RoundRequest) -> Tensor:
         started = time.perf_counter()
         self._refresh_layout()
-        window = self._window
+        window = self._window[: self.acceptance.ahead(self._window_size)]
         if self.acceptance.keeps_window and not len(self.history) and window[0].batch is None:
             window = window[:1]  # with nothing to predict from, all would be one point and one gradient
         self._walk.mark()

@@ -118,5 +118,5 @@ def test_hold_last_repeats_the_last_gradient():
     slope = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
     optimizer = OptEx(torch.optim.SGD([theta], lr=0.1), parallelism=4, estimator=HoldLast())
     taken = [r.accepted for r in optimizer.rounds([None] * 15, lambda _: theta @ slope)]
-    assert taken == [3, 4, 4, 4]  # the first draft has nothing to hold yet: its third step is too far from it
+    assert taken == [1, 4, 4, 4, 2]  # the first round has nothing to hold yet
     torch.testing.assert_close(theta.detach(), -1.5 * slope)

@@ -123,7 +123,9 @@ class TestOneAtATime:
 
 OPTEX_TWINS = {
     "hold-last": lambda base: OptEx(base, parallelism=3, estimator=HoldLast(), acceptance=Last()),
-    "picard": lambda base: OptEx(base, parallelism=3, estimator=HoldLast(), acceptance=WithinTolerance(1.0)),
+    "picard": lambda base: OptEx(
+        base, parallelism=3, estimator=HoldLast(), acceptance=WithinTolerance(1.0, adaptive=False)
+    ),
     "optex-paper": lambda base: OptEx.from_paper(base, 3, 8),
     "optex": lambda base: OptEx(base, parallelism=3, history_size=8),
 }

@@ -66,8 +66,8 @@ def test_three_ways_to_the_gradient_make_one_trajectory(optimizer: str) -> None:
         result = optex.minimize(recorded, START, jac=jac, optimizer=optimizer, lr=1e-4, maxiter=12)
         runs.append((recorded.rows, result))
     for rows, result in runs[1:]:
-        np.testing.assert_allclose(rows, runs[0][0], rtol=1e-9, atol=1e-9)
-        np.testing.assert_allclose(result.x, runs[0][1].x, rtol=1e-9)
+        np.testing.assert_allclose(rows, runs[0][0], rtol=1e-7, atol=1e-7)
+        np.testing.assert_allclose(result.x, runs[0][1].x, rtol=1e-7)
         assert (result.nit, result.nfev, result.nstep) == tuple(runs[0][1][k] for k in ("nit", "nfev", "nstep"))
 
 
@@ -290,7 +290,7 @@ def test_fun_cannot_corrupt_the_run() -> None:
     np.testing.assert_array_equal(vandalised.x, clean.x)
     np.testing.assert_array_equal(vandalised.jac, clean.jac)
     assert vandalised.jac is not buffer
-    np.testing.assert_allclose(optex.minimize(torch_vandal, START, lr=0.01, maxiter=10).x, clean.x, rtol=1e-12)
+    np.testing.assert_allclose(optex.minimize(torch_vandal, START, lr=0.01, maxiter=10).x, clean.x, rtol=1e-7)
 
 
 def test_callback_cannot_corrupt_the_run() -> None:

@@ -84,7 +84,8 @@ class CommitteeEstimator(Estimator):
         for member in posterior.fitted:
             predicted = member.means(locations)
             if origins is not None:
-                predicted[rows] += torch.stack([gradient for _, gradient in known]) - member.means(origins)
+                change = torch.stack([gradient for _, gradient in known]) - member.means(origins)
+                predicted = predicted.index_add(0, torch.tensor(rows, device=predicted.device), change)
             gaps.append((predicted - gradients).norm(dim=1))
         floor = torch.finfo(gradients.dtype).tiny
         errors = torch.stack(gaps).to("cpu", torch.float64).clamp_min(floor).log()  # [members, n]

@@ -15,6 +15,7 @@ from optex.linalg import combine_rows, conjugate_gradients, jittered_cholesky
 
 __all__ = ["CurlFreeEstimator", "CurlFreePosterior"]
 
+NOISE_FLOOR: Final = 4.0
 DENSE_LIMIT: Final = 1200  # unknowns up to which the system in the span is factorised
 
 
@@ -40,7 +41,8 @@ class CurlFreeEstimator(Estimator):
         lengthscale: in units of the iterates; None for ``median_multiple`` times the median distance in
             the history.
         median_multiple: that factor.
-        noise_variance: σ², in units of the prior variance of a gradient component.
+        noise_variance: σ², in units of the prior variance of a gradient component; at least
+            ``NOISE_FLOOR`` units in the last place of the history's dtype, which its distances cannot resolve.
         prior_mean: ``"last"`` (the newest gradient, so that what is predicted is the change from it) or
             ``"zero"``.
         solver: ``"dense"``, ``"cg"``, or ``"auto"`` by size.
@@ -131,7 +133,8 @@ class CurlFreePosterior(Posterior):
         self.lengthscale = self._choose_lengthscale()
         self._newest_products = self._from_displacements @ history.iterate_gram[:, history.newest]  # [m]
         self._newest_cross = history.cross_gram[:, history.newest]  # [T0]
-        self._noise = estimator.noise_variance / history.counts[slots]  # [n]
+        floor = NOISE_FLOOR * torch.finfo(history.displacements.dtype).eps
+        self._noise = max(estimator.noise_variance, floor) / history.counts[slots]  # [n]
         self._gram = self._from_displacements @ history.iterate_gram @ self._from_displacements.mT
         self._solve(*estimator.profiles(squared, self.lengthscale))
 

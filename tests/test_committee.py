@@ -1,0 +1,101 @@
+import pytest
+import torch
+
+from optex import CommitteeEstimator, CurlFreeEstimator, GradientHistory, HoldLast, SeparableEstimator
+from optex.estimators.committee import default_members
+
+
+def rows(count, dimension=6, seed=0):
+    return torch.randn(count, dimension, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def filled(gradient, count=12):
+    history, points = GradientHistory(count, 6), rows(count)
+    history.append(points, gradient(points))
+    return history
+
+
+def test_predicts_with_its_best_member():
+    history = filled(lambda x: x)
+    members = (CurlFreeEstimator(), SeparableEstimator(), HoldLast())
+    committee, query = CommitteeEstimator(members), rows(2, seed=9)
+    for best in range(3):
+        committee.scores = torch.ones(3, dtype=torch.float64)
+        committee.scores[best] = 0
+        expected, posterior = members[best].fit(history), committee.fit(history)
+        assert torch.equal(posterior.mean(query[0]), expected.mean(query[0]))
+        assert torch.equal(posterior.mean_difference(*query), expected.mean_difference(*query))
+        assert posterior.variance(query[0]) == expected.variance(query[0])
+
+
+def test_scores_are_those_of_the_formula():
+    history = filled(lambda x: x)
+    members = (CurlFreeEstimator(), HoldLast())
+    committee = CommitteeEstimator(members, memory=0.6)
+    committee.scores = torch.tensor([0.3, 0.1], dtype=torch.float64)
+    points, gradients = rows(3, seed=5), rows(3, seed=6)
+    origin = rows(1, seed=7)[0], rows(1, seed=8)[0]
+    committee.judge(committee.fit(history), points, gradients, [None, origin, None])
+    errors = []
+    for member in members:
+        posterior = member.fit(history)
+        predictions = [posterior.mean(point) for point in points]
+        predictions[1] = origin[1] + posterior.mean(points[1]) - posterior.mean(origin[0])
+        errors.append([(p - g).norm().log().item() for p, g in zip(predictions, gradients, strict=True)])
+    errors = torch.tensor(errors, dtype=torch.float64)
+    excess = (errors - errors.amin(0)).mean(1)
+    expected = 0.6 * torch.tensor([0.3, 0.1], dtype=torch.float64) + 0.4 * excess
+    torch.testing.assert_close(committee.scores, expected)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "expected"),
+    [
+        (lambda x: x, 0),
+        (lambda x: torch.zeros_like(x) + torch.arange(6.0), 1),
+    ],
+    ids=["linear", "constant"],
+)
+def test_finds_the_member_that_fits(gradient, expected):
+    # A zero mean falls off away from the data; holding the last gradient is exact where it is constant.
+    committee = CommitteeEstimator([CurlFreeEstimator(prior_mean="zero"), HoldLast()])
+    for seed in range(5):
+        history = filled(gradient)
+        points = rows(4, seed=seed + 20)
+        committee.judge(committee.fit(history), points, gradient(points), [None] * 4)
+    assert committee.best == expected
+
+
+def test_noise_calls_for_the_member_that_smooths():
+    generator = torch.Generator().manual_seed(3)
+    noisy = lambda x: x + torch.randn(x.shape, generator=generator, dtype=x.dtype)  # noqa: E731
+    committee = CommitteeEstimator()
+    for seed in range(12):
+        history, points = filled(noisy), 0.3 * rows(4, seed=seed + 20)
+        committee.judge(committee.fit(history), points, noisy(points), [None] * 4)
+    noises = [getattr(member, "noise_variance", None) for member in default_members()]
+    assert noises[committee.best] is not None
+    assert noises[committee.best] >= 1e-2
+
+
+def test_a_member_that_fails_to_predict_is_never_chosen():
+    committee, history = CommitteeEstimator([HoldLast(), CurlFreeEstimator()]), filled(lambda x: x)
+    history.gradients[history.newest] = torch.nan  # what hold-last predicts
+    committee.judge(committee.fit(history), rows(2), rows(2), [None, None])
+    assert committee.scores[0] == torch.inf
+
+
+def test_state_goes_round():
+    committee, twin = CommitteeEstimator(), CommitteeEstimator()
+    committee.scores = torch.rand(5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    twin.load_state_dict(committee.state_dict())
+    assert torch.equal(committee.scores, twin.scores)
+    twin.scores += 1
+    assert not torch.equal(committee.scores, twin.scores)
+
+
+def test_errors_name_the_argument():
+    with pytest.raises(ValueError, match="CommitteeEstimator: members is empty"):
+        CommitteeEstimator([])
+    with pytest.raises(ValueError, match=r"CommitteeEstimator: memory must be in \[0, 1\), got 1.0"):
+        CommitteeEstimator(memory=1.0)
