@@ -58,7 +58,7 @@ def test_scores_are_those_of_the_formula():
 )
 def test_finds_the_member_that_fits(gradient, expected):
     # A zero mean falls off away from the data; holding the last gradient is exact where it is constant.
-    committee = CommitteeEstimator([CurlFreeEstimator(prior_mean="zero"), HoldLast()])
+    committee = CommitteeEstimator([CurlFreeEstimator(prior_mean="zero"), HoldLast()], interval=1)
     for seed in range(5):
         history = filled(gradient)
         points = rows(4, seed=seed + 20)
@@ -69,7 +69,7 @@ def test_finds_the_member_that_fits(gradient, expected):
 def test_noise_calls_for_the_member_that_smooths():
     generator = torch.Generator().manual_seed(3)
     noisy = lambda x: x + torch.randn(x.shape, generator=generator, dtype=x.dtype)  # noqa: E731
-    committee = CommitteeEstimator()
+    committee = CommitteeEstimator(interval=1)
     for seed in range(12):
         history, points = filled(noisy), 0.3 * rows(4, seed=seed + 20)
         committee.judge(committee.fit(history), points, noisy(points), [None] * 4)
@@ -83,6 +83,16 @@ def test_a_member_that_fails_to_predict_is_never_chosen():
     history.gradients[history.newest] = torch.nan  # what hold-last predicts
     committee.judge(committee.fit(history), rows(2), rows(2), [None, None])
     assert committee.scores[0] == torch.inf
+
+
+def test_judges_every_interval_from_the_first_round_on():
+    committee, history = CommitteeEstimator([HoldLast(), CurlFreeEstimator()], interval=3), filled(lambda x: x)
+    seen = []
+    for seed in range(7):
+        before = committee.scores.clone()
+        committee.judge(committee.fit(history), rows(2, seed=seed + 30), rows(2, seed=seed + 40), [None, None])
+        seen.append(not torch.equal(before, committee.scores))
+    assert seen == [True, False, False, True, False, False, True]
 
 
 def test_state_goes_round():
@@ -99,3 +109,5 @@ def test_errors_name_the_argument():
         CommitteeEstimator([])
     with pytest.raises(ValueError, match=r"CommitteeEstimator: memory must be in \[0, 1\), got 1.0"):
         CommitteeEstimator(memory=1.0)
+    with pytest.raises(ValueError, match="CommitteeEstimator: interval must be at least 1, got 0"):
+        CommitteeEstimator(interval=0)

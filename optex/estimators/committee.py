@@ -43,20 +43,27 @@ class CommitteeEstimator(Estimator):
     Args:
         members: estimators to choose from; ``default_members()`` by default. In doubt the earlier one serves.
         memory: how slowly scores forget, in [0, 1).
+        interval: judge every so many rounds, at least 1; judging fits every member.
 
     Raises:
-        ValueError: no members, or memory out of range.
+        ValueError: no members, or a number out of range.
 
     Source: Dawid, *Present position and potential developments: the prequential approach*, 1984.
     """
 
-    def __init__(self, members: Sequence[Estimator] | None = None, *, memory: float = 0.7) -> None:
+    def __init__(
+        self, members: Sequence[Estimator] | None = None, *, memory: float = 0.7, interval: int = 2
+    ) -> None:
         self.members = tuple(default_members() if members is None else members)
         if not self.members:
             raise ValueError("CommitteeEstimator: members is empty; name at least one estimator")
         if not 0 <= memory < 1:
             raise ValueError(f"CommitteeEstimator: memory must be in [0, 1), got {memory}")
+        if interval < 1:
+            raise ValueError(f"CommitteeEstimator: interval must be at least 1, got {interval}")
         self.memory = memory
+        self.interval = interval
+        self._rounds = 0
         self.scores = torch.zeros(len(self.members), dtype=torch.float64)
 
     @property
@@ -76,6 +83,9 @@ class CommitteeEstimator(Estimator):
     ) -> None:
         if not isinstance(posterior, CommitteePosterior) or not len(points):
             return
+        self._rounds += 1
+        if (self._rounds - 1) % self.interval:
+            return
         locations = posterior.locate(points)
         rows = [row for row, pair in enumerate(held) if pair is not None]
         known = [pair for pair in held if pair is not None]
@@ -93,13 +103,14 @@ class CommitteeEstimator(Estimator):
         self.scores = self.memory * self.scores + (1 - self.memory) * excess.nan_to_num(nan=torch.inf)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"scores": self.scores.clone()}
+        return {"scores": self.scores.clone(), "rounds": self._rounds}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.scores = state["scores"].to("cpu", torch.float64, copy=True)
+        self._rounds = state["rounds"]
 
     def __repr__(self) -> str:
-        return f"CommitteeEstimator({', '.join(map(repr, self.members))}, memory={self.memory})"
+        return f"CommitteeEstimator({', '.join(map(repr, self.members))}, memory={self.memory}, interval={self.interval})"
 
 
 class CommitteePosterior(Posterior):
