@@ -73,7 +73,7 @@ class Comparison:
         optimizer: name of the base optimizer, of ``optex.bases.OPTIMIZERS``.
         lr: its learning rate; None is ``default_rate(optimizer)``.
         parallelism: N.
-        history_size: T0; None is ``max(20, 2 · parallelism)``.
+        history_size: T0; None is 20 up to N = 8, else 32.
         rounds: of every method but vanilla, which runs ``parallelism · rounds`` of its own.
         seeds: how many starts of each problem, 0, 1, ...
         dim, noise: of the problems that are functions.
@@ -97,7 +97,7 @@ class Comparison:
 
     def __post_init__(self) -> None:
         if self.history_size is None:
-            object.__setattr__(self, "history_size", max(20, 2 * self.parallelism))
+            object.__setattr__(self, "history_size", 20 if self.parallelism <= 8 else 32)
         for name in ("parallelism", "history_size", "rounds", "seeds", "dim", "batch_size"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -8,13 +8,13 @@ from optex.estimators import HoldLast
 from optex.optimizer import OptEx
 from optex.problems import Problem
 
-__all__ = ["hold_last", "optex", "optex_paper", "picard"]
+__all__ = ["hold_last", "optex", "optex_paper", "picard", "run_rounds"]
 
 
 def optex(problem: Problem, setting: Setting) -> Trace:
     """``OptEx`` with its defaults."""
     base = setting.base_optimizer(problem)
-    return _run_rounds(
+    return run_rounds(
         problem, setting, OptEx(base, parallelism=setting.parallelism, history_size=setting.history_size)
     )
 
@@ -22,13 +22,13 @@ def optex(problem: Problem, setting: Setting) -> Trace:
 def optex_paper(problem: Problem, setting: Setting) -> Trace:
     """Algorithm 1 of the paper."""
     base = setting.base_optimizer(problem)
-    return _run_rounds(problem, setting, OptEx.from_paper(base, setting.parallelism, setting.history_size))
+    return run_rounds(problem, setting, OptEx.from_paper(base, setting.parallelism, setting.history_size))
 
 
 def hold_last(problem: Problem, setting: Setting) -> Trace:
     """N - 1 steps with the last gradient measured, then a true one."""
     base = setting.base_optimizer(problem)
-    return _run_rounds(
+    return run_rounds(
         problem,
         setting,
         OptEx(base, parallelism=setting.parallelism, history_size=1, estimator=HoldLast(), acceptance=Last()),
@@ -38,7 +38,7 @@ def hold_last(problem: Problem, setting: Setting) -> Trace:
 def picard(problem: Problem, setting: Setting) -> Trace:
     """Replay of held gradients while they were measured within one step of where they are used."""
     base = setting.base_optimizer(problem)
-    return _run_rounds(
+    return run_rounds(
         problem,
         setting,
         OptEx(
@@ -51,7 +51,8 @@ def picard(problem: Problem, setting: Setting) -> Trace:
     )
 
 
-def _run_rounds(problem: Problem, setting: Setting, optimizer: OptEx) -> Trace:
+def run_rounds(problem: Problem, setting: Setting, optimizer: OptEx) -> Trace:
+    """Run any ``OptEx`` of the problem's parameters for the setting's rounds."""
     lr = optimizer.param_groups[0]["lr"]
     with Recorder(problem, setting.rounds) as recorder:
         for report in optimizer.rounds(problem.batches(), problem):

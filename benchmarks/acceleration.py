@@ -1,0 +1,430 @@
+"""The study of acceleration: problems × base optimizers × N × methods × seeds, against vanilla.
+
+    python benchmarks/acceleration.py run --seeds 5 --workers 2     about an hour on 2 cores
+    python benchmarks/acceleration.py report                        tables and pictures from what was run
+
+`run` appends one line of JSON a job (a case and a seed) to results/acceleration/runs.jsonl and skips the jobs
+that are there; `report` reads it and writes the tables into results/acceleration/README.md, and the pictures
+beside it. One thread a worker.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+import optex
+from optex.acceptance import WithinTolerance
+from optex.baselines import METHODS, Setting, Trace
+from optex.baselines.with_optex import run_rounds
+from optex.bases import base_optimizer
+from optex.comparison import acceleration
+from optex.plots import METHOD_STYLES
+from optex.problems import Problem, make_problem
+
+FOLDER = Path(__file__).parent.parent / "results" / "acceleration"
+RUNS = FOLDER / "runs.jsonl"
+ROUNDS = 60
+PARALLELISM = (5, 8, 16, 32)
+FUNCTIONS = ("sphere", "ackley", "rosenbrock", "quadratic")
+NETWORKS = ("digits-mlp-32", "digits-mlp-512")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem with a base optimizer. ``lr`` is a number, or a multiple of the stability limit 2 / λ."""
+
+    problem: str
+    optimizer: str
+    lr: float
+    of_limit: bool = False
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        rate = {0.5: "half the limit", 1.0: "the limit", 0.25: "a quarter of the limit"}
+        return f"{self.problem}, {self.optimizer} {rate[self.lr] if self.of_limit else f'{self.lr:g}'}"
+
+    def start(self, seed: int) -> Problem:
+        """The problem at a seed's start."""
+        if self.problem in FUNCTIONS:
+            return make_problem(self.problem, seed=seed, dim=1000)
+        if self.problem in NETWORKS:
+            return make_problem("digits-mlp", seed=seed, batch_size=int(self.problem.rpartition("-")[2]))
+        return make_problem(self.problem, seed=seed)
+
+    def rate(self) -> float:
+        """The learning rate itself."""
+        return self.lr * stability_limit(self.start(0)) if self.of_limit else self.lr
+
+    def parallelisms(self) -> list[int]:
+        """Networks take N = 4 where functions take 5."""
+        return [4 if n == 5 and self.problem in NETWORKS else n for n in PARALLELISM]
+
+
+def cases() -> list[Case]:
+    """All of them, the suite of nine first."""
+    sgd = [("sgd", 0.5, True), ("sgd", 1.0, True), ("momentum", 0.25, True)]
+    listed = list(NINE)
+    for problem in (*FUNCTIONS, "logistic-breast-cancer"):
+        listed += [Case(problem, *rest) for rest in [("adam", 0.01), ("adam", 0.1), *sgd]]
+    for problem in NETWORKS:
+        rates = [("adam", 1e-3), ("adam", 0.01), ("adam", 0.1), ("sgd", 0.1), ("momentum", 0.05), *sgd[:2]]
+        listed += [Case(problem, *rest) for rest in rates]
+    return list(dict.fromkeys(listed))
+
+
+NINE = (
+    Case("quadratic", "adam", 0.1),
+    Case("quadratic", "sgd", 1.0),
+    Case("quadratic", "sgd", 0.5),
+    Case("quadratic", "momentum", 0.3),
+    Case("rosenbrock", "adam", 0.1),
+    Case("rosenbrock", "adam", 0.01),
+    Case("ackley", "adam", 0.01),
+    Case("sphere", "adam", 0.1),
+    Case("sphere", "adam", 0.01),
+)
+
+
+def stability_limit(problem: Problem) -> float:
+    """2 / |λ| for the Hessian's largest eigenvalue at the start, by 400 power iterations."""
+    parameters = list(problem.parameters())
+    batch = next(problem.batches())
+    gradient = torch.cat(
+        [g.reshape(-1) for g in torch.autograd.grad(problem(batch), parameters, create_graph=True)]
+    )
+    vector = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(0), dtype=gradient.dtype)
+    for _ in range(400):
+        vector = vector / vector.norm()
+        product = torch.autograd.grad(gradient @ vector, parameters, retain_graph=True)
+        vector = torch.cat([g.reshape(-1) for g in product])
+    return float(2 / vector.norm())
+
+
+# ------------------------------------------------------------------ methods
+
+Make = Callable[..., optex.OptEx]
+VARIANTS: dict[str, Make] = {
+    "optex": lambda base, n: optex.OptEx(base, parallelism=n),
+    "separable": lambda base, n: optex.OptEx(
+        base, parallelism=n, estimator=optex.SeparableEstimator(prior_mean="gls")
+    ),
+    "curl-free": lambda base, n: optex.OptEx(base, parallelism=n, estimator=optex.CurlFreeEstimator()),
+    "tolerance fixed at 2": lambda base, n: optex.OptEx(
+        base, parallelism=n, acceptance=WithinTolerance(adaptive=False)
+    ),
+    "leave-one-out separable": lambda base, n: optex.OptEx(
+        base,
+        parallelism=n,
+        estimator=optex.SeparableEstimator(
+            lengthscale="leave-one-out", noise_variance="leave-one-out", prior_mean="gls"
+        ),
+    ),
+    "lookahead 2": lambda base, n: optex.OptEx(base, parallelism=n, acceptance=WithinTolerance(lookahead=2.0)),
+    "history half as long": lambda base, n: optex.OptEx(base, parallelism=n, history_size=8 if n <= 8 else 16),
+}
+MAIN = ("target", "hold-last", "picard", "optex-paper", "separable", "curl-free", "optex")
+ABLATIONS = ("tolerance fixed at 2", "leave-one-out separable", "lookahead 2", "history half as long")
+
+
+def methods_for(case: Case, parallelism: int) -> list[str]:
+    """Everything at N = 4, 5 and 16; ablations on the nine and two networks."""
+    chosen = list(MAIN)
+    if parallelism in (8, 32):
+        chosen = [name for name in chosen if name not in ("separable", "curl-free")]
+    elif case in NINE or (case.problem in NETWORKS and case.optimizer == "adam" and case.lr <= 0.01):
+        chosen += ABLATIONS
+    return chosen
+
+
+def run_method(name: str, problem: Problem, setting: Setting) -> Trace:
+    """A variant of this study, or one of the package's methods."""
+    problem.reset()
+    if name in VARIANTS:
+        return run_rounds(
+            problem, setting, VARIANTS[name](setting.base_optimizer(problem), setting.parallelism)
+        )
+    return METHODS[name].run(problem, setting)
+
+
+def run_job(job: tuple[Case, int]) -> list[dict[str, Any]]:
+    """All N and methods of one case at one seed; one ruler serves them all."""
+    case, seed = job
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", RuntimeWarning)
+    rate, problem = case.rate(), case.start(seed)
+
+    def setting(parallelism: int, rounds: int) -> Setting:
+        history = 16 if parallelism <= 8 else 32
+        return Setting(
+            lambda parameters: base_optimizer(case.optimizer, parameters, lr=rate), parallelism, history, rounds
+        )
+
+    ruler = run_method("vanilla", problem, setting(1, ROUNDS * max(case.parallelisms()))).loss
+    records = [record(case, rate, seed, 1, "vanilla", ruler[: ROUNDS + 1], ruler, None)]
+    for parallelism in case.parallelisms():
+        for name in methods_for(case, parallelism):
+            if name == "target":
+                loss, trace = ruler[: ROUNDS * parallelism + 1 : parallelism], None
+            else:
+                trace = run_method(name, problem, setting(parallelism, ROUNDS))
+                loss = trace.loss
+            records.append(record(case, rate, seed, parallelism, name, loss, ruler, trace))
+    return records
+
+
+def record(
+    case: Case,
+    rate: float,
+    seed: int,
+    parallelism: int,
+    method: str,
+    loss: Sequence[float],
+    ruler: Sequence[float],
+    trace: Trace | None,
+) -> dict[str, Any]:
+    """What is kept of a run."""
+    best = np.fmin.accumulate(np.where(np.isnan(loss), np.inf, loss))
+    vanilla = np.fmin.accumulate(np.where(np.isnan(ruler), np.inf, ruler))[: len(loss)]
+    return {
+        "case": case.name,
+        "lr": float(f"{rate:.4g}"),
+        "seed": seed,
+        "N": parallelism,
+        "method": method,
+        "acceleration": round(acceleration(loss, ruler[: ROUNDS * parallelism + 1]), 3),
+        "behind": int((best > vanilla * (1 + 1e-9)).sum()),
+        "diverged": bool(not math.isfinite(loss[-1]) or loss[-1] > 2 * loss[0]),
+        "loss": [float(f"{value:.5g}") if math.isfinite(value) else None for value in loss[::10]],
+        "accepted": None if trace is None else round(float(np.mean(trace.accepted[1:])), 2),
+        "gradients": None if trace is None else trace.gradients[-1],
+        "overhead_ms": None if trace is None else round(1e3 * trace.overhead_seconds, 3),
+    }
+
+
+def run(seeds: int, workers: int) -> None:
+    """Run the jobs that are not there yet, seed by seed."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    done = {(r["case"], r["seed"]) for r in read()}
+    jobs = [(case, seed) for seed in range(seeds) for case in cases() if (case.name, seed) not in done]
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(workers) as pool, RUNS.open("a") as file:
+        for number, records in enumerate(pool.imap_unordered(run_job, jobs), start=1):
+            file.write(json.dumps(records) + "\n")
+            file.flush()
+            print(f"{number}/{len(jobs)}  {records[0]['case']}, seed {records[0]['seed']}", flush=True)
+
+
+def read() -> list[dict[str, Any]]:
+    """All records so far."""
+    if not RUNS.exists():
+        return []
+    return [record for line in RUNS.read_text().splitlines() for record in json.loads(line)]
+
+
+# ------------------------------------------------------------------ report
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """With a floor, so that one run that fails does not turn everything to zero."""
+    return float(np.exp(np.mean(np.log(np.maximum(values, 0.05)))))
+
+
+def by_case(records: list[dict[str, Any]], field: str = "acceleration") -> dict[tuple[str, str], float]:
+    """(case, method) -> mean over seeds, for records of one N."""
+    groups: dict[tuple[str, str], list[float]] = {}
+    for entry in records:
+        groups.setdefault((entry["case"], entry["method"]), []).append(entry[field])
+    return {key: float(np.mean(values)) for key, values in groups.items()}
+
+
+def summary_table(records: list[dict[str, Any]], names: list[str], methods: Sequence[str]) -> str:
+    """Geometric mean / worst over the cases, by method and N; capped at N in brackets."""
+    sizes = sorted({entry["N"] for entry in records if entry["case"] in names and entry["N"] > 1})
+    lines = [f"| method | {' | '.join(f'N = {n}' for n in sizes)} |", f"|---|{'---|' * len(sizes)}"]
+    for method in methods:
+        cells = []
+        for n in sizes:
+            means = by_case(
+                [r for r in records if r["N"] == n and r["method"] == method and r["case"] in names]
+            )
+            values = list(means.values())
+            if len(values) < len(names):
+                cells.append("–")
+                continue
+            capped = geometric_mean([min(value, n) for value in values])
+            cells.append(f"{geometric_mean(values):.2f} ({capped:.2f}) / {min(values):.2f}")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def case_table(records: list[dict[str, Any]], sizes: Sequence[int], methods: Sequence[str]) -> str:
+    """Acceleration of every case; in brackets the rounds behind vanilla, summed over the seeds."""
+    lines = [f"| case | lr | {' | '.join(methods)} |", f"|---|---|{'---|' * len(methods)}"]
+    for case in cases():
+        mine = [r for r in records if r["case"] == case.name and r["N"] in sizes]
+        if not mine:
+            continue
+        means, cells = by_case(mine), []
+        for method in methods:
+            behind = sum(r["behind"] for r in mine if r["method"] == method)
+            value = means.get((case.name, method), math.nan)
+            cells.append(f"{value:.2f}" + (f" ({behind})" if behind else ""))
+        lines.append(f"| {case.name} | {mine[0]['lr']:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def network_table(records: list[dict[str, Any]]) -> str:
+    """Loss over target's at every tenth round, N = 4, mean over seeds."""
+    lines = ["| case | round 10 | 20 | 30 | 40 | 50 | 60 |", "|---|---|---|---|---|---|---|"]
+    for case in cases():
+        if case.problem not in NETWORKS:
+            continue
+        mine = [r for r in records if r["case"] == case.name and r["N"] == 4]
+        targets = {r["seed"]: r["loss"] for r in mine if r["method"] == "target"}
+        ratios = [
+            [(a or math.inf) / (b or math.inf) - 1 for a, b in zip(r["loss"], targets[r["seed"]], strict=True)]
+            for r in mine
+            if r["method"] == "optex"
+        ]
+        if ratios:
+            cells = [f"{100 * value:+.1f} %" for value in np.mean(ratios, axis=0)[1:]]
+            lines.append(f"| {case.name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def safety_table(records: list[dict[str, Any]]) -> str:
+    """Runs that diverge where vanilla does not, and rounds behind vanilla, by method and N."""
+    lost = {(r["case"], r["seed"]) for r in records if r["method"] == "vanilla" and r["diverged"]}
+    kept = [r for r in records if (r["case"], r["seed"]) not in lost and r["N"] > 1]
+    sizes = (4, 5, 8, 16, 32)
+    lines = [f"| method | {' | '.join(f'N = {n}' for n in sizes)} |", f"|---|{'---|' * len(sizes)}"]
+    for method in ("target", "hold-last", "picard", "optex-paper", "optex"):
+        cells = []
+        for n in sizes:
+            mine = [r for r in kept if r["N"] == n and r["method"] == method]
+            behind = sum(r["behind"] for r in mine)
+            where = sum(r["behind"] > 0 for r in mine)
+            diverged = sum(r["diverged"] for r in mine)
+            cells.append(f"{diverged} of {len(mine)}; {where} runs, {behind} rounds")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw_profiles(records: list[dict[str, Any]]) -> Figure:
+    """Dolan and Moré's performance profiles: the share of runs within a factor τ of the best method's pace."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    sizes = ((4, 5), (8,), (16,), (32,))
+    for axes, group in zip(figure.subplots(1, len(sizes), sharey=True), sizes, strict=True):
+        runs: dict[tuple[str, int], dict[str, float]] = {}
+        for r in records:
+            if r["N"] in group and r["method"] in ("hold-last", "picard", "optex-paper", "optex"):
+                runs.setdefault((r["case"], r["seed"]), {})[r["method"]] = max(r["acceleration"], 1e-3)
+        factors = np.logspace(0, 1.5, 200)
+        for method in ("hold-last", "picard", "optex-paper", "optex"):
+            ratios = np.array([max(run.values()) / run[method] for run in runs.values() if method in run])
+            share = [(ratios <= factor).mean() for factor in factors]
+            axes.plot(factors, share, label=method, **METHOD_STYLES[method])
+        axes.set(
+            xscale="log",
+            title="N = " + " and ".join(map(str, group)),
+            xlabel="factor τ behind the best",
+            ylim=(0, 1.02),
+        )
+        axes.set_xticks([1, 2, 5, 10, 30], ["1", "2", "5", "10", "30"])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("share of runs")
+    figure.axes[0].legend(loc="lower right", fontsize=8)
+    return figure
+
+
+def draw_acceleration(records: list[dict[str, Any]]) -> Figure:
+    """Acceleration against N, one thin line a case, the geometric mean thick."""
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    methods = ("hold-last", "picard", "optex-paper", "optex")
+    for axes, method in zip(figure.subplots(1, len(methods), sharey=True), methods, strict=True):
+        colour = METHOD_STYLES[method]["color"]
+        lines: dict[str, dict[int, float]] = {}
+        for n in (4, 5, 8, 16, 32):
+            for (case, name), value in by_case([r for r in records if r["N"] == n]).items():
+                if name == method:
+                    lines.setdefault(case, {})[n] = max(value, 0.05)
+        for line in lines.values():
+            axes.plot(list(line), list(line.values()), color=colour, alpha=0.25, linewidth=0.9)
+        for first in (5, 4):
+            group = [line for line in lines.values() if first in line]
+            sizes = (first, 8, 16, 32)
+            mean = [geometric_mean([line[n] for line in group]) for n in sizes]
+            label = "functions and regression" if first == 5 else "networks"
+            axes.plot(
+                sizes, mean, color=colour, linewidth=2.8, linestyle="-" if first == 5 else "--", label=label
+            )
+        axes.plot([4, 32], [4, 32], color="#8a8a8a", linestyle=":", linewidth=1.2)
+        axes.axhline(1, color="#000000", linewidth=0.8)
+        axes.set(xscale="log", yscale="log", title=method, xlabel="N", ylim=(0.045, 70))
+        axes.set_xticks([4, 8, 16, 32], ["4", "8", "16", "32"])
+        axes.set_yticks([0.1, 1, 4, 16, 64], ["0.1", "1", "4", "16", "64"])
+        axes.minorticks_off()
+        axes.legend(loc="lower left", fontsize=8)
+    figure.axes[0].set_ylabel("acceleration")
+    return figure
+
+
+def report() -> None:
+    """Tables into the README, pictures beside it."""
+    records = read()
+    nine = [case.name for case in NINE]
+    ablated = ("optex", "curl-free", "separable", *ABLATIONS)
+    nets = [c.name for c in cases() if c.problem in NETWORKS and c.optimizer == "adam" and c.lr <= 0.01]
+    tables = {
+        "nine": summary_table(records, nine, MAIN),
+        "ablations": summary_table(records, nine, ablated),
+        "network-ablations": summary_table(records, nets, ablated),
+        "safety": safety_table(records),
+        "networks": network_table(records),
+        "few": case_table(records, (4, 5), MAIN),
+        "sixteen": case_table(records, (16,), MAIN),
+        "many": case_table(records, (32,), ("target", "hold-last", "picard", "optex-paper", "optex")),
+        "seeds": str(len({r["seed"] for r in records})),
+    }
+    page = FOLDER / "README.md"
+    text = page.read_text()
+    for name, table in tables.items():
+        pattern = rf"(<!-- table:{name} -->\n).*?(<!-- end -->)"
+        text = re.sub(
+            pattern, lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text, flags=re.DOTALL
+        )
+    page.write_text(text)
+    draw_profiles(records).savefig(FOLDER / "profiles.png", dpi=130)
+    draw_acceleration(records).savefig(FOLDER / "acceleration.png", dpi=130)
+
+
+def main() -> None:
+    """Run or report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["run", "report"])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    if options.what == "run":
+        run(options.seeds, options.workers)
+    else:
+        report()
+
+
+if __name__ == "__main__":
+    main()
