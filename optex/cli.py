@@ -80,7 +80,7 @@ def compare(
     ] = None,
     parallelism: Annotated[int, typer.Option(help="N, gradients evaluated at once in a round.")] = 5,
     history: Annotated[
-        int | None, typer.Option(help="T0, pairs to predict from.", show_default="20, or 2 N if that is more")
+        int | None, typer.Option(help="T0, pairs to predict from.", show_default="20 up to N = 8, else 32")
     ] = None,
     rounds: Annotated[int, typer.Option(help="Rounds of every method; vanilla runs N times as many.")] = 60,
     seeds: Annotated[int, typer.Option(help="Starts of each problem: seeds 0, 1, ...")] = 5,

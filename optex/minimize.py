@@ -21,7 +21,7 @@ from optex.acceptance import Acceptance
 from optex.bases import base_optimizer
 from optex.errors import NonFiniteError, NotPositiveDefiniteError
 from optex.estimators import Estimator
-from optex.evaluators import Evaluation, Evaluator, GradientSource, VectorizedEvaluator
+from optex.evaluators import Draws, Evaluation, Evaluator, GradientSource, VectorizedEvaluator
 from optex.functions import (
     Point,
     PointForm,
@@ -221,11 +221,14 @@ class _Tracker(Evaluator):
         vector: ParameterVector,
         points: Tensor,
         batches: Sequence[Any],
+        draws: Sequence[Draws],
     ) -> Evaluation:
         # Without a history there is nothing to predict, and most optimizers draft a first round that stays
         # where it is: the function is deterministic, so one answer serves for all.
         distinct = 1 if bool((points == points[0]).all()) else len(points)
-        evaluation = self.evaluator.evaluate(source, vector, points[:distinct], batches[:distinct])
+        evaluation = self.evaluator.evaluate(
+            source, vector, points[:distinct], batches[:distinct], draws[:distinct]
+        )
         self._note(points, evaluation)
         self.count += distinct
         return evaluation if distinct == len(points) else _repeated(evaluation, len(points))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
@@ -17,7 +17,7 @@ from optex.acceptance import SELECTIONS, Acceptance, Last, LowestLoss, MeasuredR
 from optex.bases import check_base
 from optex.errors import NonFiniteError
 from optex.estimators import CommitteeEstimator, Estimator, Posterior, SeparableEstimator
-from optex.evaluators import Evaluation, Evaluator, GradientSource, SequentialEvaluator
+from optex.evaluators import Draws, Evaluation, Evaluator, GradientSource, SequentialEvaluator
 from optex.evaluators.interface import ClosureSource, ObjectiveSource
 from optex.history import GradientHistory, Locations
 from optex.kernels import Kernel
@@ -31,10 +31,11 @@ _STATE_KEY = "optex"
 
 @dataclass
 class _PlannedStep:
-    """A step of the window: its minibatch, and where and what its gradient was measured, if it was."""
+    """A step of the window: its minibatch and random numbers, and where it was measured, if it was."""
 
     batch: Any
     held: tuple[Tensor, Tensor] | None = None  # proxy [d] and gradient [d]
+    draws: Draws = field(default_factory=Draws)
 
 
 @dataclass(frozen=True)
@@ -354,7 +355,10 @@ class OptEx(Optimizer):
         count = len(window)
         chosen = self.acceptance.evaluated(count)
         points = draft.proxies[chosen.start : chosen.stop]
-        evaluation = self.evaluator.evaluate(source, self._vector, points, [window[i].batch for i in chosen])
+        planned = [window[i] for i in chosen]
+        evaluation = self.evaluator.evaluate(
+            source, self._vector, points, [p.batch for p in planned], [p.draws for p in planned]
+        )
         finite = _finite(evaluation)
         usable = (finite & self.acceptance.believed(evaluation.gradients)).tolist()
         if not (usable[0] if chosen.start == 0 else any(usable)):
@@ -484,7 +488,7 @@ class OptEx(Optimizer):
         state = self.base.state_dict()
         state[_STATE_KEY] = {
             "history": self.history.state_dict(),
-            "window": [(planned.batch, planned.held) for planned in self._window],
+            "window": [(planned.batch, planned.held, planned.draws.state) for planned in self._window],
             "estimator": {} if self.estimator is None else self.estimator.state_dict(),
             "acceptance": self.acceptance.state_dict(),
             "present": list(self._walk.present),
@@ -517,7 +521,7 @@ class OptEx(Optimizer):
         self._posterior = None
         self._window = []
         if own is not None:
-            self._window = [_PlannedStep(*entry) for entry in own["window"]]
+            self._window = [_PlannedStep(batch, held, Draws(state)) for batch, held, state in own["window"]]
             if self.estimator is not None:
                 self.estimator.load_state_dict(own["estimator"])
             self.acceptance.load_state_dict(own["acceptance"])

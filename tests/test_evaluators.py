@@ -2,15 +2,19 @@ import pytest
 import torch
 from torch import nn
 
-from optex import OptEx, SequentialEvaluator, VectorizedEvaluator
-from optex.evaluators.interface import ClosureSource, ObjectiveSource
+from optex import OptEx, SequentialEvaluator, VectorizedEvaluator, WithinTolerance
+from optex.evaluators.interface import ClosureSource, Draws, ObjectiveSource
 from optex.vectors import ParameterVector
-from tests.models import network, regression_batches, same, snapshot, squared_error
+from tests.models import network, plain_run, regression_batches, same, snapshot, squared_error
 
 
 def points_around(vector, count):
     generator = torch.Generator().manual_seed(0)
     return vector.read() + torch.randn(count, vector.dimension, generator=generator, dtype=vector.dtype)
+
+
+def fresh(points):
+    return [Draws() for _ in points]
 
 
 def dict_batches(count):
@@ -32,8 +36,10 @@ def test_vectorized_gives_the_sequential_answer(kind, chunk_size):
     }[kind]
     points, before = points_around(vector, 5), snapshot(model)
     source = ObjectiveSource(objective)
-    expected = SequentialEvaluator().evaluate(source, vector, points, batches)
-    result = VectorizedEvaluator(model, chunk_size=chunk_size).evaluate(source, vector, points, batches)
+    expected = SequentialEvaluator().evaluate(source, vector, points, batches, fresh(points))
+    result = VectorizedEvaluator(model, chunk_size=chunk_size).evaluate(
+        source, vector, points, batches, fresh(points)
+    )
     torch.testing.assert_close(result.losses, expected.losses, rtol=1e-12, atol=0)
     torch.testing.assert_close(result.gradients, expected.gradients, rtol=1e-11, atol=1e-13)
     assert result.present == expected.present
@@ -56,8 +62,8 @@ def test_frozen_and_tied_parameters():
     vector = ParameterVector([p for p in model.parameters() if p.requires_grad])
     source, batches = ObjectiveSource(squared_error(model)), regression_batches(4)
     points = points_around(vector, 4)
-    expected = SequentialEvaluator().evaluate(source, vector, points, batches)
-    result = VectorizedEvaluator(model).evaluate(source, vector, points, batches)
+    expected = SequentialEvaluator().evaluate(source, vector, points, batches, fresh(points))
+    result = VectorizedEvaluator(model).evaluate(source, vector, points, batches, fresh(points))
     torch.testing.assert_close(result.gradients, expected.gradients, rtol=1e-11, atol=1e-13)
 
 
@@ -74,8 +80,9 @@ def test_sequential_restores_parameters_when_the_objective_fails():
         loss.backward()
         return loss
 
+    points = points_around(vector, 4)
     with pytest.raises(KeyboardInterrupt):
-        SequentialEvaluator().evaluate(ClosureSource(closure), vector, points_around(vector, 4), [None] * 4)
+        SequentialEvaluator().evaluate(ClosureSource(closure), vector, points, [None] * 4, fresh(points))
     assert same(snapshot(model), before)
     assert all(p.grad is None for p in model.parameters())
 
@@ -142,3 +149,51 @@ def test_closures_and_strangers_are_refused():
 def test_errors_name_the_argument(make, kind, message):
     with pytest.raises(kind, match=message):
         make()
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 2.0])
+def test_dropout_draws_are_pinned_to_their_step(tolerance):
+    batches = regression_batches(17)
+    plain = dropout_network()
+    torch.manual_seed(5)
+    trajectory = plain_run(plain, torch.optim.Adam(plain.parameters(), lr=0.02), batches)
+
+    model, masks = dropout_network(), {}
+
+    def remember(module, inputs, output):
+        masks.setdefault(step[0], []).append(output == 0)
+
+    model[1].register_forward_hook(remember)
+    step, error = [0], squared_error(model)
+
+    def objective(item):
+        step[0] = item[0]
+        return error(item[1])
+
+    optimizer = OptEx(
+        torch.optim.Adam(model.parameters(), lr=0.02), parallelism=4, acceptance=WithinTolerance(tolerance)
+    )
+    torch.manual_seed(5)
+    taken = 0
+    for report in optimizer.rounds(enumerate(batches), objective):
+        taken += report.accepted
+        if tolerance == 0:
+            assert same(snapshot(model), trajectory[taken - 1])
+    assert max(map(len, masks.values())) > 1  # some step was evaluated more than once
+    assert all(torch.equal(mask, first) for first, *more in masks.values() for mask in more)
+
+
+def test_draws_move_the_generator_on_once():
+    draws = Draws()
+    torch.manual_seed(0)
+    with draws.replayed():
+        first = torch.rand(3)
+    after = torch.rand(1)
+    with draws.replayed():
+        again = torch.rand(3)
+    later = torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(3), first)
+    assert torch.equal(first, again)
+    assert torch.equal(torch.rand(1), after)
+    assert torch.equal(torch.rand(1), later)

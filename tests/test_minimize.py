@@ -159,8 +159,8 @@ def test_vectorized_calls_fun_once_a_round() -> None:
 
 def test_evaluator_of_ones_own() -> None:
     class Backwards(Evaluator):
-        def evaluate(self, source: Any, vector: Any, points: Tensor, batches: Any) -> Any:
-            flipped = SequentialEvaluator().evaluate(source, vector, points.flip(0), batches)
+        def evaluate(self, source: Any, vector: Any, points: Tensor, batches: Any, draws: Any) -> Any:
+            flipped = SequentialEvaluator().evaluate(source, vector, points.flip(0), batches, draws)
             return type(flipped)(flipped.losses.flip(0), flipped.gradients.flip(0), flipped.present)
 
     for fun, jac in ((rosen, rosen_der), (torch_rosen, None)):

@@ -13,7 +13,7 @@ from scipy.optimize import minimize, rosen, rosen_der
 from torch.func import functional_call
 
 from optex import OptEx, SequentialEvaluator, VectorizedEvaluator
-from optex.evaluators.interface import ObjectiveSource
+from optex.evaluators.interface import Draws, ObjectiveSource
 from optex.problems import (
     PROBLEMS,
     Ackley,
@@ -107,8 +107,10 @@ class TestEveryProblem:
         generator = torch.Generator().manual_seed(0)
         shifts = torch.randn(3, vector.dimension, generator=generator, dtype=vector.dtype)
         points, batches = vector.read() + 0.1 * shifts, list(islice(problem.batches(), 3))
-        expected = SequentialEvaluator().evaluate(source, vector, points, batches)
-        found = VectorizedEvaluator(problem).evaluate(source, vector, points, batches)
+        expected = SequentialEvaluator().evaluate(source, vector, points, batches, [Draws() for _ in points])
+        found = VectorizedEvaluator(problem).evaluate(
+            source, vector, points, batches, [Draws() for _ in points]
+        )
         torch.testing.assert_close(found.gradients, expected.gradients)
         torch.testing.assert_close(found.losses, expected.losses.to(found.losses.dtype))
         assert torch.equal(vector.read(), flat(problem))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from optex.baselines.interface import Recorder, Setting, Trace
-from optex.evaluators import SequentialEvaluator
+from optex.evaluators import Draws, SequentialEvaluator
 from optex.evaluators.interface import ObjectiveSource
 from optex.problems import Problem
 from optex.vectors import ParameterVector, Walk
@@ -35,7 +35,7 @@ def data_parallel(problem: Problem, setting: Setting, factor: float) -> Trace:
         walk, batches = Walk(base, vector), problem.batches()
         while not recorder.done:
             points = walk.point.expand(setting.parallelism, -1)
-            drawn = [next(batches) for _ in points]
-            walk.step(evaluator.evaluate(source, vector, points, drawn).gradients.mean(0))
+            own_batches, draws = [next(batches) for _ in points], [Draws() for _ in points]
+            walk.step(evaluator.evaluate(source, vector, points, own_batches, draws).gradients.mean(0))
             recorder.round(gradients=len(points), accepted=1)
     return recorder.trace(lr)

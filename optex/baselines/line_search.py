@@ -7,7 +7,7 @@ from torch import Tensor
 
 from optex.baselines.interface import Recorder, Setting, Trace
 from optex.errors import NonFiniteError
-from optex.evaluators import SequentialEvaluator
+from optex.evaluators import Draws, SequentialEvaluator
 from optex.evaluators.interface import ObjectiveSource
 from optex.problems import Problem
 from optex.vectors import ParameterVector, Walk
@@ -38,7 +38,8 @@ def line_search(problem: Problem, setting: Setting) -> Trace:
                 here = walk.point
                 walk.step(gradient)
                 points = here + factors[:, None] * (walk.point - here)
-            evaluation = evaluator.evaluate(source, vector, points, [next(batches)] * len(points))
+            count, draws = len(points), Draws()  # one batch and one set of draws, or losses would not compare
+            evaluation = evaluator.evaluate(source, vector, points, [next(batches)] * count, [draws] * count)
             kept = _lowest(evaluation.losses)
             vector.write(points[kept])
             recorder.round(gradients=len(points), accepted=0 if gradient is None else 1)

@@ -110,7 +110,8 @@ class CommitteeEstimator(Estimator):
         self._rounds = state["rounds"]
 
     def __repr__(self) -> str:
-        return f"CommitteeEstimator({', '.join(map(repr, self.members))}, memory={self.memory}, interval={self.interval})"
+        members = ", ".join(map(repr, self.members))
+        return f"CommitteeEstimator({members}, memory={self.memory}, interval={self.interval})"
 
 
 class CommitteePosterior(Posterior):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from optex.vectors import ParameterVector, Presence
 
-__all__ = ["ClosureSource", "Evaluation", "Evaluator", "GradientSource", "ObjectiveSource"]
+__all__ = ["ClosureSource", "Draws", "Evaluation", "Evaluator", "GradientSource", "ObjectiveSource"]
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,46 @@ def scalar_loss(loss: Any, name: str) -> Tensor:  # []
     return loss.reshape(())
 
 
+class Draws:
+    """The random numbers of a step, dropout's say: the same ones each time the step is evaluated.
+
+    The first evaluation takes them from torch's generators as they stand, and moves those on, just as the
+    plain loop would; a later one starts from the state remembered and leaves the generators as they were.
+
+    Attributes:
+        state: of torch's generators before the first evaluation: the CPU's, then every CUDA device's if CUDA is
+            in use; None before it.
+    """
+
+    def __init__(self, state: list[Tensor] | None = None) -> None:
+        self.state = state
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Evaluate the step in here."""
+        now = _generator_states()
+        if self.state is None:
+            self.state = now
+            yield
+            return
+        _set_generator_states(self.state)
+        try:
+            yield
+        finally:
+            _set_generator_states(now)
+
+
+def _generator_states() -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return states + torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else states
+
+
+def _set_generator_states(states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state_all(states[1:])
+
+
 class Evaluator(ABC):
     """Computes N gradients at once. The parameters' values after a call are those before it."""
 
@@ -96,5 +137,6 @@ class Evaluator(ABC):
         vector: ParameterVector,
         points: Tensor,  # [n, d]
         batches: Sequence[Any],  # n
+        draws: Sequence[Draws],  # n
     ) -> Evaluation:
-        """Losses and true gradients of ``source`` at each point, each with its own batch."""
+        """Losses and true gradients of ``source`` at each point, each with its own batch and random draws."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optex.evaluators.interface import Evaluation, Evaluator, GradientSource
+from optex.evaluators.interface import Draws, Evaluation, Evaluator, GradientSource
 from optex.vectors import ParameterVector
 
 __all__ = ["SequentialEvaluator"]
@@ -27,15 +27,16 @@ class SequentialEvaluator(Evaluator):
         vector: ParameterVector,
         points: Tensor,
         batches: Sequence[Any],
+        draws: Sequence[Draws],
     ) -> Evaluation:
         before = vector.read()
         gradients = torch.empty_like(points)
         losses, present = [], []
         try:
-            for point, batch, row in zip(points, batches, gradients, strict=True):
+            for point, batch, drawn, row in zip(points, batches, draws, gradients, strict=True):
                 vector.write(point)
                 vector.clear_gradients()
-                with torch.enable_grad():
+                with torch.enable_grad(), drawn.replayed():
                     losses.append(source.backpropagate(batch))
                 _check_gradients(vector)
                 gradient, there = vector.read_gradients()

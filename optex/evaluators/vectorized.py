@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.utils import _pytree as pytree
 
-from optex.evaluators.interface import Evaluation, Evaluator, GradientSource, ObjectiveSource, scalar_loss
+from optex.evaluators.interface import (
+    Draws,
+    Evaluation,
+    Evaluator,
+    GradientSource,
+    ObjectiveSource,
+    scalar_loss,
+)
 from optex.vectors import ParameterVector, Presence
 
 __all__ = ["VectorizedEvaluator"]
@@ -41,7 +48,8 @@ class VectorizedEvaluator(Evaluator):
         model: the module whose parameters are optimised, as the objective uses it.
         chunk_size: points a call; all of them by default. Memory grows with it.
         randomness: what dropout and the like do across points: ``"error"`` (refuse), ``"different"`` or
-            ``"same"`` draws, as in ``torch.func.vmap``.
+            ``"same"`` draws, as in ``torch.func.vmap``. A step evaluated again then draws anew: only the
+            ``SequentialEvaluator`` pins a step's random numbers.
 
     Raises:
         ValueError: at evaluation, for BatchNorm that would update its running statistics, for parameters
@@ -74,6 +82,7 @@ class VectorizedEvaluator(Evaluator):
         vector: ParameterVector,
         points: Tensor,
         batches: Sequence[Any],
+        draws: Sequence[Draws],
     ) -> Evaluation:
         if not isinstance(source, ObjectiveSource):
             raise TypeError(
