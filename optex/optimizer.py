@@ -64,7 +64,6 @@ class _RoundRequest:
     """What ``rounds`` hands to ``step`` in the closure's place, so that hooks and schedulers see a step."""
 
     source: GradientSource
-    pinned: bool  # each step's batch is its own for good
 
 
 class OptEx(Optimizer):
@@ -88,8 +87,9 @@ class OptEx(Optimizer):
             included, so that each step has its own rate. One that is ticked outside sees rounds.
         history_dtype, history_device: where the history's rows are kept; the parameters' by default.
 
-    Memory, in numbers beyond the base optimizer's: ``2 · T0 · d`` for the history, at most ``3 · N · d`` in a
-    round for proxies, predictions and gradients, and one copy of parameters and base state.
+    Memory, in numbers beyond the base optimizer's: ``2 · T0 · d`` for the history, ``3 · N · d`` in a round for
+    proxies, predictions and gradients, at most ``2 · N · d`` for steps not kept yet, and one copy of parameters
+    and base state.
 
     Raises:
         TypeError, ValueError: an argument cannot work; the message names it and the remedy.
@@ -233,12 +233,12 @@ class OptEx(Optimizer):
             return self._round(closure)
         if not callable(closure):
             raise TypeError(f"OptEx.step: closure must be callable or None, got {type(closure).__name__}")
-        # A closure that draws its own minibatch has no window beyond the round.
-        self._window = [_PlannedStep(None) for _ in range(self._window_size)]
+        # A closure has a window for this round alone; batches that rounds has in hand wait.
+        waiting, self._window = self._window, [_PlannedStep(None) for _ in range(self._window_size)]
         try:
-            return self._round(_RoundRequest(ClosureSource(closure), pinned=False))
+            return self._round(_RoundRequest(ClosureSource(closure)))
         finally:
-            self._window = []
+            self._window = waiting
 
     def rounds(
         self, batches: Iterable[Any], objective: Callable[[Any], Tensor] | GradientSource
@@ -257,7 +257,7 @@ class OptEx(Optimizer):
             NonFiniteError: as in ``step``. The batch of the step that failed is let go, later ones are kept.
         """
         source = objective if isinstance(objective, GradientSource) else ObjectiveSource(objective)
-        request = _RoundRequest(source, pinned=True)
+        request = _RoundRequest(source)
         iterator = iter(batches)
         while True:
             while len(self._window) < self._window_size:
@@ -414,9 +414,9 @@ class OptEx(Optimizer):
         if not self.acceptance.keeps_window:
             self._window.clear()
             return
-        for i, usable in enumerate(measured.usable):
-            pair = draft.proxies[i].clone(), measured.gradients[i].clone()
-            self._window[i].held = pair if usable else None
+        for i in range(accepted, len(measured.usable)):
+            pair = draft.proxies[i].clone(), measured.gradients[i].clone()  # or a row would hold all rows
+            self._window[i].held = pair if measured.usable[i] else None
         del self._window[:accepted]
 
     # ------------------------------------------------------------------ layout

@@ -314,6 +314,15 @@ def test_leaving_the_loop_keeps_the_batches_not_yet_stepped_on():
     assert same(snapshot(model), plain_run(plain, adam(plain.parameters()), batches)[-1])
 
 
+def test_a_closure_between_rounds_leaves_the_batches_in_hand():
+    model, batches = network(), regression_batches(9)
+    optimizer = OptEx(adam(model.parameters()), acceptance=WithinTolerance(0.0))
+    iterator = iter(batches)
+    next(optimizer.rounds(iterator, squared_error(model)))
+    optimizer.step(closure_of(optimizer, model, regression_batches(1, seed=3)[0]))
+    assert 1 + sum(r.accepted for r in optimizer.rounds(iterator, squared_error(model))) == 9
+
+
 def test_report_says_what_happened():
     model = network()
     optimizer = OptEx.from_paper(adam(model.parameters()), parallelism=4)
