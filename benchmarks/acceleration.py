@@ -160,9 +160,9 @@ def run_method(name: str, problem: Problem, setting: Setting) -> Trace:
     return METHODS[name].run(problem, setting)
 
 
-def run_job(job: tuple[Case, int]) -> list[dict[str, Any]]:
-    """All N and methods of one case at one seed; one ruler serves them all."""
-    case, seed = job
+def run_job(job: tuple[Case, int, Sequence[str] | None]) -> list[dict[str, Any]]:
+    """All N and methods (or those named) of one case at one seed; one ruler serves them all."""
+    case, seed, only = job
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", RuntimeWarning)
     rate, problem = case.rate(), case.start(seed)
@@ -177,6 +177,8 @@ def run_job(job: tuple[Case, int]) -> list[dict[str, Any]]:
     records = [record(case, rate, seed, 1, "vanilla", ruler[: ROUNDS + 1], ruler, None)]
     for parallelism in case.parallelisms():
         for name in methods_for(case, parallelism):
+            if only is not None and name not in only:
+                continue
             if name == "target":
                 loss, trace = ruler[: ROUNDS * parallelism + 1 : parallelism], None
             else:
@@ -215,11 +217,11 @@ def record(
     }
 
 
-def run(seeds: int, workers: int) -> None:
-    """Run the jobs that are not there yet, seed by seed."""
+def run(seeds: int, workers: int, redo: Sequence[str] | None) -> None:
+    """Run the jobs that are not there yet, or the methods named in all of them anew, seed by seed."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    done = {(r["case"], r["seed"]) for r in read()}
-    jobs = [(case, seed) for seed in range(seeds) for case in cases() if (case.name, seed) not in done]
+    done = set() if redo else {(r["case"], r["seed"]) for r in read()}
+    jobs = [(case, seed, redo) for seed in range(seeds) for case in cases() if (case.name, seed) not in done]
     context = multiprocessing.get_context("spawn")
     with context.Pool(workers) as pool, RUNS.open("a") as file:
         for number, records in enumerate(pool.imap_unordered(run_job, jobs), start=1):
@@ -229,10 +231,11 @@ def run(seeds: int, workers: int) -> None:
 
 
 def read() -> list[dict[str, Any]]:
-    """All records so far."""
+    """All records so far; of a run made twice the later one."""
     if not RUNS.exists():
         return []
-    return [record for line in RUNS.read_text().splitlines() for record in json.loads(line)]
+    records = [record for line in RUNS.read_text().splitlines() for record in json.loads(line)]
+    return list({(r["case"], r["seed"], r["N"], r["method"]): r for r in records}.values())
 
 
 # ------------------------------------------------------------------ report
@@ -419,9 +422,10 @@ def main() -> None:
     parser.add_argument("what", choices=["run", "report"])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--redo", help="methods to run anew, comma-separated, after a change to them alone")
     options = parser.parse_args()
     if options.what == "run":
-        run(options.seeds, options.workers)
+        run(options.seeds, options.workers, options.redo and options.redo.split(","))
     else:
         report()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -16,14 +16,19 @@ from optex.history import GradientHistory, Locations
 
 __all__ = ["CommitteeEstimator", "CommitteePosterior", "default_members"]
 
+YOUNG: Final = 8  # rounds in which every one is judged
+
 
 def default_members() -> tuple[Estimator, ...]:
-    """Curl-free processes for gradients with kinks, for smooth ones and for two sizes of noise; hold-last."""
+    """Curl-free processes for two sizes of noise, for gradients with kinks and for smooth ones; hold-last.
+
+    The first serves before there is anything to judge by: fitting noise does more harm than smoothing.
+    """
     return (
+        CurlFreeEstimator("matern-5/2", median_multiple=10.0, noise_variance=1e-1),
+        CurlFreeEstimator("matern-5/2", median_multiple=10.0, noise_variance=1e-2),
         CurlFreeEstimator("matern-5/2", median_multiple=10.0, noise_variance=1e-6),
         CurlFreeEstimator("rbf", median_multiple=3.0, noise_variance=1e-9),
-        CurlFreeEstimator("matern-5/2", median_multiple=10.0, noise_variance=1e-2),
-        CurlFreeEstimator("matern-5/2", median_multiple=10.0, noise_variance=1e-1),
         HoldLast(),
     )
 
@@ -43,7 +48,7 @@ class CommitteeEstimator(Estimator):
     Args:
         members: estimators to choose from; ``default_members()`` by default. In doubt the earlier one serves.
         memory: how slowly scores forget, in [0, 1).
-        interval: judge every so many rounds, at least 1; judging fits every member.
+        interval: judge every so many rounds, at least 1, after the first ``YOUNG``; judging fits every member.
 
     Raises:
         ValueError: no members, or a number out of range.
@@ -84,7 +89,7 @@ class CommitteeEstimator(Estimator):
         if not isinstance(posterior, CommitteePosterior) or not len(points):
             return
         self._rounds += 1
-        if (self._rounds - 1) % self.interval:
+        if self._rounds > YOUNG and self._rounds % self.interval:
             return
         locations = posterior.locate(points)
         rows = [row for row, pair in enumerate(held) if pair is not None]
