@@ -221,6 +221,7 @@ def test_tolerance_is_what_the_evidence_bears(reach, wrong, expected):
     assert rule.tolerance == pytest.approx(expected)
 
 
+@pytest.mark.filterwarnings("ignore::optex.JitterWarning", "ignore::optex.ConvergenceWarning")
 def test_momentum_in_a_narrow_valley_does_not_diverge():
     # With a fixed tolerance of 2 this run is lost within a few rounds; vanilla converges.
     ends = {}
