@@ -88,6 +88,7 @@ class GradientHistory:
         iterate_gram: [T0, T0] float64, inner products of the displacements.
         anchor: [d], None while the history is empty.
         appended: pairs ever appended.
+        noisy: whether the gradients are of minibatches; for whoever appends to say.
 
     Args:
         size: T0, how many pairs are kept, at least 1.
@@ -112,6 +113,7 @@ class GradientHistory:
         self.dimension = dimension
         self.anchor: Tensor | None = None  # [d]
         self.appended = 0
+        self.noisy = False
         self.displacements = torch.zeros(size, dimension, dtype=dtype, device=device)  # [T0, d]
         self.gradients = torch.zeros(size, dimension, dtype=dtype, device=device)  # [T0, d]
         self.iterate_gram = torch.zeros(size, size, dtype=torch.float64, device=device)  # [T0, T0]

@@ -281,6 +281,7 @@ class OptEx(Optimizer):
         window = self._window[: self.acceptance.ahead(self._window_size)]
         if self.acceptance.keeps_window and not len(self.history) and window[0].batch is None:
             window = window[:1]  # with nothing to predict from, all would be one point and one gradient
+        self.history.noisy = window[0].batch is not None
         self._walk.mark()
         try:
             draft = self._draft(window)

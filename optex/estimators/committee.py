@@ -16,19 +16,16 @@ from optex.history import GradientHistory, Locations
 
 __all__ = ["CommitteeEstimator", "CommitteePosterior", "default_members"]
 
-YOUNG: Final = 8  # rounds in which every one is judged
+YOUNG: Final = 8
 
 
 def default_members() -> tuple[Estimator, ...]:
-    """Curl-free processes for two sizes of noise, for gradients with kinks and for smooth ones; hold-last.
-
-    The first serves before there is anything to judge by: fitting noise does more harm than smoothing.
-    """
+    """Curl-free processes for gradients with kinks, for smooth ones and for two sizes of noise; hold-last."""
     return (
-        CurlFreeEstimator("matern-5/2", median_multiple=10.0, noise_variance=1e-1),
-        CurlFreeEstimator("matern-5/2", median_multiple=10.0, noise_variance=1e-2),
         CurlFreeEstimator("matern-5/2", median_multiple=10.0, noise_variance=1e-6),
         CurlFreeEstimator("rbf", median_multiple=3.0, noise_variance=1e-9),
+        CurlFreeEstimator("matern-5/2", median_multiple=10.0, noise_variance=1e-2),
+        CurlFreeEstimator("matern-5/2", median_multiple=10.0, noise_variance=1e-1),
         HoldLast(),
     )
 
@@ -46,9 +43,12 @@ class CommitteeEstimator(Estimator):
     badly pass that test.
 
     Args:
-        members: estimators to choose from; ``default_members()`` by default. In doubt the earlier one serves.
+        members: estimators to choose from; ``default_members()`` by default. In doubt the earlier one serves;
+            before anything was judged and if the history is noisy, the one that reckons with the most noise,
+            as to fit noise does more harm than to smooth.
         memory: how slowly scores forget, in [0, 1).
-        interval: judge every so many rounds, at least 1, after the first ``YOUNG``; judging fits every member.
+        interval: judge every so many rounds, at least 1; judging fits every member. While minibatches are
+            new, the first ``YOUNG`` rounds, every round is judged: one judgement may be chance.
 
     Raises:
         ValueError: no members, or a number out of range.
@@ -71,13 +71,15 @@ class CommitteeEstimator(Estimator):
         self._rounds = 0
         self.scores = torch.zeros(len(self.members), dtype=torch.float64)
 
-    @property
-    def best(self) -> int:
+    def best(self, history: GradientHistory) -> int:
         """Index of the member that predicts."""
+        if history.noisy and not self.scores.any():
+            noises = [getattr(member, "noise_variance", 0.0) for member in self.members]
+            return max(range(len(noises)), key=lambda i: noises[i] if isinstance(noises[i], float) else 0.0)
         return int(self.scores.argmin())
 
     def fit(self, history: GradientHistory) -> CommitteePosterior:
-        return CommitteePosterior(self.members, self.best, history)
+        return CommitteePosterior(self.members, self.best(history), history)
 
     def judge(
         self,
@@ -89,7 +91,8 @@ class CommitteeEstimator(Estimator):
         if not isinstance(posterior, CommitteePosterior) or not len(points):
             return
         self._rounds += 1
-        if self._rounds > YOUNG and self._rounds % self.interval:
+        young = posterior.history.noisy and self._rounds <= YOUNG
+        if not young and (self._rounds - 1) % self.interval:
             return
         locations = posterior.locate(points)
         rows = [row for row, pair in enumerate(held) if pair is not None]
