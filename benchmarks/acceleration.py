@@ -396,7 +396,9 @@ def report() -> None:
     tables = {
         "nine": summary_table(records, nine, MAIN),
         "ablations": summary_table(records, nine, ablated),
-        "network-ablations": summary_table(records, nets, ("optex", "curl-free", "separable", "leave-one-out separable")),
+        "network-ablations": summary_table(
+            records, nets, ("optex", "curl-free", "separable", "leave-one-out separable")
+        ),
         "safety": safety_table(records),
         "networks": network_table(records),
         "few": case_table(records, (4, 5), MAIN),
