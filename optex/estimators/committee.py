@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Final
@@ -9,6 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from optex.errors import JitterWarning
 from optex.estimators.curl_free import CurlFreeEstimator
 from optex.estimators.hold_last import HoldLast
 from optex.estimators.interface import Estimator, Posterior
@@ -49,6 +51,8 @@ class CommitteeEstimator(Estimator):
         memory: how slowly scores forget, in [0, 1).
         interval: judge every so many rounds, at least 1; judging fits every member. While minibatches are
             new, the first ``YOUNG`` rounds, every round is judged: one judgement may be chance.
+
+    A member whose kernel matrix needs jitter gives no warning here: what it predicts is judged, jitter and all.
 
     Raises:
         ValueError: no members, or a number out of range.
@@ -122,6 +126,13 @@ class CommitteeEstimator(Estimator):
         return f"CommitteeEstimator({members}, memory={self.memory}, interval={self.interval})"
 
 
+def _fit(member: Estimator, history: GradientHistory) -> Posterior:
+    # A member that needs jitter is not repaired in silence: it is judged by how it predicts, jitter and all.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", JitterWarning)
+        return member.fit(history)
+
+
 class CommitteePosterior(Posterior):
     """``CommitteeEstimator`` fitted: the best member predicts; the others are fitted when judged."""
 
@@ -133,13 +144,13 @@ class CommitteePosterior(Posterior):
     @cached_property
     def chosen(self) -> Posterior:
         """The member that predicts."""
-        return self._members[self._best].fit(self.history)
+        return _fit(self._members[self._best], self.history)
 
     @cached_property
     def fitted(self) -> list[Posterior]:
         """All members."""
         return [
-            self.chosen if i == self._best else member.fit(self.history)
+            self.chosen if i == self._best else _fit(member, self.history)
             for i, member in enumerate(self._members)
         ]
 
