@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import multiprocessing
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from tables import fill
 
 import optex
 from optex.acceptance import WithinTolerance
@@ -406,14 +406,7 @@ def report() -> None:
         "many": case_table(records, (32,), ("target", "hold-last", "picard", "optex-paper", "optex")),
         "seeds": str(len({r["seed"] for r in records})),
     }
-    page = FOLDER / "README.md"
-    text = page.read_text()
-    for name, table in tables.items():
-        pattern = rf"(<!-- table:{name} -->\n).*?(<!-- end -->)"
-        text = re.sub(
-            pattern, lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text, flags=re.DOTALL
-        )
-    page.write_text(text)
+    fill(FOLDER / "README.md", tables)
     draw_profiles(records).savefig(FOLDER / "profiles.png", dpi=130)
     draw_acceleration(records).savefig(FOLDER / "acceleration.png", dpi=130)
 

@@ -9,12 +9,12 @@ Writes results/demo, results/functions and results/overhead (JSON and PNG), and 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import overhead
 import torch
+from tables import fill
 
 from optex.comparison import Comparison, Row, describe, run_case, summarise, write_json
 from optex.plots import plot_comparison, write_plot
@@ -82,17 +82,6 @@ def overhead_table(result: dict[str, Any]) -> str:
         lines += [f"{head} {name} | {times['median']:.1f} |" for name, times in size["milliseconds"].items()]
         lines.append(f"{head} *reading the history N times* | {size['read']:.1f} |")
     return "\n".join(lines)
-
-
-def fill(path: Path, tables: dict[str, str]) -> None:
-    """Replace what stands between a table's marker and the end marker."""
-    text = path.read_text()
-    for name, table in tables.items():
-        pattern = rf"(<!-- table:{name} -->\n).*?(<!-- end -->)"
-        text = re.sub(
-            pattern, lambda match, table=table: f"{match[1]}{table}\n{match[2]}", text, flags=re.DOTALL
-        )
-    path.write_text(text)
 
 
 def main() -> None:

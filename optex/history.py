@@ -85,6 +85,7 @@ class GradientHistory:
         displacements, gradients: [T0, d], the pairs by slot; zeros where a slot is not filled yet.
         counts: [T0] float64, how many pairs a slot stands for; 0 where it is unfilled or merged into another.
         averaging: [T0, T0] float64; ``averaging @ gradients`` are the merged gradients, zero where count is 0.
+        representatives: the slots with a count, in order.
         iterate_gram: [T0, T0] float64, inner products of the displacements.
         anchor: [d], None while the history is empty.
         appended: pairs ever appended.
@@ -127,11 +128,6 @@ class GradientHistory:
     def __len__(self) -> int:
         """Pairs held."""
         return min(self.appended, self.size)
-
-    @property
-    def representatives(self) -> list[int]:
-        """The slots that stand for an iterate, the others of their group left out."""
-        return self._representatives
 
     @property
     def active(self) -> Tensor:  # [T0] bool
@@ -279,7 +275,7 @@ class GradientHistory:
         averaging = torch.zeros(self.size, self.size, dtype=torch.float64)
         counts = torch.zeros(self.size, dtype=torch.float64)
         same = torch.eye(self.size, dtype=torch.bool)
-        self._representatives = sorted(slots[0] for slots in members.values())
+        self.representatives = sorted(slots[0] for slots in members.values())
         for slots in members.values():
             counts[slots[0]] = len(slots)
             averaging[slots[0], slots] = 1 / len(slots)

@@ -422,9 +422,11 @@ class OptEx(Optimizer):
 
     # ------------------------------------------------------------------ layout
 
+    def _trainable(self) -> list[Tensor]:
+        return [p for group in self.base.param_groups for p in group["params"] if p.requires_grad]
+
     def _lay_out(self) -> None:
-        parameters = [p for group in self.base.param_groups for p in group["params"] if p.requires_grad]
-        self._vector = ParameterVector(parameters)
+        self._vector = ParameterVector(self._trainable())
         self._walk = Walk(self.base, self._vector, self.scheduler)
         self.history = GradientHistory(
             self.history_size,
@@ -438,7 +440,7 @@ class OptEx(Optimizer):
 
     def _refresh_layout(self) -> None:
         """Start a new history where parameters were added, frozen, unfrozen or replaced."""
-        parameters = [p for group in self.base.param_groups for p in group["params"] if p.requires_grad]
+        parameters = self._trainable()
         if len(parameters) != len(self._vector.parameters) or any(
             p is not q for p, q in zip(parameters, self._vector.parameters, strict=True)
         ):
