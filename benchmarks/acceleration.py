@@ -217,11 +217,12 @@ def record(
     }
 
 
-def run(seeds: int, workers: int, redo: Sequence[str] | None) -> None:
+def run(seeds: int, workers: int, redo: Sequence[str] | None, prefix: str) -> None:
     """Run the jobs that are not there yet, or the methods named in all of them anew, seed by seed."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     done = set() if redo else {(r["case"], r["seed"]) for r in read()}
-    jobs = [(case, seed, redo) for seed in range(seeds) for case in cases() if (case.name, seed) not in done]
+    chosen = [case for case in cases() if case.name.startswith(prefix)]
+    jobs = [(case, seed, redo) for seed in range(seeds) for case in chosen if (case.name, seed) not in done]
     context = multiprocessing.get_context("spawn")
     with context.Pool(workers) as pool, RUNS.open("a") as file:
         for number, records in enumerate(pool.imap_unordered(run_job, jobs), start=1):
@@ -396,9 +397,7 @@ def report() -> None:
     tables = {
         "nine": summary_table(records, nine, MAIN),
         "ablations": summary_table(records, nine, ablated),
-        "network-ablations": summary_table(
-            records, nets, ("optex", "curl-free", "separable", "leave-one-out separable")
-        ),
+        "network-ablations": summary_table(records, nets, ablated),
         "safety": safety_table(records),
         "networks": network_table(records),
         "few": case_table(records, (4, 5), MAIN),
@@ -418,9 +417,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--redo", help="methods to run anew, comma-separated, after a change to them alone")
+    parser.add_argument("--cases", default="", help="only the cases whose name starts with this")
     options = parser.parse_args()
     if options.what == "run":
-        run(options.seeds, options.workers, options.redo and options.redo.split(","))
+        run(options.seeds, options.workers, options.redo and options.redo.split(","), options.cases)
     else:
         report()
 

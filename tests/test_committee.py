@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from optex import CommitteeEstimator, CurlFreeEstimator, GradientHistory, HoldLast, SeparableEstimator
-from optex.estimators.committee import default_members
+from optex.estimators.committee import HANDICAP, default_members
 
 
 def rows(count, dimension=6, seed=0):
@@ -95,16 +95,24 @@ def test_judges_every_interval_from_the_first_round_on():
     assert seen == [True, False, False, True, False, False, True]
 
 
-def test_before_anything_was_judged_noise_decides():
-    committee, history = CommitteeEstimator(), filled(lambda x: x)
-    members = default_members()
+def test_with_noise_the_others_are_handicapped_for_a_while():
+    committee, history = CommitteeEstimator(memory=0.5, interval=1), filled(lambda x: x)
+    noises = [getattr(member, "noise_variance", 0.0) for member in default_members()]
+    noisiest = noises.index(max(noises))
     assert committee.best(history) == 0
     history.noisy = True
-    assert members[committee.best(history)].noise_variance == max(
-        getattr(m, "noise_variance", 0) for m in members
-    )
-    committee.scores[0] = 0.1
-    assert committee.best(history) == 1
+    assert committee.best(history) == noisiest
+    committee.scores[noisiest] = 0.5 * HANDICAP
+    assert committee.best(history) == noisiest
+    committee.scores[noisiest] = 1.5 * HANDICAP
+    assert committee.best(history) == 0
+    for seed in range(2):
+        committee.judge(committee.fit(history), rows(2, seed=seed), rows(2, seed=seed + 10), [None, None])
+    committee.scores = torch.zeros_like(committee.scores)
+    committee.scores[noisiest] = 0.2 * HANDICAP
+    assert committee.best(history) == noisiest
+    committee.scores[noisiest] = 0.3 * HANDICAP  # two judgements have forgotten three quarters
+    assert committee.best(history) == 0
 
 
 def test_state_goes_round():
@@ -112,6 +120,7 @@ def test_state_goes_round():
     committee.scores = torch.rand(5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     twin.load_state_dict(committee.state_dict())
     assert torch.equal(committee.scores, twin.scores)
+    assert twin.state_dict()["judged"] == committee.state_dict()["judged"]
     twin.scores += 1
     assert not torch.equal(committee.scores, twin.scores)
 

@@ -19,6 +19,7 @@ from optex.history import GradientHistory, Locations
 __all__ = ["CommitteeEstimator", "CommitteePosterior", "default_members"]
 
 YOUNG: Final = 8
+HANDICAP: Final = 0.2  # in nats of error
 
 
 def default_members() -> tuple[Estimator, ...]:
@@ -45,9 +46,9 @@ class CommitteeEstimator(Estimator):
     badly pass that test.
 
     Args:
-        members: estimators to choose from; ``default_members()`` by default. In doubt the earlier one serves;
-            before anything was judged and if the history is noisy, the one that reckons with the most noise,
-            as to fit noise does more harm than to smooth.
+        members: estimators to choose from; ``default_members()`` by default. In doubt the earlier one serves.
+            If the history is noisy, ``HANDICAP`` is added to the scores of all but the one that reckons with
+            the most noise, and forgotten like them: to fit noise does more harm than to smooth.
         memory: how slowly scores forget, in [0, 1).
         interval: judge every so many rounds, at least 1; judging fits every member. While minibatches are
             new, the first ``YOUNG`` rounds, every round is judged: one judgement may be chance.
@@ -72,15 +73,18 @@ class CommitteeEstimator(Estimator):
             raise ValueError(f"CommitteeEstimator: interval must be at least 1, got {interval}")
         self.memory = memory
         self.interval = interval
-        self._rounds = 0
+        self._rounds = self._judged = 0
         self.scores = torch.zeros(len(self.members), dtype=torch.float64)
 
     def best(self, history: GradientHistory) -> int:
         """Index of the member that predicts."""
-        if history.noisy and not self.scores.any():
-            noises = [getattr(member, "noise_variance", 0.0) for member in self.members]
-            return max(range(len(noises)), key=lambda i: noises[i] if isinstance(noises[i], float) else 0.0)
-        return int(self.scores.argmin())
+        return int((self.scores + self._handicaps(history)).argmin())
+
+    def _handicaps(self, history: GradientHistory) -> Tensor:  # [members]
+        noises = [getattr(member, "noise_variance", 0.0) for member in self.members]
+        known = [noise if isinstance(noise, float) else 0.0 for noise in noises]
+        weight = HANDICAP * self.memory**self._judged if history.noisy else 0.0
+        return torch.tensor([weight * (noise < max(known)) for noise in known], dtype=torch.float64)
 
     def fit(self, history: GradientHistory) -> CommitteePosterior:
         return CommitteePosterior(self.members, self.best(history), history)
@@ -113,13 +117,14 @@ class CommitteeEstimator(Estimator):
         errors = torch.stack(gaps).to("cpu", torch.float64).clamp_min(floor).log()  # [members, n]
         excess = (errors - errors.amin(0)).mean(1)
         self.scores = self.memory * self.scores + (1 - self.memory) * excess.nan_to_num(nan=torch.inf)
+        self._judged += 1
 
     def state_dict(self) -> dict[str, Any]:
-        return {"scores": self.scores.clone(), "rounds": self._rounds}
+        return {"scores": self.scores.clone(), "rounds": self._rounds, "judged": self._judged}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.scores = state["scores"].to("cpu", torch.float64, copy=True)
-        self._rounds = state["rounds"]
+        self._rounds, self._judged = state["rounds"], state["judged"]
 
     def __repr__(self) -> str:
         members = ", ".join(map(repr, self.members))
