@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -33,7 +34,24 @@ from optex.comparison import (
     write_json,
 )
 from optex.plots import check_plot_path, plot_comparison, write_plot
-from optex.problems import PROBLEMS
+from optex.problems import PROBLEMS, ProblemEntry
+from optex.problems.data import DATA_SETS, fetch, find
+from optex.reproduce import (
+    FIGURES,
+    Choice,
+    Figure,
+    Record,
+    cases,
+    checks,
+    draw,
+    make_figure,
+    meta,
+    numbers,
+    read_record,
+    run_missing,
+    write_page,
+    write_record,
+)
 
 __all__ = ["app"]
 
@@ -88,7 +106,13 @@ def compare(
     noise: Annotated[
         float, typer.Option(help="Standard deviation of the functions' gradient noise, per component.")
     ] = 0.0,
-    batch_size: Annotated[int, typer.Option(help="Of the problems with minibatches.")] = 32,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Of the problems with minibatches.", show_default="each problem's own")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A further option of a problem, as in `optex list`."),
+    ] = None,
     methods: Annotated[
         str, typer.Option(help="Names from `optex list`, comma-separated. Vanilla, the ruler, is always run.")
     ] = "vanilla,target,optex-paper,optex",
@@ -120,11 +144,12 @@ def compare(
             dim=dim,
             noise=noise,
             batch_size=batch_size,
+            problem_options=_read_settings(problems, settings or []),
         )
         _check_threads(threads)
         _check_outputs(json, plot)
         comparison.check()
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, FileNotFoundError) as error:
         _refuse(error)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -138,6 +163,31 @@ def compare(
             write_plot(plot, plot_comparison(runs, meta["minimum"]))
     except OSError as error:
         _refuse(error)
+
+
+def _read_settings(problems: Sequence[str], settings: Sequence[str]) -> dict[str, Any]:
+    """``key=value`` for each, the value of the type that the problems say."""
+    types: dict[str, type] = {}
+    for name in problems:
+        types.update(PROBLEMS[name].options if name in PROBLEMS else {})
+    found: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = (part.strip() for part in setting.partition("="))
+        if not equals:
+            raise ValueError(f"set: {setting!r} must be KEY=VALUE")
+        found[key] = _value(key, text, types.get(key, str))
+    return found
+
+
+def _value(key: str, text: str, kind: type) -> Any:
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"set: {key} must be true or false, got {text!r}")
+        return text.lower() == "true"
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise ValueError(f"set: {key} must be of type {kind.__name__}, got {text!r}") from error
 
 
 def _check_threads(threads: int | None) -> None:
@@ -205,8 +255,9 @@ def _problem_line(comparison: Comparison, meta: dict[str, Any], problem: str) ->
     parts = [f"{problem}: d = {meta['dimension'][problem]:,}"]
     if "noise" in options and comparison.noise:
         parts.append(f"noise {comparison.noise:g}")
-    if "batch_size" in options:
-        parts.append(f"batches of {comparison.batch_size}")
+    if meta["batch_size"][problem] is not None:
+        parts.append(f"batches of {meta['batch_size'][problem]}")
+    parts += [f"{key} {value}" for key, value in comparison.problem_options.items() if key in options]
     if meta["minimum"][problem] is not None:
         parts.append(f"minimum {meta['minimum'][problem]:.4g}")
     return ", ".join(parts)
@@ -297,6 +348,103 @@ def _footnotes(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+# ---------------------------------------------------------------------- reproduce
+
+
+@app.command()
+def reproduce(
+    figures: Annotated[list[str], typer.Argument(metavar="FIGURE", help=f"Of {', '.join(FIGURES)}.")],
+    scale: Annotated[
+        str, typer.Option(help="small: minutes to an hour on 2 cores. paper: the paper's sizes.")
+    ] = "small",
+    seeds: Annotated[
+        int | None,
+        typer.Option(help="Starts of each problem: seeds 0, 1, ...", show_default="each figure's own"),
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="Rounds of every method but vanilla.", show_default="each figure's own")
+    ] = None,
+    dim: Annotated[
+        int | None,
+        typer.Option(help="Dimension of the functions of fig2 and fig6.", show_default="the scale's"),
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Runs made at once, each in one thread.")] = 1,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep the runs that the JSON in OUT holds, and make the others.")
+    ] = False,
+    out: Annotated[
+        Path, typer.Option(help="Folder for a JSON, a PNG and a page of text for each figure.")
+    ] = Path("out"),
+) -> None:
+    """Make figures of the OptEx paper again: run, print, draw, and hold to its claims.
+
+    The JSON has every run; picture and page are made from it. A page that is there keeps its words and gets
+    new tables. An interrupted command goes on with --resume.
+    """
+    try:
+        choice = Choice(scale, seeds, rounds, dim)
+        plans = [make_figure(name, choice) for name in figures]
+        if workers < 1:
+            raise ValueError(f"workers: must be at least 1, got {workers}")
+        _make_folder("out", out)
+        for plan in plans:
+            for section in plan.sections:
+                section.comparison.check()
+        torch.set_num_threads(1)  # problems this small gain nothing from a second
+        for plan in plans:
+            about = meta(plan, choice, ["optex", *sys.argv[1:]])
+            record = out / f"{plan.name}.json"
+            about, kept = read_record(record, about) if resume else (about, [])
+            runs = _reproduce(plan, choice, about, record, kept, workers)
+            write_plot(out / f"{plan.name}.png", draw(plan, about, runs))
+            write_page(out / f"{plan.name}.md", plan.title, about, runs)
+            _print_figure(plan, about, runs, out)
+    except (ValueError, ImportError, OSError) as error:
+        _refuse(error)
+
+
+def _reproduce(
+    plan: Figure, choice: Choice, about: dict[str, Any], record: Path, kept: list[Record], workers: int
+) -> list[Record]:
+    """All runs of a figure, the record written after each."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    runs = list(kept)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(plan.name, total=len(cases(plan)), completed=len(runs))
+        for run in run_missing(plan, choice, runs, workers):
+            progress.update(
+                task, description=f"{run['section']}, seed {run['seed']}: {run['label']}", advance=1
+            )
+            runs.append(run)
+            write_record(record, about, runs)
+    return runs
+
+
+def _print_figure(plan: Figure, about: dict[str, Any], runs: Sequence[Record], out: Path) -> None:
+    console = Console(highlight=False)
+    console.print(f"{plan.name}: {plan.title}, {about['choice']['scale']} scale", style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    for header in ("section", "method", "last loss", "as good\nat round", "steps\na round", "gradients"):
+        table.add_column(header, justify="left" if header in ("section", "method") else "right", no_wrap=True)
+    for line in numbers(about, runs):
+        table.add_row(
+            line.section,
+            line.label,
+            _figures(line.loss.mean, 4) if line.loss.count else "diverged",
+            f"{line.rounds.mean:.1f}{_only(line.rounds, line.seeds)}" if line.rounds.count else "–",
+            f"{line.steps:.2f}",
+            f"{line.gradients:.0f}",
+        )
+    console.print(table)
+    console.print()
+    for check in checks(about, runs):
+        sign = "holds" if check.holds else "fails"
+        console.print(f"{sign}  {check.where}: {check.claim}: {check.measured}", markup=False, soft_wrap=True)
+    console.print(f"{out / plan.name}.json, .png, .md", style="dim", markup=False)
+    console.print()
+
+
 # ---------------------------------------------------------------------- list
 
 
@@ -305,15 +453,28 @@ def list_names() -> None:
     """What can be compared: problems, methods, optimizers."""
     console = Console(highlight=False)
     groups = {
-        "problems": {name: entry.description for name, entry in PROBLEMS.items()},
+        "problems": {name: _problem_lines(entry) for name, entry in PROBLEMS.items()},
         "methods": {name: entry.description for name, entry in METHODS.items()},
         "optimizers": {name: _optimizer_line(name) for name in OPTIMIZERS},
     }
     for i, (title, group) in enumerate(groups.items()):
         console.print(("\n" if i else "") + title, style="bold")
         width = max(map(len, group))
-        for name, line in group.items():
-            console.print(f"  {name:{width}}  {line}", markup=False)
+        for name, text in group.items():
+            first, *others = text.splitlines()
+            console.print(f"  {name:{width}}  {first}", markup=False)
+            for line in others:
+                console.print(" " * (width + 4) + line, style="dim", markup=False)
+    if any(entry.data is not None and find(entry.data) is None for entry in PROBLEMS.values()):
+        console.print("\nno data yet: `optex fetch NAME` gets it", style="dim", markup=False)
+
+
+def _problem_lines(entry: ProblemEntry) -> str:
+    """What it is, whether its data is missing, and what --set can choose."""
+    missing = entry.data is not None and find(entry.data) is None
+    others = [option for option in entry.options if option not in ("dim", "noise", "batch_size")]
+    chosen = textwrap.wrap(f"--set {', '.join(others)}", 50) if others else []
+    return "\n".join([entry.description + " (no data yet)" * missing, *chosen])
 
 
 def _optimizer_line(name: str) -> str:
@@ -322,3 +483,19 @@ def _optimizer_line(name: str) -> str:
     settings = factory.keywords if isinstance(factory, partial) else {}
     inside = ", ".join(f"{key}={value}" for key, value in settings.items())
     return f"lr {default_rate(name):<4g}  torch.optim.{made.__name__}" + f"({inside})" * bool(inside)
+
+
+# ---------------------------------------------------------------------- fetch
+
+
+@app.command("fetch")
+def fetch_data(
+    names: Annotated[list[str], typer.Argument(metavar="NAME", help=f"Of {', '.join(DATA_SETS)}.")],
+) -> None:
+    """Download public data sets into the user's cache, and check that they came whole."""
+    for name in names:
+        try:
+            paths = fetch(name)
+        except (ValueError, ImportError, OSError) as error:
+            _refuse(error)
+        typer.echo(f"{name}: {paths[0].parent}")

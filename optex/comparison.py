@@ -6,8 +6,8 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -77,7 +77,9 @@ class Comparison:
         rounds: of every method but vanilla, which runs ``parallelism · rounds`` of its own.
         seeds: how many starts of each problem, 0, 1, ...
         dim, noise: of the problems that are functions.
-        batch_size: of the problems with minibatches.
+        batch_size: of the problems with minibatches; None is each problem's own.
+        problem_options: further choices, ``{"model": "cnn"}``; each reaches the problems that have it, and at
+            least one has to.
 
     Raises:
         ValueError: a name is unknown or a number out of range; the message says which.
@@ -93,13 +95,16 @@ class Comparison:
     seeds: int = 5
     dim: int = 10_000
     noise: float = 0.0
-    batch_size: int = 32
+    batch_size: int | None = None
+    problem_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.history_size is None:
             object.__setattr__(self, "history_size", 20 if self.parallelism <= 8 else 32)
         for name in ("parallelism", "history_size", "rounds", "seeds", "dim", "batch_size"):
             value = getattr(self, name)
+            if name == "batch_size" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: must be an integer of at least 1, got {value!r}")
         if not self.problems:
@@ -107,6 +112,8 @@ class Comparison:
         for name in self.problems:
             if name not in PROBLEMS:
                 raise ValueError(f"problem: {name!r} is not one of {', '.join(PROBLEMS)}")
+        for option in self.problem_options:
+            self._check_option(option)
         for name in self.methods:
             make_method(name)
         if self.optimizer not in OPTIMIZERS:
@@ -120,6 +127,14 @@ class Comparison:
         object.__setattr__(self, "problems", tuple(dict.fromkeys(self.problems)))
         object.__setattr__(self, "methods", tuple(dict.fromkeys((RULER, *self.methods))))
 
+    def _check_option(self, option: str) -> None:
+        if option in ("dim", "noise", "batch_size"):
+            flag = f"--{option.replace('_', '-')}"
+            raise ValueError(f"problem_options (--set): {option} has a place of its own, {option} ({flag})")
+        if not any(option in PROBLEMS[name].options for name in self.problems):
+            choices = [f"{name} takes {', '.join(PROBLEMS[name].options) or 'none'}" for name in self.problems]
+            raise ValueError(f"problem_options (--set): nothing here has {option}; {'; '.join(choices)}")
+
     @property
     def learning_rate(self) -> float:
         """``lr``, the default filled in."""
@@ -127,7 +142,7 @@ class Comparison:
 
     def problem(self, name: str, seed: int) -> Problem:
         """A start of a problem, with those of the options that it has."""
-        choices = {"dim": self.dim, "noise": self.noise, "batch_size": self.batch_size}
+        choices = {"dim": self.dim, "noise": self.noise, "batch_size": self.batch_size, **self.problem_options}
         return make_problem(
             name, seed=seed, **{key: choices[key] for key in choices if key in PROBLEMS[name].options}
         )
@@ -145,7 +160,7 @@ class Comparison:
         """Build every problem and base optimizer once, so that no mistake shows up after hours of runs.
 
         Raises:
-            ValueError, ImportError: as the problem or the optimizer says.
+            ValueError, ImportError, FileNotFoundError: as the problem or the optimizer says.
         """
         for name in self.problems:
             start = self.problem(name, seed=0)
@@ -369,6 +384,7 @@ def describe(comparison: Comparison) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "dimension": {name: start.dimension for name, start in starts.items()},
         "minimum": {name: start.minimum for name, start in starts.items()},
+        "batch_size": {name: getattr(start, "batch_size", None) for name, start in starts.items()},
         "noise": comparison.noise,
         "history_size": comparison.history_size,
         "options": asdict(comparison),

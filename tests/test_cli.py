@@ -12,7 +12,9 @@ from optex import cli
 from optex.baselines import METHODS
 from optex.bases import OPTIMIZERS
 from optex.problems import PROBLEMS
+from tests import datasets
 
+NAMES = [name for name, entry in PROBLEMS.items() if entry.data is None]
 SMALL = ["--rounds", "4", "--seeds", "2", "--dim", "6", "--parallelism", "3"]
 
 
@@ -30,16 +32,16 @@ def run(*arguments, width=80):
 @pytest.fixture(scope="module")
 def result():
     methods = ",".join(METHODS)
-    return run("compare", *PROBLEMS, *SMALL, "--methods", methods, "--lr", "0.05")
+    return run("compare", *NAMES, *SMALL, "--methods", methods, "--lr", "0.05")
 
 
 class TestCompare:
     def test_prints_a_table_for_every_problem(self, result):
         assert result.exit_code == 0, result.output
-        for name in PROBLEMS:
+        for name in NAMES:
             assert re.search(rf"^{name}: d = ", result.stdout, re.MULTILINE)
         for name in METHODS:
-            assert len(re.findall(rf"^{name} ", result.stdout, re.MULTILINE)) >= len(PROBLEMS)
+            assert len(re.findall(rf"^{name} ", result.stdout, re.MULTILINE)) >= len(NAMES)
 
     def test_the_table_fits_eighty_columns_without_cuts(self, result):
         assert "…" not in result.stdout
@@ -63,6 +65,13 @@ class TestCompare:
         assert document["meta"]["command"][0] == "optex"
         assert plot.read_bytes().startswith(b"\x89PNG")
         assert plot.stat().st_size > 10_000
+
+    @pytest.mark.usefixtures("made_up_data")
+    def test_options_of_a_problem_are_set_and_shown(self):
+        choices = ["--set", "model=cnn", "--set", "width=2", "--set", "augment=true", "--batch-size", "5"]
+        result = run("compare", "cifar10", *SMALL, *choices, "--methods", "target", width=120)
+        assert result.exit_code == 0, result.output
+        assert "cifar10: d = 2,702, batches of 5, model cnn, width 2, augment True\n" in result.stdout
 
     def test_target_shows_its_acceleration(self):
         result = run("compare", "sphere", *SMALL, "--optimizer", "sgd", "--lr", "0.01", "--methods", "target")
@@ -106,6 +115,11 @@ REFUSALS = {
     "noise": (["sphere", "--noise", "-1"], "noise: must be finite and not negative, got -1.0"),
     "dimension": (["rosenbrock", "--dim", "1"], "Rosenbrock: dim must be at least 2, got 1"),
     "batch size": (["digits-mlp", "--batch-size", "5000"], "batch_size must be between 1 and 1437, got 5000"),
+    "no value": (["digits-mlp", "--set", "model"], "set: 'model' must be KEY=VALUE"),
+    "value of another type": (["cifar10", "--set", "width=a"], "set: width must be of type int, got 'a'"),
+    "neither true nor false": (["cifar10", "--set", "augment=2"], "augment must be true or false, got '2'"),
+    "option of no problem": (["digits-mlp", "--set", "model=cnn"], "has model; digits-mlp takes batch_size"),
+    "option of its own": (["sphere", "--set", "dim=3"], "dim has a place of its own, dim (--dim)"),
     "threads": (["sphere", "--threads", "0"], "threads: must be at least 1, got 0"),
     "plot format": (["sphere", "--plot", "out.foo"], "plot: 'out.foo' must end in one of"),
     "folder": (["sphere", "--json", "."], "json: . is a folder; name a file in it"),
@@ -142,6 +156,14 @@ def test_missing_data_package_says_how_to_get_it(monkeypatch):
     assert result.stderr == "optex: digits-mlp: pip install optex[data]\n"
 
 
+def test_missing_data_says_how_to_get_it(tmp_path, monkeypatch):
+    datasets.use(monkeypatch, tmp_path)
+    result = run("compare", "cifar10")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("optex: cifar10: its data is not on this machine; run `optex fetch")
+    assert result.stderr.count("\n") == 1
+
+
 def test_list_names_everything_with_one_line_each():
     result = run("list")
     assert result.exit_code == 0
@@ -169,5 +191,5 @@ def test_help_has_every_option():
         "--noise",
     ):
         assert option in result.stdout
-    for option in ("--methods", "--batch-size", "--threads", "--json", "--plot"):
+    for option in ("--methods", "--batch-size", "--set", "--threads", "--json", "--plot"):
         assert option in result.stdout

@@ -226,11 +226,22 @@ class TestRecords:
         assert comparison.problems == ("sphere",)
         assert [run.trace.rounds for run in all_runs(comparison)] == [12, 4, 12, 4]
 
+    @pytest.mark.usefixtures("made_up_data")
     def test_options_reach_the_problems_that_have_them(self):
-        comparison = small(problems=tuple(PROBLEMS), noise=0.5, batch_size=8)
+        comparison = small(
+            problems=tuple(PROBLEMS), noise=0.5, batch_size=8, problem_options={"model": "cnn", "width": 12}
+        )
         assert comparison.problem("sphere", 0).noise == 0.5
         assert comparison.problem("sphere", 0).dimension == 6
         assert comparison.problem("digits-mlp", 0).batch_size == 8
+        assert comparison.problem("cifar10", 0).model == "cnn"
+        assert comparison.problem("shakespeare", 0).network.output.in_features == 12
+
+    @pytest.mark.usefixtures("made_up_data")
+    def test_a_batch_size_that_is_not_given_is_each_problems_own(self):
+        comparison = small(problems=("sphere", "digits-mlp", "fashion-mnist", "shakespeare"))
+        expected = {"sphere": None, "digits-mlp": 32, "fashion-mnist": 64, "shakespeare": 16}
+        assert describe(comparison)["batch_size"] == expected
 
     @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "muon"])
     def test_every_optimizer_runs_at_its_default_rate(self, name):
@@ -251,6 +262,11 @@ REFUSALS = {
     "seeds": ({"seeds": 2.5}, "seeds: must be an integer of at least 1, got 2.5"),
     "dim": ({"dim": 0}, "dim: must be an integer of at least 1, got 0"),
     "batch size": ({"batch_size": 0}, "batch_size: must be an integer of at least 1, got 0"),
+    "option": ({"problem_options": {"model": "cnn"}}, "nothing here has model; quadratic takes dim, noise"),
+    "option with a place": (
+        {"problem_options": {"dim": 3}},
+        r"dim has a place .* \(--dim\)",
+    ),
     "zero rate": ({"lr": 0.0}, "lr: must be positive and finite, got 0.0"),
     "no rate": ({"lr": math.nan}, "lr: must be positive and finite, got nan"),
     "noise": ({"noise": -0.1}, "noise: must be finite and not negative, got -0.1"),

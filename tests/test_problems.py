@@ -26,14 +26,30 @@ from optex.problems import (
     make_problem,
     tabular,
 )
+from optex.problems.control import DeepQLearning
 from optex.vectors import ParameterVector
 
-SMALL = {"dim": 7, "noise": 0.3, "batch_size": 16}
+SMALL = {
+    "dim": 7,
+    "noise": 0.3,
+    "batch_size": 16,
+    "model": None,
+    "width": 8,
+    "depth": 1,
+    "train_size": 80,
+    "held_size": 30,
+    "augment": True,
+    "layers": 1,
+    "heads": 2,
+    "context": 9,
+    "dropout": 0.0,
+    "start": None,
+}
 FUNCTIONS = {name: entry.build for name, entry in PROBLEMS.items() if "dim" in entry.options}
 
 
 def small(name, seed=0, **choices):
-    options = {option: SMALL[option] for option in PROBLEMS[name].options}
+    options = {option: SMALL.get(option) for option in PROBLEMS[name].options}
     return make_problem(name, seed=seed, **{**options, **choices})
 
 
@@ -46,6 +62,7 @@ def leaves(batches, count):
     return [leaf for part in parts for leaf in part if leaf is not None]
 
 
+@pytest.mark.usefixtures("made_up_data")
 @pytest.mark.parametrize("name", PROBLEMS)
 class TestEveryProblem:
     def test_is_the_same_when_built_twice(self, name):
@@ -69,7 +86,8 @@ class TestEveryProblem:
         with torch.no_grad():
             for parameter in problem.parameters():
                 parameter.add_(1)
-        assert problem.evaluate() != loss
+        if not isinstance(problem, DeepQLearning):  # what its agent was paid is of the past
+            assert problem.evaluate() != loss
         problem.reset()
         assert torch.equal(flat(problem), start)
         assert problem.evaluate() == loss

@@ -51,7 +51,8 @@ class Trace:
     Attributes:
         loss: [rounds + 1], the noise-free objective.
         gradients: [rounds + 1], evaluated so far.
-        seconds: [rounds + 1], wall time so far without the evaluations of ``loss``.
+        seconds: [rounds + 1], wall time so far with what happens between rounds, without the evaluations of
+            ``loss``.
         accepted: [rounds + 1], steps of the base optimizer that the round kept.
         lr: the learning rate it ran with.
         overhead_seconds: per round beyond the gradients, as in ``RoundReport``; NaN where not measured.
@@ -119,7 +120,7 @@ class Recorder:
         return len(self._loss) > self._rounds
 
     def round(self, *, gradients: int, accepted: int, overhead_seconds: float | None = None) -> None:
-        """A round has ended, and the parameters stand where it led.
+        """A round has ended, and the parameters stand where it led; then ``problem.between_rounds()``.
 
         Args:
             gradients: evaluated in it.
@@ -127,8 +128,10 @@ class Recorder:
             overhead_seconds: its wall time beyond the gradients, where the method measures that.
 
         Raises:
-            NonFiniteError: the objective is not finite there; the round is not recorded.
+            NonFiniteError: the objective is not finite there, or the problem cannot go on from there; the round
+                is not recorded.
         """
+        self._problem.between_rounds()
         seconds = time.perf_counter() - self._started
         loss = self._problem.evaluate()
         if not math.isfinite(loss):

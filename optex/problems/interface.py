@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 __all__ = ["Problem", "seeded_generator"]
 
-_STREAMS: Final = {"start": 0, "batches": 1}
+_STREAMS: Final = {"start": 0, "batches": 1, "acting": 2}
 
 
-def seeded_generator(seed: int, stream: Literal["start", "batches"]) -> torch.Generator:
+def seeded_generator(seed: int, stream: Literal["start", "batches", "acting"]) -> torch.Generator:
     """A generator for one purpose: a start does not depend on how many batches were drawn."""
     state = np.random.SeedSequence([seed, _STREAMS[stream]]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
@@ -59,6 +59,16 @@ class Problem(nn.Module, ABC):
     @abstractmethod
     def reset(self) -> None:
         """Put the parameters back to the start, bit for bit."""
+
+    def between_rounds(self) -> None:
+        """What happens between rounds, after each one; nothing by default.
+
+        A problem whose data comes from acting with the present parameters acts here, so that all methods
+        have acted as often at equal rounds. Batches that a method drew ahead are of the time before.
+
+        Raises:
+            NonFiniteError: it cannot go on with the present parameters; the run ends there.
+        """
 
     @property
     def minimum(self) -> float | None:

@@ -1,0 +1,415 @@
+"""Where the data sets are: found on this machine, fetched when asked for, read into arrays."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import os
+import struct
+import tarfile
+import textwrap
+import zlib
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar
+
+import numpy as np
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+__all__ = [
+    "DATA_SETS",
+    "DataSet",
+    "Download",
+    "Split",
+    "cifar10",
+    "fashion_mnist",
+    "fetch",
+    "find",
+    "locate",
+    "shakespeare",
+]
+
+Split = Literal["train", "test"]
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Download:
+    """A public file.
+
+    Attributes:
+        file: its name here.
+        url: its address.
+        sha256: of its content, in hexadecimal.
+    """
+
+    file: str
+    url: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set: what its files are called, and where they may be.
+
+    Attributes:
+        folder: under ``$OPTEX_DATA`` and under the user's cache.
+        layouts: sets of files, any of which is the whole; the first that is there is used.
+        downloads: the public files; together they are one of the layouts.
+        package: of Debian, that brings it; None where there is none.
+        package_folder: where that puts it.
+    """
+
+    folder: str
+    layouts: tuple[tuple[str, ...], ...]
+    downloads: tuple[Download, ...]
+    package: str | None = None
+    package_folder: Path | None = None
+
+
+_FASHION_URL: Final = "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"
+_FASHION_FILES: Final = {  # train first, images first; the checksums many projects pin
+    "train-images-idx3-ubyte.gz": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+    "train-labels-idx1-ubyte.gz": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+    "t10k-images-idx3-ubyte.gz": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+    "t10k-labels-idx1-ubyte.gz": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+}
+_CIFAR_ARCHIVE: Final = "cifar-10-binary.tar.gz"
+_CIFAR_SIDE: Final = 32
+
+DATA_SETS: Final[dict[str, DataSet]] = {
+    "fashion-mnist": DataSet(
+        folder="fashion-mnist",
+        layouts=(tuple(_FASHION_FILES), tuple(name.removesuffix(".gz") for name in _FASHION_FILES)),
+        downloads=tuple(Download(file, _FASHION_URL + file, sum_) for file, sum_ in _FASHION_FILES.items()),
+        package="dataset-fashion-mnist",  # the same images and labels, compressed anew
+        package_folder=Path("/usr/share/datasets/fashion-mnist"),
+    ),
+    "cifar10": DataSet(
+        folder="cifar10",
+        # The columns of the parquet files are those of uoft-cs/cifar10 on Hugging Face: img.bytes, an image in
+        # any format that Pillow reads, and label. The archive is the authors' own, which has a known checksum.
+        layouts=(("train.parquet", "test.parquet"), (_CIFAR_ARCHIVE,)),
+        downloads=(
+            Download(
+                _CIFAR_ARCHIVE,
+                f"https://www.cs.toronto.edu/~kriz/{_CIFAR_ARCHIVE}",
+                "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+            ),
+        ),
+    ),
+    "shakespeare": DataSet(
+        folder="tinyshakespeare",
+        layouts=(("input.txt",),),
+        downloads=(
+            Download(
+                "input.txt",
+                "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+            ),
+        ),
+    ),
+}
+
+
+# ---------------------------------------------------------------------- finding and fetching
+
+
+def find(name: str) -> tuple[Path, ...] | None:
+    """The files of a data set in the order of their layout; None where it is not on this machine.
+
+    Looked for in ``$OPTEX_DATA``, then in the user's cache, then where Debian's package puts it.
+    """
+    entry = DATA_SETS[name]
+    for folder in _folders(entry):
+        for layout in entry.layouts:
+            paths = tuple(folder / file for file in layout)
+            if all(path.is_file() for path in paths):
+                return paths
+    return None
+
+
+def locate(name: str) -> tuple[Path, ...]:
+    """As ``find``, for those who cannot do without.
+
+    Raises:
+        FileNotFoundError: it is not on this machine; the one line says how to get it.
+    """
+    paths = find(name)
+    if paths is not None:
+        return paths
+    entry = DATA_SETS[name]
+    files = ", ".join(f"{entry.folder}/{file}" for file in entry.layouts[0])
+    ways = [f"run `optex fetch {name}`", f"set OPTEX_DATA to a folder that has {files}"]
+    if entry.package is not None:
+        ways.append(f"install Debian's package {entry.package}")
+    elif find_spec("pooch") is not None:
+        ways.append(f"put it into {_cache() / entry.folder}")
+    raise FileNotFoundError(f"{name}: its data is not on this machine; {', or '.join(ways)}")
+
+
+def _folders(entry: DataSet) -> list[Path]:
+    folders = []
+    if os.environ.get("OPTEX_DATA"):
+        folders.append(Path(os.environ["OPTEX_DATA"]).expanduser() / entry.folder)
+    if find_spec("pooch") is not None:
+        folders.append(_cache() / entry.folder)
+    if entry.package_folder is not None:
+        folders.append(entry.package_folder)
+    return folders
+
+
+def _cache() -> Path:
+    return Path(_needed("pooch").os_cache("optex"))
+
+
+def _needed(module: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"data sets: {module.partition('.')[0]} is not installed; pip install optex[data]", name=module
+        ) from error
+
+
+def fetch(name: str) -> tuple[Path, ...]:
+    """Download the public files of a data set into the user's cache; those already there are kept.
+
+    Args:
+        name: a key of ``DATA_SETS``.
+
+    Returns:
+        The files' paths.
+
+    Raises:
+        ValueError: the name is unknown, or a file that came is not the one that was expected (its SHA-256).
+        OSError: a file could not be downloaded or written.
+        ModuleNotFoundError: pooch is not installed.
+    """
+    if name not in DATA_SETS:
+        raise ValueError(f"fetch: {name!r} is not one of {', '.join(DATA_SETS)}")
+    pooch, entry = _needed("pooch"), DATA_SETS[name]
+    folder = _cache() / entry.folder
+    with _progress(DownloadColumn()) as progress:
+        for download in entry.downloads:
+            try:
+                pooch.retrieve(
+                    download.url,
+                    known_hash=f"sha256:{download.sha256}",
+                    fname=download.file,
+                    path=folder,
+                    downloader=pooch.HTTPDownloader(progressbar=_DownloadBar(progress, download.file)),
+                )
+            except OSError as error:
+                reason = textwrap.shorten(str(error), 160)
+                raise OSError(f"fetch: could not get {download.url}: {reason}") from error
+    return tuple(folder / download.file for download in entry.downloads)
+
+
+def _progress(*columns: TimeRemainingColumn | DownloadColumn) -> Progress:
+    console = Console(stderr=True)
+    shown = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        *columns,
+        TimeRemainingColumn(),
+    )
+    return Progress(*shown, console=console, transient=True, disable=not console.is_terminal)
+
+
+class _DownloadBar:
+    """The four things that pooch asks of a progress bar, drawn by rich."""
+
+    def __init__(self, progress: Progress, description: str) -> None:
+        self._progress = progress
+        self._task = progress.add_task(description, total=None)
+
+    @property
+    def total(self) -> float | None:
+        return self._progress.tasks[self._task].total
+
+    @total.setter
+    def total(self, size: int) -> None:
+        self._progress.update(self._task, total=size or None)  # a server that names no size: 0
+
+    def update(self, count: int) -> None:
+        self._progress.advance(self._task, count)
+
+    def reset(self) -> None:
+        self._progress.update(self._task, completed=0)
+
+    def close(self) -> None:
+        self._progress.stop_task(self._task)
+
+
+# ---------------------------------------------------------------------- Fashion-MNIST
+
+
+def fashion_mnist(split: Split) -> tuple[np.ndarray, np.ndarray]:  # [n, 1, 28, 28] and [n], uint8
+    """Images of clothes and their classes, 60,000 to train on and 10,000 to test.
+
+    Raises:
+        FileNotFoundError: it is not on this machine.
+        ValueError: a file is damaged.
+    """
+    paths = locate("fashion-mnist")
+    return _read_fashion_mnist(*(paths[:2] if split == "train" else paths[2:]))
+
+
+@lru_cache(maxsize=2)
+def _read_fashion_mnist(images_path: Path, labels_path: Path) -> tuple[np.ndarray, np.ndarray]:
+    images, labels = _read_idx(images_path), _read_idx(labels_path)
+    if images.ndim != 3 or labels.shape != images.shape[:1]:
+        raise _damaged(
+            images_path, f"images {images.shape} and labels {labels.shape} do not fit", "fashion-mnist"
+        )
+    return images[:, None], labels
+
+
+def _read_idx(path: Path) -> np.ndarray:
+    """An array of bytes in LeCun's idx format: 0, 0, type 8, number of dimensions, sizes, content."""
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise _damaged(path, str(error), "fashion-mnist") from error
+    if len(content) < 4 or content[:3] != b"\0\0\x08":
+        raise _damaged(path, "it is no idx file of bytes", "fashion-mnist")
+    start = 4 + 4 * content[3]
+    if len(content) < start:
+        raise _damaged(path, "it ends within its header", "fashion-mnist")
+    shape = struct.unpack(f">{content[3]}I", content[4:start])
+    values = np.frombuffer(bytearray(content[start:]), dtype=np.uint8)  # a copy that torch may write to
+    if len(values) != np.prod(shape, dtype=np.int64):
+        raise _damaged(path, f"{len(values)} bytes where {shape} are announced", "fashion-mnist")
+    return values.reshape(shape)
+
+
+def _damaged(path: Path, why: str, name: str) -> ValueError:
+    reason = " ".join(why.split())
+    return ValueError(f"{name}: {path} is damaged ({reason}); delete it and run `optex fetch {name}`")
+
+
+# ---------------------------------------------------------------------- CIFAR-10
+
+
+def cifar10(split: Split) -> tuple[np.ndarray, np.ndarray]:  # [n, 3, 32, 32] and [n], uint8
+    """Photographs and their classes, 50,000 to train on and 10,000 to test.
+
+    The files' images are decoded once, a few seconds, and kept in the user's cache. Which files they come from
+    can change a run: archives order them differently, and some hold them as JPEG, which loses a little.
+
+    Raises:
+        FileNotFoundError: it is not on this machine.
+        ValueError: a file is damaged.
+        ModuleNotFoundError: it is there as parquet files, and pyarrow or Pillow is not installed.
+    """
+    paths = locate("cifar10")
+    rows = _read_cifar10(paths[0] if split == "train" else paths[-1], split)  # both in the one archive, or two
+    return rows[:, 1:].reshape(-1, 3, _CIFAR_SIDE, _CIFAR_SIDE), rows[:, 0]
+
+
+@lru_cache(maxsize=2)
+def _read_cifar10(path: Path, split: Split) -> np.ndarray:  # [n, 1 + 3 · 32 · 32], label and pixels, uint8
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    decoded = _cache() / "cifar10" / f"decoded-{split}-{digest[:16]}.npy"
+    try:
+        # Copy on write: pages are read as they are needed and shared by the processes that read them.
+        return np.load(decoded, mmap_mode="c")
+    except (OSError, ValueError):  # not there yet, or cut short
+        pass
+    rows = _decode_parquet(path) if path.suffix == ".parquet" else _read_archive(path, split)
+    _keep(decoded, rows)
+    return rows
+
+
+def _keep(path: Path, rows: np.ndarray) -> None:
+    """Write beside, then move: another process never sees half a file."""
+    beside = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as file:
+            np.save(file, rows)
+        beside.replace(path)
+    except OSError:  # a cache that cannot be written costs the next run a few seconds, no more
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def _decode_parquet(path: Path) -> np.ndarray:
+    parquet, image = _needed("pyarrow.parquet"), _needed("PIL.Image")
+    try:
+        table = parquet.read_table(path, columns=["img", "label"])
+        encoded = table["img"].combine_chunks().field("bytes")
+        labels = table["label"].to_numpy()
+    except (OSError, ValueError, KeyError) as error:
+        raise _damaged(path, str(error), "cifar10") from error
+    rows = np.empty((len(encoded), 1 + 3 * _CIFAR_SIDE**2), dtype=np.uint8)
+    rows[:, 0] = labels
+    for i, one in enumerate(_shown(encoded, f"decoding {path.name}")):
+        try:
+            with image.open(io.BytesIO(one.as_py())) as opened:
+                pixels = np.asarray(opened.convert("RGB"))  # [32, 32, 3]
+        except OSError as error:
+            raise _damaged(path, f"image {i}: {error}", "cifar10") from error
+        if pixels.shape != (_CIFAR_SIDE, _CIFAR_SIDE, 3):
+            raise _damaged(path, f"image {i} is {pixels.shape[1]} × {pixels.shape[0]} pixels", "cifar10")
+        rows[i, 1:] = pixels.transpose(2, 0, 1).ravel()
+    return rows
+
+
+def _shown(items: Iterable[Item], description: str) -> Iterable[Item]:
+    with _progress() as progress:
+        yield from progress.track(items, description=description)
+
+
+def _read_archive(path: Path, split: Split) -> np.ndarray:
+    """The authors' binary version: files of rows, each a label and the pixels, plane by plane."""
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
+    try:
+        with tarfile.open(path, "r:gz") as archive:
+            files = [archive.extractfile(f"cifar-10-batches-bin/{name}") for name in names]
+            content = b"".join(file.read() for file in files if file is not None)
+    except (OSError, EOFError, KeyError, tarfile.TarError, zlib.error) as error:
+        raise _damaged(path, str(error), "cifar10") from error
+    width = 1 + 3 * _CIFAR_SIDE**2
+    if not content or len(content) % width:
+        raise _damaged(path, f"{len(content)} bytes are no whole number of rows of {width}", "cifar10")
+    return np.frombuffer(bytearray(content), dtype=np.uint8).reshape(-1, width)
+
+
+# ---------------------------------------------------------------------- tinyshakespeare
+
+
+def shakespeare() -> str:
+    """Karpathy's 40,000 lines of Shakespeare.
+
+    Raises:
+        FileNotFoundError: it is not on this machine.
+        ValueError: the file is damaged: its SHA-256 is not the public file's.
+    """
+    return _read_shakespeare(*locate("shakespeare"), DATA_SETS["shakespeare"].downloads[0].sha256)
+
+
+@lru_cache(maxsize=1)
+def _read_shakespeare(path: Path, sha256: str) -> str:
+    content = path.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != sha256:
+        raise _damaged(path, f"its SHA-256 is {digest[:12]}…, not {sha256[:12]}…", "shakespeare")
+    return content.decode()
