@@ -7,7 +7,15 @@ NeurIPS 2024, arXiv 2402.11427, and what goes past it.
 from importlib.metadata import version
 
 from optex.acceptance import Acceptance, Last, LowestLoss, SmallestGradient, WithinTolerance
-from optex.errors import ConvergenceWarning, JitterWarning, NonFiniteError, NotPositiveDefiniteError
+from optex.errors import (
+    ConvergenceWarning,
+    JitterWarning,
+    NonFiniteError,
+    NonFiniteWarning,
+    NotPositiveDefiniteError,
+    RankLostError,
+    WorkerLostError,
+)
 from optex.estimators import (
     CommitteeEstimator,
     CurlFreeEstimator,
@@ -16,7 +24,14 @@ from optex.estimators import (
     Posterior,
     SeparableEstimator,
 )
-from optex.evaluators import Evaluator, SequentialEvaluator, VectorizedEvaluator
+from optex.evaluators import (
+    AccumulatingSource,
+    DistributedEvaluator,
+    Evaluator,
+    SequentialEvaluator,
+    VectorizedEvaluator,
+    WorkersEvaluator,
+)
 from optex.history import GradientHistory
 from optex.kernels import RBF, Kernel, Matern12, Matern32, Matern52, RationalQuadratic
 from optex.minimize import minimize, scipy_method
@@ -27,9 +42,11 @@ __version__ = version("optex")
 __all__ = [
     "RBF",
     "Acceptance",
+    "AccumulatingSource",
     "CommitteeEstimator",
     "ConvergenceWarning",
     "CurlFreeEstimator",
+    "DistributedEvaluator",
     "Estimator",
     "Evaluator",
     "GradientHistory",
@@ -42,9 +59,11 @@ __all__ = [
     "Matern32",
     "Matern52",
     "NonFiniteError",
+    "NonFiniteWarning",
     "NotPositiveDefiniteError",
     "OptEx",
     "Posterior",
+    "RankLostError",
     "RationalQuadratic",
     "RoundReport",
     "SeparableEstimator",
@@ -52,6 +71,8 @@ __all__ = [
     "SmallestGradient",
     "VectorizedEvaluator",
     "WithinTolerance",
+    "WorkerLostError",
+    "WorkersEvaluator",
     "minimize",
     "scipy_method",
 ]

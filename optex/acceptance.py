@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from optex.estimators import Posterior
+from optex.spaces import Space
 from optex.vectors import Walk
 
 __all__ = [
@@ -43,6 +44,7 @@ class MeasuredRound:
         reach: n - 1 entries: how far from where its step was measured before each drafted gradient was
             predicted, a distance []; None for a step that had not been measured.
         posterior: the estimator fitted to the history with this round's pairs in it; None without one.
+        space: where all these vectors live; lengths and finiteness are asked of it.
     """
 
     walk: Walk
@@ -53,6 +55,7 @@ class MeasuredRound:
     usable: Sequence[bool]
     reach: Sequence[Tensor | None]
     posterior: Posterior | None
+    space: Space
 
 
 class Acceptance(ABC):
@@ -76,6 +79,7 @@ class Acceptance(ABC):
     def believed(
         self,
         gradients: Tensor,  # [n, d]
+        space: Space,
     ) -> Tensor:  # [n] bool
         """Which gradients may be remembered and used, beyond being finite."""
         return torch.ones(len(gradients), dtype=torch.bool, device=gradients.device)
@@ -146,7 +150,7 @@ class SmallestGradient(_Selection):
     """Keep the true step from the proxy with the smallest gradient norm."""
 
     def choose(self, measured: MeasuredRound) -> int:
-        return _best(torch.linalg.vector_norm(measured.gradients, dim=1), measured.usable)
+        return _best(measured.space.norms(measured.gradients), measured.usable)
 
 
 class WithinTolerance(Acceptance):
@@ -211,8 +215,8 @@ class WithinTolerance(Acceptance):
         self.lookahead = lookahead
         self._kept: int | None = None  # steps of the last round
 
-    def believed(self, gradients: Tensor) -> Tensor:
-        norms = torch.linalg.vector_norm(gradients, dim=1)
+    def believed(self, gradients: Tensor, space: Space) -> Tensor:
+        norms = space.norms(gradients)
         return norms <= self.absurd * norms[0].clamp_min(torch.finfo(norms.dtype).tiny)
 
     def state_dict(self) -> dict[str, Any]:
@@ -234,7 +238,7 @@ class WithinTolerance(Acceptance):
         return self._kept
 
     def _replay(self, measured: MeasuredRound) -> int:
-        walk = measured.walk
+        walk, space = measured.walk, measured.space
         walk.rewind()
         before, shortest = measured.proxies[0], None
         posterior = measured.posterior
@@ -244,7 +248,7 @@ class WithinTolerance(Acceptance):
             if not measured.usable[i]:
                 break
             here, proxy = walk.point, measured.proxies[i]
-            step, gap = (here - before).norm(), (here - proxy).norm()
+            step, gap = space.norms([here - before, here - proxy])
             shortest = step if shortest is None else torch.minimum(step, shortest)
             if not gap <= self.tolerance * shortest:
                 break
@@ -253,23 +257,27 @@ class WithinTolerance(Acceptance):
             if posterior is not None and origins is not None and gap > 0:
                 gradient = gradient + posterior.differences(posterior.locate(here[None]), origins[i])[0]
             walk.step(gradient)
-        if walk.taken > 1 and not walk.point.isfinite().all():
+        if walk.taken > 1 and not space.finite(walk.point[None])[0]:
             # A correction went wrong; step 0 is exact, whatever the estimator said.
             walk.rewind()
             walk.step(measured.gradients[0])
         return walk.taken
 
     def _learn(self, measured: MeasuredRound) -> None:
+        known = [(i, r) for i, r in enumerate(measured.reach) if r is not None and measured.usable[i]]
+        if not known:
+            return
+        rows = [i for i, _ in known]
+        gaps = measured.drafted[rows] - measured.gradients[rows]
+        walked = [measured.proxies[i + 1] - measured.proxies[i] for i in rows]
+        norms = measured.space.norms([*walked, *gaps, *measured.gradients[rows]])
+        lengths, wrong, true = norms.view(3, -1)
         evidence = []
-        for i, reach in enumerate(measured.reach):
-            if reach is None or not measured.usable[i]:
-                continue
-            step = (measured.proxies[i + 1] - measured.proxies[i]).norm()
-            wrong = (measured.drafted[i] - measured.gradients[i]).norm() / measured.gradients[i].norm()
-            steps = float(reach / step)
+        for (_, reach), length, error in zip(known, lengths, wrong / true, strict=True):
+            steps = float(reach / length)
             # Closer than rounding is no distance to learn from.
-            if 1e-6 < steps < math.inf and not torch.isnan(wrong):
-                evidence.append((steps, steps / max(float(wrong), 1e-12)))
+            if 1e-6 < steps < math.inf and not torch.isnan(error):
+                evidence.append((steps, steps / max(float(error), 1e-12)))
         if not evidence:
             return
         bearable = self.error * statistics.median(ratio for _, ratio in sorted(evidence)[:NEAREST])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["OPTIMIZERS", "REFUSED", "base_optimizer", "check_base"]
+__all__ = ["ELEMENTWISE", "OPTIMIZERS", "REFUSED", "base_optimizer", "check_base"]
 
 OPTIMIZERS: Final[dict[str, Callable[..., Optimizer]]] = {
     "sgd": torch.optim.SGD,
@@ -30,6 +30,23 @@ OPTIMIZERS: Final[dict[str, Callable[..., Optimizer]]] = {
 }
 if hasattr(torch.optim, "Muon"):  # torch 2.9 and later; two-dimensional parameters only
     OPTIMIZERS["muon"] = torch.optim.Muon
+
+# Steps every coordinate by itself, so that a slice of the parameters can be stepped alone.
+ELEMENTWISE: Final[frozenset[type[Optimizer]]] = frozenset(
+    {
+        torch.optim.SGD,
+        torch.optim.Adam,
+        torch.optim.AdamW,
+        torch.optim.Adamax,
+        torch.optim.NAdam,
+        torch.optim.RAdam,
+        torch.optim.Adagrad,
+        torch.optim.Adadelta,
+        torch.optim.RMSprop,
+        torch.optim.Rprop,
+        torch.optim.ASGD,
+    }
+)
 
 REFUSED: Final[dict[type[Optimizer], str]] = {
     torch.optim.LBFGS: "it evaluates its closure several times a step, so there is no single next gradient to "

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["ConvergenceWarning", "JitterWarning", "NonFiniteError", "NotPositiveDefiniteError"]
+__all__ = [
+    "ConvergenceWarning",
+    "JitterWarning",
+    "NonFiniteError",
+    "NonFiniteWarning",
+    "NotPositiveDefiniteError",
+    "RankLostError",
+    "WorkerLostError",
+]
 
 
 class NonFiniteError(ArithmeticError):
@@ -12,8 +20,26 @@ class NonFiniteError(ArithmeticError):
     """
 
 
+class NonFiniteWarning(RuntimeWarning):
+    """A step was skipped because something was NaN or infinite; the message says which, and what."""
+
+
 class NotPositiveDefiniteError(ArithmeticError):
     """A kernel matrix has no Cholesky factor, not even with the largest jitter."""
+
+
+class RankLostError(RuntimeError):
+    """Another rank of a distributed run died, left, or did not answer in time.
+
+    The round cannot be finished, and neither can the process group; the job has to start anew.
+    """
+
+
+class WorkerLostError(RuntimeError):
+    """No worker answered for the round's start, at the second try either.
+
+    The parameters and the base optimizer's state are those of before the round, which can be tried again.
+    """
 
 
 class JitterWarning(RuntimeWarning):

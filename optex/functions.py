@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from optex.evaluators import Evaluator, GradientSource, SequentialEvaluator, VectorizedEvaluator
+from optex.evaluators import (
+    Evaluator,
+    GradientSource,
+    SequentialEvaluator,
+    VectorizedEvaluator,
+    WorkersEvaluator,
+)
 from optex.evaluators.interface import ObjectiveSource
 
 __all__ = ["Point", "PointForm", "check_function", "function_source", "read_evaluator", "read_start"]
@@ -84,8 +90,15 @@ def check_function(fun: Any, jac: Any) -> None:
         )
 
 
-def read_evaluator(evaluator: Any, point: Point, jac: Any) -> Evaluator:
+def read_evaluator(evaluator: Any, workers: Any, point: Point, jac: Any) -> Evaluator:
     """The evaluator that is named or given; one that goes through a module is made to go through ``point``."""
+    if not (workers is None or workers is map or (workers == 1 and not isinstance(workers, bool))):
+        if evaluator is not None:
+            raise ValueError(
+                "minimize: evaluator and workers both say how gradients are computed; leave one out "
+                "(evaluator=optex.WorkersEvaluator(workers, timeout=60) has more to set)"
+            )
+        return WorkersEvaluator(workers)
     if evaluator is None or evaluator == "sequential":
         return SequentialEvaluator()
     if evaluator == "vectorized":
@@ -150,6 +163,10 @@ class _GivenGradient(GradientSource):
         x.grad = _gradient(gradient, x, "the g of fun's (f, g)" if self.jac is True else "jac")
         return _scalar(value).detach()
 
+    def with_own_parameters(self) -> tuple[GradientSource, list[Tensor]]:
+        point = Point(self.point.x.detach().clone())
+        return replace(self, point=point), [point.x]
+
 
 @dataclass(frozen=True)
 class _Autograd(GradientSource):
@@ -168,6 +185,10 @@ class _Autograd(GradientSource):
             raise ValueError(f"minimize: jac is None, and fun's value does not depend on x; {_REMEDY}")
         self.point.x.grad = gradient
         return value.detach()
+
+    def with_own_parameters(self) -> tuple[GradientSource, list[Tensor]]:
+        point = Point(self.point.x.detach().clone())
+        return replace(self, point=point), [point.x]
 
 
 _REMEDY = (

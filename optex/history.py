@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from optex.linalg import inner_products, squared_distances, squared_norms
+from optex.spaces import Space
 
 __all__ = ["GradientHistory", "Locations"]
 
@@ -38,10 +39,14 @@ class Locations:
 
     def __getitem__(self, index: int) -> Locations:
         """One of the points, with what is known of it."""
+        if self.history.space.is_split:
+            _ = self.on_gradients  # of all points in one message, rather than one for each
         one = Locations(self.history, self.points[index : index + 1])
-        for name in ("offsets", "norms", "on_displacements", "on_gradients"):
+        for name in ("offsets", "on_gradients"):
             if name in self.__dict__:
                 one.__dict__[name] = self.__dict__[name][index : index + 1]
+        if "_near" in self.__dict__:
+            one.__dict__["_near"] = tuple(products[index : index + 1] for products in self._near)
         return one
 
     @cached_property
@@ -49,20 +54,32 @@ class Locations:
         """Displacements from the history's anchor."""
         return self.history.displacement(self.points)
 
-    @cached_property
+    @property
     def norms(self) -> Tensor:  # [n] float64
         """Squared norms of the offsets."""
-        return squared_norms(self.offsets)
+        return self._near[0]
 
-    @cached_property
+    @property
     def on_displacements(self) -> Tensor:  # [n, T0] float64
         """Inner products of the offsets with the stored displacements."""
-        return inner_products(self.offsets, self.history.displacements)
+        return self._near[1]
 
     @cached_property
     def on_gradients(self) -> Tensor:  # [n, T0] float64
-        """Inner products of the offsets with the stored gradients."""
-        return inner_products(self.offsets, self.history.gradients)
+        """Inner products of the offsets with the stored gradients; they bring the others along."""
+        products = inner_products(self.offsets, self.history.gradients)
+        if "_near" in self.__dict__:
+            return self.history.space.total(products)[0]
+        products, *near = self.history.space.total(products, *self._near_here())
+        self.__dict__["_near"] = tuple(near)  # came along in the same message between processes
+        return products
+
+    @cached_property
+    def _near(self) -> tuple[Tensor, ...]:  # [n], [n, T0]
+        return self.history.space.total(*self._near_here())
+
+    def _near_here(self) -> tuple[Tensor, Tensor]:
+        return squared_norms(self.offsets), inner_products(self.offsets, self.history.displacements)
 
     @property
     def squared_distances(self) -> Tensor:  # [n, T0] float64
@@ -82,7 +99,8 @@ class GradientHistory:
     keeps kernel matrices regular. The pairs themselves stay, so each is forgotten in its own time.
 
     Attributes:
-        displacements, gradients: [T0, d], the pairs by slot; zeros where a slot is not filled yet.
+        displacements, gradients: [T0, d], the pairs by slot; zeros where a slot is not filled yet. With a
+            sketch the displacements are [T0, sketch].
         counts: [T0] float64, how many pairs a slot stands for; 0 where it is unfilled or merged into another.
         averaging: [T0, T0] float64; ``averaging @ gradients`` are the merged gradients, zero where count is 0.
         representatives: the slots with a count, in order.
@@ -93,30 +111,55 @@ class GradientHistory:
 
     Args:
         size: T0, how many pairs are kept, at least 1.
-        dimension: d, the length of a flat iterate.
+        dimension: d, the length of a flat iterate; or the space that iterates live in.
         dtype: of the stored rows; the small matrices are float64 whatever it is.
         device: of the stored rows.
+        sketch: keep this many numbers of a displacement instead of all d: its components with random signs
+            (seeded), added up in that many heaps. Squared distances are then right in the mean, with a
+            relative standard deviation of about √(2 / sketch). For estimators that ask for distances only;
+            curl-free ones need the displacements themselves.
 
-    Memory: 2 · T0 · d + d numbers of ``dtype`` (the anchor: of the iterates' dtype).
+    Memory: 2 · T0 · d + d numbers of ``dtype`` (the anchor: of the iterates' dtype); with a sketch
+    T0 · (d + sketch) + d, and d bytes for the signs. In a space that is split among processes the rows here are
+    this process's slices, and the Gram matrices are of the whole.
+
+    Source of the sketch: Charikar, Chen, Farach-Colton, *Finding frequent items in data streams*, 2002; the
+    heaps here take turns.
+
+    Raises:
+        ValueError: ``size`` or ``sketch`` is less than 1.
     """
 
     def __init__(
         self,
         size: int,
-        dimension: int,
+        dimension: int | Space,
         *,
         dtype: torch.dtype = torch.float64,
         device: torch.device | str = "cpu",
+        sketch: int | None = None,
     ) -> None:
         if size < 1:
             raise ValueError(f"GradientHistory: size must be at least 1, got {size}")
+        if sketch is not None and sketch < 1:
+            raise ValueError(f"GradientHistory: sketch must be at least 1, or None, got {sketch}")
+        self.space = dimension if isinstance(dimension, Space) else Space(dimension)
+        self.dimension = self.space.dimension
+        if sketch is not None and self.space.is_split:
+            raise ValueError(
+                "GradientHistory: a sketch is made of whole vectors, and these are split among ranks; pass "
+                "DistributedEvaluator(shard=False), or no sketch"
+            )
+        self.sketch = None if sketch is None or sketch >= self.dimension else sketch
+        self._signs = None if self.sketch is None else _signs(self.dimension, device)
         self.size = size
-        self.dimension = dimension
         self.anchor: Tensor | None = None  # [d]
         self.appended = 0
         self.noisy = False
-        self.displacements = torch.zeros(size, dimension, dtype=dtype, device=device)  # [T0, d]
-        self.gradients = torch.zeros(size, dimension, dtype=dtype, device=device)  # [T0, d]
+        width = self.space.width
+        kept = self.sketch or width
+        self.displacements = torch.zeros(size, kept, dtype=dtype, device=device)  # [T0, d] or [T0, sketch]
+        self.gradients = torch.zeros(size, width, dtype=dtype, device=device)  # [T0, d]
         self.iterate_gram = torch.zeros(size, size, dtype=torch.float64, device=device)  # [T0, T0]
         self._groups: list[int | None] = [None] * size  # slots of one iterate share a number
         self._merge_groups()
@@ -144,7 +187,7 @@ class GradientHistory:
         """Inner products of the gradients, brought up to date on demand with one product of new by all."""
         if self._stale:
             rows = sorted(self._stale)
-            products = inner_products(self.gradients[rows], self.gradients)
+            products = self.space.inner_products(self.gradients[rows], self.gradients)
             self._gradient_gram[rows] = products
             self._gradient_gram[:, rows] = products.mT
             self._stale.clear()
@@ -152,12 +195,24 @@ class GradientHistory:
 
     @property
     def cross_gram(self) -> Tensor:  # [T0, T0] float64
-        """Inner products of gradient i with displacement j, brought up to date on demand likewise."""
+        """Inner products of gradient i with displacement j, brought up to date on demand likewise.
+
+        Raises:
+            ValueError: the history holds a sketch of the displacements.
+        """
+        if self.sketch is not None:
+            raise ValueError(
+                "GradientHistory: a sketch does not hold the displacements that a curl-free estimator predicts "
+                "with; use SeparableEstimator, or no sketch"
+            )
         if self._cross_stale:
             rows = sorted(self._cross_stale)
-            self._cross_gram[rows] = inner_products(self.gradients[rows], self.displacements)
+            parts = [inner_products(self.gradients[rows], self.displacements)]
             if len(rows) < self.size:
-                self._cross_gram[:, rows] = inner_products(self.gradients, self.displacements[rows])
+                parts.append(inner_products(self.gradients, self.displacements[rows]))
+            self._cross_gram[rows], *others = self.space.total(*parts)
+            for columns in others:
+                self._cross_gram[:, rows] = columns
             self._cross_stale.clear()
         return self._cross_gram
 
@@ -187,10 +242,17 @@ class GradientHistory:
     def displacement(
         self,
         points: Tensor,  # [..., d]
-    ) -> Tensor:  # [..., d]
+    ) -> Tensor:  # [..., d] or [..., sketch]
         """Points as displacements from the anchor, subtracted in the wider of the two precisions."""
         dtype = torch.promote_types(points.dtype, self.displacements.dtype)
-        return points.to(self.displacements.device, dtype) - self._anchor().to(dtype)
+        gaps = points.to(self.displacements.device, dtype) - self._anchor().to(dtype)
+        if self.sketch is None or self._signs is None:
+            return gaps
+        gaps *= self._signs
+        whole = self.dimension - self.dimension % self.sketch
+        heaps = gaps[..., :whole].unflatten(-1, (-1, self.sketch)).sum(-2)
+        heaps[..., : self.dimension - whole] += gaps[..., whole:]
+        return heaps
 
     def append(
         self,
@@ -202,10 +264,10 @@ class GradientHistory:
         Raises:
             ValueError: shapes differ from [n, dimension].
         """
-        if points.shape != gradients.shape or points.ndim != 2 or points.shape[1] != self.dimension:
+        if points.shape != gradients.shape or points.ndim != 2 or points.shape[1] != self.space.width:
             raise ValueError(
                 f"GradientHistory.append: points {tuple(points.shape)} and gradients {tuple(gradients.shape)} "
-                f"must both be [n, {self.dimension}]"
+                f"must both be [n, {self.space.width}]"
             )
         if not len(points):
             return
@@ -216,7 +278,7 @@ class GradientHistory:
         slots = [(self.appended + i) % self.size for i in range(len(points))]
         self.displacements[slots] = self.displacement(points).to(self.displacements.dtype)
         self.gradients[slots] = gradients.to(device, self.gradients.dtype)
-        products = inner_products(self.displacements[slots], self.displacements)
+        products = self.space.inner_products(self.displacements[slots], self.displacements)
         self.iterate_gram[slots] = products
         self.iterate_gram[:, slots] = products.mT
         self._stale.update(slots)
@@ -241,7 +303,7 @@ class GradientHistory:
         shift = self.displacement(point).to(self.displacements.dtype)
         self.displacements -= torch.where(self.filled[:, None], shift, torch.zeros_like(shift))
         self._anchor().copy_(point)
-        self.iterate_gram = inner_products(self.displacements, self.displacements)
+        self.iterate_gram = self.space.inner_products(self.displacements, self.displacements)
         self._cross_stale.update(range(self.size))
 
     def _find_duplicates(self, slots: list[int]) -> None:
@@ -262,8 +324,10 @@ class GradientHistory:
         self._merge_groups()
 
     def _same_iterate(self, left: int, right: int, eps: float) -> bool:
-        gap = (self.displacements[left] - self.displacements[right]).norm()
-        return bool(gap <= 2 * eps * self.displacements[left].norm())
+        gap, norm = self.space.norms(
+            [self.displacements[left] - self.displacements[right], self.displacements[left]]
+        )
+        return bool(gap <= 2 * eps * norm)
 
     def _merge_groups(self) -> None:
         device = self.displacements.device
@@ -298,13 +362,13 @@ class GradientHistory:
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on bit for bit; tensors are copies."""
         return {
-            "displacements": self.displacements.clone(),
-            "gradients": self.gradients.clone(),
+            "displacements": self.space.whole(self.displacements),
+            "gradients": self.space.whole(self.gradients),
             "groups": list(self._groups),
             "iterate_gram": self.iterate_gram.clone(),
             "gradient_gram": self.gradient_gram.clone(),
-            "cross_gram": self.cross_gram.clone(),
-            "anchor": None if self.anchor is None else self.anchor.clone(),
+            "cross_gram": None if self.sketch is not None else self.cross_gram.clone(),
+            "anchor": None if self.anchor is None else self.space.whole(self.anchor),
             "appended": self.appended,
         }
 
@@ -314,21 +378,31 @@ class GradientHistory:
         Raises:
             ValueError: size or dimension differ.
         """
-        if state["displacements"].shape != self.displacements.shape:
+        shapes = [tuple(state[name].shape) for name in ("displacements", "gradients")]
+        wanted = [(self.size, self.sketch or self.dimension), (self.size, self.dimension)]
+        if shapes != wanted:
             raise ValueError(
-                f"GradientHistory.load_state_dict: saved rows are {tuple(state['displacements'].shape)} "
-                f"[T0, d], this history's {tuple(self.displacements.shape)}; build it with the same "
-                "history_size and parameters"
+                f"GradientHistory.load_state_dict: saved iterates are {shapes[0]}, gradients {shapes[1]} "
+                f"[T0, d], this history's {wanted[0]} and {wanted[1]}; "
+                "build it with the same history_size, sketch and parameters"
             )
-        self.displacements.copy_(state["displacements"])
-        self.gradients.copy_(state["gradients"])
+        self.displacements.copy_(self.space.local(state["displacements"]))
+        self.gradients.copy_(self.space.local(state["gradients"]))
         self._groups = list(state["groups"])
         self.iterate_gram.copy_(state["iterate_gram"])
         self._gradient_gram.copy_(state["gradient_gram"])
-        self._cross_gram.copy_(state["cross_gram"])
+        if self.sketch is None:
+            self._cross_gram.copy_(state["cross_gram"])
         self._stale.clear()
         self._cross_stale.clear()
         anchor = state["anchor"]
-        self.anchor = None if anchor is None else anchor.to(self.displacements.device, copy=True)
+        self.anchor = (
+            None if anchor is None else self.space.local(anchor).to(self.displacements.device, copy=True)
+        )
         self.appended = state["appended"]
         self._merge_groups()
+
+
+def _signs(dimension: int, device: torch.device | str) -> Tensor:  # [d] int8, of 1 and -1
+    generator = torch.Generator().manual_seed(0)  # the same in every run: it is part of the estimator
+    return torch.randint(0, 2, (dimension,), generator=generator, dtype=torch.int8).mul_(2).sub_(1).to(device)

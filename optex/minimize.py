@@ -6,7 +6,8 @@ import inspect
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor
 from numbers import Integral, Real
 from typing import Any, Final, Literal
 
@@ -19,9 +20,16 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from optex.acceptance import Acceptance
 from optex.bases import base_optimizer
-from optex.errors import NonFiniteError, NotPositiveDefiniteError
+from optex.errors import NonFiniteError, NotPositiveDefiniteError, WorkerLostError
 from optex.estimators import Estimator
-from optex.evaluators import Draws, Evaluation, Evaluator, GradientSource, VectorizedEvaluator
+from optex.evaluators import (
+    Draws,
+    Evaluation,
+    Evaluator,
+    GradientSource,
+    VectorizedEvaluator,
+    WorkersEvaluator,
+)
 from optex.functions import (
     Point,
     PointForm,
@@ -54,6 +62,7 @@ def minimize(
     estimator: Estimator | Literal[False] | None = None,
     acceptance: Acceptance | None = None,
     evaluator: Evaluator | Literal["sequential", "vectorized"] | None = None,
+    workers: int | Executor | Callable[..., Iterable[Any]] | None = None,
     scheduler: Callable[[Optimizer], LRScheduler] | None = None,
     bounds: None = None,
     callback: Callable[..., Any] | None = None,
@@ -93,6 +102,10 @@ def minimize(
         evaluator: how the N gradients of a round are computed: ``"sequential"`` (default), ``"vectorized"``
             (``jac=None`` only: ``fun`` goes through ``torch.func.vmap``), or an :class:`~optex.Evaluator`; of a
             ``VectorizedEvaluator`` ``chunk_size`` and ``randomness`` are used, its model is not.
+        workers: in place of ``evaluator``, SciPy's argument: so many processes (-1: one a core), a
+            ``concurrent.futures.Executor``, or a function like ``map``, as in
+            :class:`~optex.WorkersEvaluator`; 1 and None evaluate here. ``fun`` is sent to processes once: it
+            must be possible to pickle it, and what it writes stays with them.
         scheduler: takes the optimizer and returns a learning-rate scheduler, which ticks once a step.
         bounds: refused; here for SciPy's sake.
         callback: after every round ``callback(intermediate_result)`` if that is its parameter's name, with
@@ -107,11 +120,12 @@ def minimize(
         ``scipy.optimize.OptimizeResult``: ``x``, ``fun`` (a float), ``jac``, ``nit`` (rounds), ``nstep``
         (steps kept), ``nfev`` and ``njev`` (points evaluated), ``success``, ``message`` and ``status``: 0
         within gtol or ftol; 1 maxiter reached; 2 numbers at a round's start or end that are not finite, or a
-        history that cannot be fitted; 99 stopped by ``callback``.
+        history that cannot be fitted; 3 workers that do not answer any more; 99 stopped by ``callback``.
 
     Raises:
         TypeError, ValueError: an argument cannot work, ``fun`` or ``jac`` answer in a form that cannot, or are
             not finite at x0; the message names it and the remedy.
+        WorkerLostError: no worker could evaluate x0.
 
     Source: Shu et al., NeurIPS 2024, Algorithm 1, in the form that :class:`~optex.OptEx` gives it.
 
@@ -130,7 +144,7 @@ def minimize(
     point = Point(start)
     settings = optimizer_options if lr is None else {"lr": lr, **optimizer_options}
     base = _build_base(optimizer, point.x, settings)
-    tracker = _Tracker(read_evaluator(evaluator, point, jac), gtol)
+    tracker = _Tracker(read_evaluator(evaluator, workers, point, jac), gtol)
     wrapper = OptEx(
         base,
         parallelism=parallelism,
@@ -143,7 +157,11 @@ def minimize(
     args = args if isinstance(args, tuple) else (args,)
     vectorized = isinstance(tracker.evaluator, VectorizedEvaluator)
     source = function_source(fun, jac, args, point, form, vectorized=vectorized)
-    return _Run(wrapper, source, tracker, form, callback).until(maxiter, ftol)
+    try:
+        return _Run(wrapper, source, tracker, form, callback).until(maxiter, ftol)
+    finally:
+        if isinstance(tracker.evaluator, WorkersEvaluator) and tracker.evaluator is not evaluator:
+            tracker.evaluator.close()
 
 
 def scipy_method(
@@ -230,7 +248,7 @@ class _Tracker(Evaluator):
             source, vector, points[:distinct], batches[:distinct], draws[:distinct]
         )
         self._note(points, evaluation)
-        self.count += distinct
+        self.count += distinct - len(evaluation.lost)
         return evaluation if distinct == len(points) else _repeated(evaluation, len(points))
 
     def _note(
@@ -265,6 +283,7 @@ def _repeated(evaluation: Evaluation, count: int) -> Evaluation:
         evaluation.gradients.repeat(count, 1),
         evaluation.present * count,
         None if variance is None else variance.repeat(count),
+        retried=evaluation.retried,
     )
 
 
@@ -298,6 +317,10 @@ class _Run:
                 if tracker.stationary:  # the failure is the step's that nobody needs any more
                     return self._result(0, _WITHIN_GTOL)
                 return self._result(2, f"{_PRECISION_LOSS} {error}")
+            except WorkerLostError as error:
+                if not tracker.count:
+                    raise
+                return self._result(3, str(error))
             self._taken += 1
             stopped = self._call_back()
             if stopped:

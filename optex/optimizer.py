@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from optex.acceptance import SELECTIONS, Acceptance, Last, LowestLoss, MeasuredRound, WithinTolerance
 from optex.bases import check_base
-from optex.errors import NonFiniteError
+from optex.errors import NonFiniteError, NonFiniteWarning
 from optex.estimators import CommitteeEstimator, Estimator, Posterior, SeparableEstimator
+from optex.estimators.committee import distance_members
+from optex.estimators.restricted import RestrictedPosterior
 from optex.evaluators import Draws, Evaluation, Evaluator, GradientSource, SequentialEvaluator
-from optex.evaluators.interface import ClosureSource, ObjectiveSource
+from optex.evaluators.interface import (
+    ClosureSource,
+    ObjectiveSource,
+    generator_states,
+    set_generator_states,
+)
 from optex.history import GradientHistory, Locations
 from optex.kernels import Kernel
 from optex.report import RoundReport
-from optex.vectors import ParameterVector, Presence, Walk
+from optex.spaces import Space
+from optex.vectors import Coordinates, Presence
 
 __all__ = ["OptEx"]
 
@@ -34,6 +43,7 @@ class _PlannedStep:
     """A step of the window: its minibatch and random numbers, and where it was measured, if it was."""
 
     batch: Any
+    number: int | None = None  # of the batch, in the order they came
     held: tuple[Tensor, Tensor] | None = None  # proxy [d] and gradient [d]
     draws: Draws = field(default_factory=Draws)
 
@@ -51,12 +61,15 @@ class _Measured:
     losses: Tensor  # [n], NaN where not evaluated
     gradients: Tensor  # [n, d]
     present: Presence  # at the first point evaluated
+    buffers: tuple[list[Tensor], ...] | None  # after each point evaluated
     usable: list[bool]
     evaluated: range
+    retried: tuple[int, ...]
+    lost: tuple[int, ...]
 
     @property
     def dropped(self) -> tuple[int, ...]:
-        return tuple(i for i in self.evaluated if not self.usable[i])
+        return tuple(i for i in self.evaluated if not self.usable[i] and i not in self.lost)
 
 
 @dataclass(frozen=True)
@@ -85,11 +98,27 @@ class OptEx(Optimizer):
         evaluator: how gradients are computed at once; ``SequentialEvaluator()`` by default.
         scheduler: a learning-rate scheduler of ``base`` that ticks once for every step taken, drafted steps
             included, so that each step has its own rate. One that is ticked outside sees rounds.
+        model: the module whose persistent buffers (BatchNorm's running statistics) follow the steps taken; not
+            needed where ``rounds`` is given a module as its objective.
+        gradient_hook: called after every true gradient, with the parameters at its point and it in their
+            ``.grad``, to change it in place; for clipping. What it leaves is stepped with and remembered.
+        on_nonfinite: when the loss or gradient at a round's start is not finite, ``"raise"`` an error or
+            ``"skip"`` that step and its batch with a warning. Either way nothing of the round is kept.
         history_dtype, history_device: where the history's rows are kept; the parameters' by default.
+        history_parameters: predict the gradients of these parameters alone, d' numbers in all, and hold the
+            others' last ones; of all parameters by default.
+        sketch: numbers kept of an iterate, to measure distances by, instead of all; see ``GradientHistory``.
+            The default estimator is then a committee of separable ones.
 
-    Memory, in numbers beyond the base optimizer's: ``2 · T0 · d`` for the history, ``3 · N · d`` in a round for
-    proxies, predictions and gradients, at most ``2 · N · d`` for steps not kept yet, and one copy of parameters
-    and base state.
+    Attributes:
+        steps_taken: steps of the base optimizer kept so far.
+        batches_drawn: batches taken from what ``rounds`` was handed, those still in the window among them.
+        last_report: of the last round, None before it.
+
+    Memory, in numbers beyond the base optimizer's: ``(2 · T0 + 1) · d`` for the history (of ``history_dtype``;
+    ``(T0 + 1) · d + T0 · sketch`` with a sketch; d' in place of d with ``history_parameters``), ``3 · N · d``
+    in a round for proxies, predictions and gradients, at most ``2 · N · d`` for steps not kept yet, one copy of
+    parameters and base state, and N + 1 copies of the model's buffers. What the evaluator needs comes on top.
 
     Raises:
         TypeError, ValueError: an argument cannot work; the message names it and the remedy.
@@ -117,8 +146,13 @@ class OptEx(Optimizer):
         acceptance: Acceptance | None = None,
         evaluator: Evaluator | None = None,
         scheduler: LRScheduler | None = None,
+        model: nn.Module | None = None,
+        gradient_hook: Callable[[], Any] | None = None,
+        on_nonfinite: Literal["raise", "skip"] = "raise",
         history_dtype: torch.dtype | None = None,
         history_device: torch.device | str | None = None,
+        history_parameters: Iterable[Tensor] | None = None,
+        sketch: int | None = None,
     ) -> None:
         if isinstance(base, OptEx):
             raise TypeError("OptEx: base is an OptEx already; pass base.base to wrap its base optimizer anew")
@@ -131,6 +165,14 @@ class OptEx(Optimizer):
         _check_kind("acceptance", acceptance, (Acceptance,), "an optex.acceptance.Acceptance")
         _check_kind("evaluator", evaluator, (Evaluator,), "an optex.evaluators.Evaluator")
         _check_kind("scheduler", scheduler, (LRScheduler,), "a torch.optim.lr_scheduler.LRScheduler")
+        _check_kind("model", model, (nn.Module,), "the torch.nn.Module whose buffers follow the steps taken")
+        if gradient_hook is not None and not callable(gradient_hook):
+            raise TypeError(
+                "OptEx: gradient_hook must be a function without arguments, as "
+                f"lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0), got {gradient_hook!r}"
+            )
+        if on_nonfinite not in ("raise", "skip"):
+            raise ValueError(f"OptEx: on_nonfinite must be 'raise' or 'skip', got {on_nonfinite!r}")
         if isinstance(scheduler, ReduceLROnPlateau):
             raise TypeError(
                 "OptEx: scheduler cannot be ReduceLROnPlateau, whose tick needs a metric; tick it yourself "
@@ -141,19 +183,28 @@ class OptEx(Optimizer):
         self.base = base
         self.parallelism = parallelism
         self.history_size = history_size
+        if sketch is not None:
+            _check_count("sketch", sketch)
         if estimator is None:
-            estimator = CommitteeEstimator()
+            estimator = CommitteeEstimator(None if sketch is None else distance_members())
         self.estimator: Estimator | None = copy.deepcopy(estimator) if estimator else None
         self.acceptance = WithinTolerance() if acceptance is None else copy.deepcopy(acceptance)
         self.evaluator = evaluator if evaluator is not None else SequentialEvaluator()
         self.scheduler = scheduler
+        self.model = model
+        self.gradient_hook = gradient_hook
+        self.on_nonfinite = on_nonfinite
         self._history_dtype = history_dtype
         self._history_device = history_device
+        self._history_parameters = None if history_parameters is None else list(history_parameters)
+        self._sketch = sketch
         self._ready = False
         super().__init__(base.param_groups, base.defaults)
         self._ready = True
         self.last_report: RoundReport | None = None
         self._rounds = 0
+        self.steps_taken = 0
+        self.batches_drawn = 0
         self._window: list[_PlannedStep] = []
         self._posterior: Posterior | None = None
         self._lay_out()
@@ -182,7 +233,7 @@ class OptEx(Optimizer):
             selection: which of the N results the round keeps.
             evaluate: true gradients at ``"all"`` proxies, or at the ``"last"`` alone (with ``"last"``
                 selection only).
-            options: ``evaluator``, ``scheduler``, ``history_dtype``, ``history_device`` as in ``OptEx``.
+            options: the keywords of ``OptEx`` that are not named here.
 
         Raises:
             ValueError: a name is unknown, or ``evaluate="last"`` meets another selection.
@@ -253,19 +304,26 @@ class OptEx(Optimizer):
             objective: the scalar loss of a batch at the parameters' present values, without backward; or a
                 ``GradientSource``, which leaves its gradient itself.
 
+        After ``load_state_dict`` go on behind the batches that were drawn before:
+        ``rounds(itertools.islice(loader, optimizer.batches_drawn, None), objective)``.
+
         Raises:
             NonFiniteError: as in ``step``. The batch of the step that failed is let go, later ones are kept.
         """
         source = objective if isinstance(objective, GradientSource) else ObjectiveSource(objective)
+        if self.model is None and isinstance(objective, nn.Module):
+            self.model = objective
         request = _RoundRequest(source)
         iterator = iter(batches)
         while True:
             while len(self._window) < self._window_size:
                 try:
-                    self._window.append(_PlannedStep(next(iterator)))
+                    self._window.append(_PlannedStep(next(iterator), self.batches_drawn))
                 except StopIteration:
                     break
+                self.batches_drawn += 1
             if not self._window:
+                self._walk.gather()
                 return
             self.step(request)
             yield cast(RoundReport, self.last_report)
@@ -290,31 +348,61 @@ class OptEx(Optimizer):
             gradient_seconds = time.perf_counter() - gradients_started
             self._remember(draft, measured)
             accepted = self._advance(draft, measured)
-        except BaseException as error:
+        except NonFiniteError as error:
             self._walk.rewind()
-            if isinstance(error, NonFiniteError):
-                del self._window[0]
+            skipped = self._window.pop(0)
+            text = f"{error} {self._whereabouts(skipped)}"
+            if self.on_nonfinite == "raise":
+                raise NonFiniteError(text) from error
+            warnings.warn(f"{text} The step is skipped.", NonFiniteWarning, stacklevel=4)
+            return self._report_nothing(time.perf_counter() - started)
+        except BaseException:
+            self._walk.rewind()
             raise
         self._keep(accepted, draft, measured)
         self.last_report = RoundReport(
             number=self._rounds,
             losses=measured.losses,
             accepted=accepted,
-            evaluated=len(measured.evaluated),
+            evaluated=len(measured.evaluated) - len(measured.lost),
             dropped=measured.dropped,
-            relative_errors=_relative_errors(draft, measured),
+            retried=measured.retried,
+            lost=measured.lost,
+            relative_errors=_relative_errors(draft, measured, self._vector.space),
             seconds=time.perf_counter() - started,
             gradient_seconds=gradient_seconds,
         )
         self._rounds += 1
         return measured.losses[measured.evaluated[0]]
 
+    def _whereabouts(self, planned: _PlannedStep) -> str:
+        batch = "" if planned.number is None else f", batch {planned.number}"
+        return f"(Step {self.steps_taken}{batch}, counted from 0.)"
+
+    def _report_nothing(self, seconds: float) -> Tensor:
+        """Count a round that kept nothing."""
+        nothing = torch.full((1,), torch.nan, dtype=self._vector.dtype, device=self._vector.device)
+        self.last_report = RoundReport(
+            number=self._rounds,
+            losses=nothing,
+            accepted=0,
+            evaluated=1,
+            dropped=(0,),
+            retried=(),
+            lost=(),
+            relative_errors=nothing[:0],
+            seconds=seconds,
+            gradient_seconds=seconds,
+        )
+        self._rounds += 1
+        return nothing[0]
+
     def _draft(self, window: Sequence[_PlannedStep]) -> _Draft:
         """Walk ahead on predictions: ĝ_i = g_i + μ(y_i) - μ(x_i) where step i was measured, else μ(y_i)."""
         walk, vector, posterior = self._walk, self._vector, self._fitted()
-        proxies = torch.empty(len(window), vector.dimension, dtype=vector.dtype, device=vector.device)
-        gradients = torch.zeros(len(window) - 1, vector.dimension, dtype=vector.dtype, device=vector.device)
-        reach: list[Tensor | None] = []
+        proxies = torch.empty(len(window), vector.space.width, dtype=vector.dtype, device=vector.device)
+        gradients = torch.zeros_like(proxies[1:])
+        reach: list[Tensor | None] = [None] * len(gradients)
         proxies[0] = walk.point
         origins = self._locate_held(window, posterior)
         for i, planned in enumerate(window[:-1]):
@@ -323,16 +411,17 @@ class OptEx(Optimizer):
                 gradients[i] = planned.held[1]
                 if posterior is not None and here is not None:
                     gradients[i] += posterior.differences(here, origins[i])[0]
-                reach.append((proxies[i] - planned.held[0]).norm())
             elif posterior is not None and here is not None:
                 gradients[i] = posterior.means(here)[0]
                 # Without minibatches the nearest pair of the history is a measurement of this step, too.
                 nearest = here.squared_distances[0, self.history.representatives].min().sqrt()
-                reach.append(nearest if planned.batch is None else None)
-            else:
-                reach.append(None)
+                reach[i] = nearest if planned.batch is None else None
             walk.step(gradients[i])
             proxies[i + 1] = walk.point
+        held = {i: planned.held[0] for i, planned in enumerate(window[:-1]) if planned.held is not None}
+        if held:
+            gaps = vector.space.norms([proxies[i] - point for i, point in held.items()])
+            reach = [gaps[list(held).index(i)] if i in held else known for i, known in enumerate(reach)]
         return _Draft(proxies, gradients, reach, walk.present)
 
     def _locate_held(self, window: Sequence[_PlannedStep], posterior: Posterior | None) -> dict[int, Locations]:
@@ -349,6 +438,8 @@ class OptEx(Optimizer):
             return None
         if self._posterior is None:
             self._posterior = self.estimator.fit(self.history)
+            if self._coordinates is not None and self._last is not None:
+                self._posterior = RestrictedPosterior(self._posterior, self._coordinates, self._last)
         return self._posterior
 
     def _measure(self, source: GradientSource, window: Sequence[_PlannedStep], draft: _Draft) -> _Measured:
@@ -357,11 +448,17 @@ class OptEx(Optimizer):
         chosen = self.acceptance.evaluated(count)
         points = draft.proxies[chosen.start : chosen.stop]
         planned = [window[i] for i in chosen]
-        evaluation = self.evaluator.evaluate(
-            source, self._vector, points, [p.batch for p in planned], [p.draws for p in planned]
+        evaluation = self.evaluator.evaluate_hooked(
+            source,
+            self._vector,
+            points,
+            [p.batch for p in planned],
+            [p.draws for p in planned],
+            self.gradient_hook,
         )
-        finite = _finite(evaluation)
-        usable = (finite & self.acceptance.believed(evaluation.gradients)).tolist()
+        space = self._vector.space
+        finite = evaluation.losses.isfinite().to(points.device) & space.finite(evaluation.gradients)
+        usable = (finite & self.acceptance.believed(evaluation.gradients, space)).tolist()
         if not (usable[0] if chosen.start == 0 else any(usable)):
             raise _non_finite_start(evaluation, self._rounds)
         losses, gradients = evaluation.losses, evaluation.gradients
@@ -372,16 +469,23 @@ class OptEx(Optimizer):
             gradients[chosen.start : chosen.stop] = evaluation.gradients
         flags = [False] * count
         flags[chosen.start : chosen.stop] = usable
-        return _Measured(losses, gradients, evaluation.present[0], flags, chosen)
+        retried, lost = (tuple(chosen[i] for i in rows) for rows in (evaluation.retried, evaluation.lost))
+        present, buffers = evaluation.present[0], evaluation.buffers
+        return _Measured(losses, gradients, present, buffers, flags, chosen, retried, lost)
 
     def _remember(self, draft: _Draft, measured: _Measured) -> None:
         if self.estimator is None:
             return
         rows = [i for i, usable in enumerate(measured.usable) if usable]
         points, gradients = draft.proxies[rows], measured.gradients[rows]
-        if (posterior := self._fitted()) is not None:
-            held = [self._window[i].held for i in rows]
-            self.estimator.judge(posterior, points, gradients, held)
+        posterior, held = self._fitted(), [self._window[i].held for i in rows]
+        if self._coordinates is not None:
+            select, self._last = self._coordinates.select, gradients[-1].clone()
+            points, gradients = select(points), select(gradients)
+            held = [pair and (select(pair[0][None])[0], select(pair[1][None])[0]) for pair in held]
+        if posterior is not None:
+            inner = posterior.inner if isinstance(posterior, RestrictedPosterior) else posterior
+            self.estimator.judge(inner, points, gradients, held)
         self.history.append(points, gradients)
         self._posterior = None
 
@@ -401,9 +505,10 @@ class OptEx(Optimizer):
                 measured.usable,
                 draft.reach,
                 self._fitted() if self.acceptance.keeps_window else None,
+                self._vector.space,
             )
         )
-        if not self._vector.read().isfinite().all():
+        if not self._vector.space.finite(self._walk.point[None])[0]:
             raise NonFiniteError(
                 f"OptEx: round {self._rounds} led to parameters that are not finite; they are back at the "
                 "round's start. Lower the learning rate."
@@ -412,6 +517,9 @@ class OptEx(Optimizer):
 
     def _keep(self, accepted: int, draft: _Draft, measured: _Measured) -> None:
         """Let go of the steps taken; the rest of the window keeps what was measured for it."""
+        if measured.buffers:
+            self._vector.whole.write_buffers(measured.buffers[accepted - 1 - measured.evaluated.start])
+        self.steps_taken += accepted
         if not self.acceptance.keeps_window:
             self._window.clear()
             return
@@ -426,26 +534,48 @@ class OptEx(Optimizer):
         return [p for group in self.base.param_groups for p in group["params"] if p.requires_grad]
 
     def _lay_out(self) -> None:
-        self._vector = ParameterVector(self._trainable())
-        self._walk = Walk(self.base, self._vector, self.scheduler)
+        self._walk = self.evaluator.lay_out(self.base, self._trainable(), self.scheduler)
+        self._vector = self._walk.vector
+        self._coordinates = self._restriction()
+        self._last: Tensor | None = None  # [d], the newest gradient, kept where the history is restricted
         self.history = GradientHistory(
             self.history_size,
-            self._vector.dimension,
+            self._vector.space if self._coordinates is None else self._coordinates.dimension,
             dtype=self._history_dtype or self._vector.dtype,
             device=self._history_device or self._vector.device,
+            sketch=self._sketch,
         )
         self._posterior = None
         for planned in self._window:
             planned.held = None
 
+    def _restriction(self) -> Coordinates | None:
+        if self._history_parameters is None:
+            return None
+        chosen = {id(p) for p in self._history_parameters}
+        flags = [id(p) in chosen for p in self._vector.whole.parameters]
+        if not any(flags):
+            raise ValueError(
+                "OptEx: none of history_parameters is a trainable parameter of base; pass some of those that "
+                "base was built with"
+            )
+        if self._vector.space.is_split:
+            raise ValueError(
+                "OptEx: history_parameters chooses from whole vectors, and these are split among ranks; pass "
+                "DistributedEvaluator(shard=False)"
+            )
+        return Coordinates(self._vector.sizes, flags)
+
     def _refresh_layout(self) -> None:
         """Start a new history where parameters were added, frozen, unfrozen or replaced."""
         parameters = self._trainable()
-        if len(parameters) != len(self._vector.parameters) or any(
-            p is not q for p, q in zip(parameters, self._vector.parameters, strict=True)
-        ):
+        known = self._vector.whole.parameters
+        if len(parameters) != len(known) or any(p is not q for p, q in zip(parameters, known, strict=True)):
             check_base(self.base)
+            self._walk.dissolve()
             self._lay_out()
+        # A module that moves to another device replaces its buffers.
+        self._vector.whole.buffers = None if self.model is None else _persistent_buffers(self.model)
 
     # ------------------------------------------------------------------ torch.optim.Optimizer
 
@@ -485,17 +615,31 @@ class OptEx(Optimizer):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state dict with one more entry, ``"optex"``: history, window, schedule."""
+        """The base optimizer's state dict with one more entry, ``"optex"``: history, window, schedule.
+
+        The window's batches are in it, how many were drawn, and where torch's random generators stand; the
+        model's parameters and buffers are not. ``torch.load(..., weights_only=True)`` loads it if it does the
+        batches. Where vectors are split among ranks they are in it as ``DTensor``; see ``optex.checkpoint``.
+        """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        state = self.base.state_dict()
+        state = self._walk.state_dict()
+        whole = self._vector.space.whole
         state[_STATE_KEY] = {
             "history": self.history.state_dict(),
-            "window": [(planned.batch, planned.held, planned.draws.state) for planned in self._window],
+            "last": self._last,
+            "window": [
+                (planned.batch, planned.number, _map_held(whole, planned.held), planned.draws.state)
+                for planned in self._window
+            ],
             "estimator": {} if self.estimator is None else self.estimator.state_dict(),
             "acceptance": self.acceptance.state_dict(),
+            "evaluator": self.evaluator.state_dict(),
             "present": list(self._walk.present),
             "rounds": self._rounds,
+            "steps_taken": self.steps_taken,
+            "batches_drawn": self.batches_drawn,
+            "random": generator_states(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
         }
         for hook in self._optimizer_state_dict_post_hooks.values():
@@ -503,8 +647,15 @@ class OptEx(Optimizer):
             state = state if replaced is None else replaced
         return state
 
+    def gather(self) -> None:
+        """Make the model's parameters whole where they are split among ranks; every rank has to.
+
+        Rounds with a ``DistributedEvaluator`` that splits leave them as they were gathered last.
+        """
+        self._walk.gather()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a saved state, bit for bit.
+        """Continue from a saved state, bit for bit; torch's random generators are set to where they stood.
 
         A state dict of the base optimizer alone is taken too; the history then starts empty.
 
@@ -521,18 +672,26 @@ class OptEx(Optimizer):
             self.history.clear()
         else:
             self.history.load_state_dict(own["history"])
+            self._last = own["last"]
         self._posterior = None
         self._window = []
         if own is not None:
-            self._window = [_PlannedStep(batch, held, Draws(state)) for batch, held, state in own["window"]]
+            self._window = [
+                _PlannedStep(batch, number, _map_held(self._vector.space.local, held), Draws(state))
+                for batch, number, held, state in own["window"]
+            ]
             if self.estimator is not None:
                 self.estimator.load_state_dict(own["estimator"])
             self.acceptance.load_state_dict(own["acceptance"])
+            self.evaluator.load_state_dict(own["evaluator"])
             self._walk.present = tuple(own["present"])
             self._rounds = own["rounds"]
+            self.steps_taken = own["steps_taken"]
+            self.batches_drawn = own["batches_drawn"]
+            set_generator_states(own["random"])
             if self.scheduler is not None and own["scheduler"] is not None:
                 self.scheduler.load_state_dict(own["scheduler"])
-        self.base.load_state_dict(state_dict)
+        self._walk.load_state_dict(state_dict)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
@@ -550,6 +709,12 @@ class OptEx(Optimizer):
         )
 
 
+def _persistent_buffers(model: nn.Module) -> list[Tensor]:
+    """Those of the state dict: buffers that are not saved hold data, not what was learned."""
+    saved = model.state_dict(keep_vars=True)
+    return [saved[name] for name, _ in model.named_buffers() if name in saved]
+
+
 def _check_count(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"OptEx: {name} must be an integer of at least 1, got {value!r}")
@@ -560,11 +725,6 @@ def _check_kind(name: str, value: Any, kinds: tuple[type, ...], remedy: str) -> 
         raise TypeError(f"OptEx: {name} must be {remedy}, got {value!r}")
 
 
-def _finite(evaluation: Evaluation) -> Tensor:  # [n] bool
-    largest = torch.linalg.vector_norm(evaluation.gradients, float("inf"), dim=1)
-    return evaluation.losses.isfinite().to(largest.device) & largest.isfinite()
-
-
 def _non_finite_start(evaluation: Evaluation, number: int) -> NonFiniteError:
     what = "gradient" if evaluation.losses[0].isfinite() else f"loss ({evaluation.losses[0].item():g})"
     return NonFiniteError(
@@ -573,8 +733,16 @@ def _non_finite_start(evaluation: Evaluation, number: int) -> NonFiniteError:
     )
 
 
-def _relative_errors(draft: _Draft, measured: _Measured) -> Tensor:  # [evaluated proxies but the last]
+def _map_held(
+    change: Callable[[Tensor], Tensor], held: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor] | None:
+    return None if held is None else (change(held[0]), change(held[1]))
+
+
+def _relative_errors(draft: _Draft, measured: _Measured, space: Space) -> Tensor:  # [evaluated but the last]
     rows = [i for i in measured.evaluated[:] if i < len(draft.gradients) and measured.usable[i]]
     truth = measured.gradients[rows]
-    gap = torch.linalg.vector_norm(draft.gradients[rows] - truth, dim=1)
-    return gap / torch.linalg.vector_norm(truth, dim=1).clamp_min(torch.finfo(truth.dtype).tiny)
+    if not rows:
+        return truth.new_empty(0)
+    gaps, norms = space.norms([*(draft.gradients[rows] - truth), *truth]).view(2, -1)
+    return gaps / norms.clamp_min(torch.finfo(truth.dtype).tiny)

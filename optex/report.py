@@ -17,9 +17,12 @@ class RoundReport:
     Attributes:
         number: rounds before this one.
         losses: [n], the losses measured at the proxies; NaN where none was.
-        accepted: steps of the base optimizer that the round kept, 1..N.
+        accepted: steps of the base optimizer that the round kept, 1..N; 0 where the round's first step was
+            skipped because it was not finite.
         evaluated: true gradients computed.
         dropped: indices of proxies whose loss or gradient was not finite or not believed.
+        retried: indices of proxies whose evaluation was lost at first (a worker that died, hung or failed).
+        lost: those lost at the second try, too.
         relative_errors: [n - 1], ``‖predicted - true‖ / ‖true‖`` at each proxy but the last, the evaluated
             ones; empty where nothing was predicted.
         seconds: wall time of the round.
@@ -31,6 +34,8 @@ class RoundReport:
     accepted: int
     evaluated: int
     dropped: tuple[int, ...]
+    retried: tuple[int, ...]
+    lost: tuple[int, ...]
     relative_errors: Tensor
     seconds: float
     gradient_seconds: float

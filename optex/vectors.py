@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-__all__ = ["Fork", "ParameterVector", "Walk"]
+from optex.spaces import Space
+
+__all__ = ["Coordinates", "Fork", "ParameterVector", "Settings", "Walk"]
 
 Presence = tuple[bool, ...]
 
@@ -20,17 +22,30 @@ class ParameterVector:
     """The trainable parameters of an optimizer, read and written as one vector of length ``dimension``.
 
     The vector's dtype is the widest among the parameters, float32 at least, so that reading loses nothing;
-    its device is the first parameter's.
+    its device is the first parameter's. ``buffers`` are what an evaluation changes beside the gradients;
+    None where it is not known what that is.
     """
 
-    def __init__(self, parameters: Iterable[Tensor]) -> None:
+    def __init__(self, parameters: Iterable[Tensor], buffers: Iterable[Tensor] | None = None) -> None:
         self.parameters = list(parameters)
+        self.buffers = None if buffers is None else list(buffers)
         self.sizes = [p.numel() for p in self.parameters]
         self.dimension = sum(self.sizes)
         self.dtype = torch.float32
         for p in self.parameters:
             self.dtype = torch.promote_types(self.dtype, p.dtype)
         self.device = self.parameters[0].device if self.parameters else torch.device("cpu")
+        self._space = Space(self.dimension)
+
+    @property
+    def whole(self) -> ParameterVector:
+        """The vector of the parameters themselves, which is this one unless it is a slice of them."""
+        return self
+
+    @property
+    def space(self) -> Space:
+        """Where the vector lives, and how to sum over its coordinates."""
+        return self._space
 
     def _pieces(self, vector: Tensor) -> list[Tensor]:
         return [v.view(p.shape) for v, p in zip(vector.split(self.sizes), self.parameters, strict=True)]
@@ -47,6 +62,16 @@ class ParameterVector:
         """Copy a vector into the parameters, each in its own dtype."""
         torch._foreach_copy_(self.parameters, self._pieces(vector))
 
+    def read_buffers(self) -> list[Tensor]:
+        """The buffers' values, copied."""
+        return [buffer.detach().clone() for buffer in self.buffers or ()]
+
+    @torch.no_grad()
+    def write_buffers(self, values: Sequence[Tensor]) -> None:
+        """Copy values into the buffers."""
+        for buffer, value in zip(self.buffers or (), values, strict=True):
+            buffer.copy_(value)
+
     def read_gradients(self) -> tuple[Tensor, Presence]:  # [d], one flag a parameter
         """The parameters' ``.grad`` as a vector, zero where there is none, and which ones there are."""
         present = tuple(p.grad is not None for p in self.parameters)
@@ -60,7 +85,10 @@ class ParameterVector:
     ) -> None:
         """Set every ``.grad`` from a copy of the vector; None where not present."""
         for p, piece, there in zip(self.parameters, self._pieces(vector.clone()), present, strict=True):
-            p.grad = piece.to(p.device, p.dtype) if there else None
+            piece = piece.to(p.device, p.dtype)
+            # Fused optimizers step through memory: a gradient has to lie in it as its parameter does.
+            laid_out = piece if p.is_contiguous() else torch.empty_like(p).copy_(piece)
+            p.grad = laid_out if there else None
 
     def clear_gradients(self) -> None:
         """Set every ``.grad`` to None."""
@@ -71,8 +99,64 @@ class ParameterVector:
         return torch.cat([piece.reshape(-1).to(self.device, self.dtype) for piece in pieces])
 
 
+class Coordinates:
+    """Those places of the flat vector that belong to some of its parameters.
+
+    Args:
+        sizes: numbers in each parameter, in order.
+        chosen: which parameters.
+    """
+
+    def __init__(self, sizes: Sequence[int], chosen: Sequence[bool]) -> None:
+        self._inside: list[slice] = []
+        start = 0
+        for size, inside in zip(sizes, chosen, strict=True):
+            if inside:
+                self._inside.append(slice(start, start + size))
+            start += size
+        self.dimension = sum(piece.stop - piece.start for piece in self._inside)
+
+    def select(
+        self,
+        rows: Tensor,  # [n, d]
+    ) -> Tensor:  # [n, dimension]
+        """The numbers at these places."""
+        return torch.cat([rows[:, piece] for piece in self._inside], dim=1)
+
+    def embed(
+        self,
+        selected: Tensor,  # [n, dimension]
+        rest: Tensor,  # [d]
+    ) -> Tensor:  # [n, d]
+        """Numbers put at these places, with those of ``rest`` at all others."""
+        rows = rest.repeat(len(selected), 1)
+        start = 0
+        for piece in self._inside:
+            size = piece.stop - piece.start
+            rows[:, piece] = selected[:, start : start + size]
+            start += size
+        return rows
+
+
 def _copy_value(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+
+
+class Settings:
+    """The hyperparameters of a base optimizer's groups, saved."""
+
+    def __init__(self, base: Optimizer) -> None:
+        self._base = base
+        self._groups = [
+            {key: _copy_value(value) for key, value in group.items() if key != "params"}
+            for group in base.param_groups
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put them back; may be called again."""
+        for group, settings in zip(self._base.param_groups, self._groups, strict=True):
+            _restore_entries(group, settings)
 
 
 class Fork:
@@ -85,10 +169,7 @@ class Fork:
         self._base = base
         self._scheduler = scheduler
         self._values = [[p.detach().clone() for p in group["params"]] for group in base.param_groups]
-        self._settings = [
-            {key: _copy_value(value) for key, value in group.items() if key != "params"}
-            for group in base.param_groups
-        ]
+        self._settings = Settings(base)
         self._state = {
             p: {key: _copy_value(value) for key, value in entries.items()} for p, entries in base.state.items()
         }
@@ -97,9 +178,10 @@ class Fork:
     @torch.no_grad()
     def restore(self) -> None:
         """Bring the base optimizer and its parameters back to where they were; may be called again."""
-        for group, values, settings in zip(self._base.param_groups, self._values, self._settings, strict=True):
-            torch._foreach_copy_(group["params"], values)
-            _restore_entries(group, settings)
+        for group, values in zip(self._base.param_groups, self._values, strict=True):
+            if values:
+                torch._foreach_copy_(group["params"], values)
+        self._settings.restore()
         for p in [p for p in self._base.state if p not in self._state]:
             del self._base.state[p]
         for p, saved in self._state.items():
@@ -153,14 +235,41 @@ class Walk:
     ) -> None:
         """One step of the base optimizer (and its schedule) with this gradient."""
         self.vector.write_gradients(gradient, self.present)
-        self.step_with_current_gradients()
+        self._take()
 
     def step_with_current_gradients(self) -> None:
         """One step with whatever the parameters' ``.grad`` hold."""
-        self._base.step()
+        self._take()
+
+    def _take(self) -> None:
+        self._step_base()
         if self._scheduler is not None:
             self._scheduler.step()
         self.taken += 1
+
+    def _step_base(self) -> None:
+        self._base.step()
+
+    def gather(self) -> None:
+        """Make the parameters whole where they are split among processes; every one of them has to."""
+
+    def arrive(
+        self,
+        point: Tensor,  # [d]
+    ) -> None:
+        """Put the parameters here."""
+        self.vector.write(point)
+
+    def dissolve(self) -> None:
+        """Give parameters and state back to the base optimizer, where they are not its own."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's."""
+        return self._base.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a saved state of the base optimizer."""
+        self._base.load_state_dict(state)
 
     @property
     def point(self) -> Tensor:  # [d]

@@ -18,6 +18,7 @@ from optex import (
 )
 from optex.acceptance import Last, MeasuredRound
 from optex.problems import make_problem
+from optex.spaces import Space
 from tests.bases import BASES
 from tests.models import (
     assert_same_state,
@@ -198,6 +199,7 @@ def measured_round(reach, wrong, *, usable=None):
         usable=[True] * (count + 1) if usable is None else usable,
         reach=[None if r is None else torch.tensor(r, dtype=torch.float64) for r in reach],
         posterior=None,
+        space=Space(gradients.shape[1]),
     )
 
 

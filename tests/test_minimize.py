@@ -428,6 +428,24 @@ def test_scipy_method_is_minimize(fun: Any, jac: Any) -> None:
     assert len(recorded.points) == through.nfev  # SciPy's own cache spares the second call
 
 
+def test_scipy_hands_workers_on() -> None:
+    counts = []
+
+    def counting(function: Callable[..., Any], items: Any) -> Any:
+        counts.append(len(items))
+        return map(function, items)
+
+    options = {"lr": 0.01, "parallelism": 3, "maxiter": 4}
+    here, there = (
+        scipy.optimize.minimize(
+            rosen, START, jac=rosen_der, method=optex.scipy_method, options={**options, "workers": workers}
+        )
+        for workers in (1, counting)
+    )
+    assert counts == [1, 3, 3, 3]
+    np.testing.assert_array_equal(there.x, here.x)
+
+
 def test_scipy_tolerance_callback_and_arguments() -> None:
     seen = []
 
@@ -565,6 +583,13 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"evaluator": "vectorized"},
         ValueError,
         "evaluator 'vectorized' .* jac must be None",
+    ),
+    "workers": ({"workers": 0}, ValueError, "workers must be at least 1, or -1 for all cores, got 0"),
+    "workers kind": ({"workers": "ray"}, TypeError, "workers must be an integer, .* 'ray'"),
+    "workers and evaluator": (
+        {"workers": 2, "evaluator": "sequential"},
+        ValueError,
+        "evaluator and workers both say",
     ),
     "scheduler": ({"scheduler": 0.9}, TypeError, "scheduler must be a function of the optimizer"),
     "scheduler result": ({"scheduler": lambda base: 0.9}, TypeError, "scheduler must be"),

@@ -14,9 +14,10 @@ from optex.errors import JitterWarning
 from optex.estimators.curl_free import CurlFreeEstimator
 from optex.estimators.hold_last import HoldLast
 from optex.estimators.interface import Estimator, Posterior
+from optex.estimators.separable import SeparableEstimator
 from optex.history import GradientHistory, Locations
 
-__all__ = ["CommitteeEstimator", "CommitteePosterior", "default_members"]
+__all__ = ["CommitteeEstimator", "CommitteePosterior", "default_members", "distance_members"]
 
 YOUNG: Final = 8
 HANDICAP: Final = 0.2  # in nats of error
@@ -29,6 +30,16 @@ def default_members() -> tuple[Estimator, ...]:
         CurlFreeEstimator("rbf", median_multiple=3.0, noise_variance=1e-9),
         CurlFreeEstimator("matern-5/2", median_multiple=10.0, noise_variance=1e-2),
         CurlFreeEstimator("matern-5/2", median_multiple=10.0, noise_variance=1e-1),
+        HoldLast(),
+    )
+
+
+def distance_members() -> tuple[Estimator, ...]:
+    """Separable processes for three sizes of noise, and hold-last: these need distances of iterates alone."""
+    return (
+        SeparableEstimator(noise_variance=1e-6, prior_mean="gls"),
+        SeparableEstimator(noise_variance=1e-2, prior_mean="gls"),
+        SeparableEstimator(noise_variance=1e-1, prior_mean="gls"),
         HoldLast(),
     )
 
@@ -106,17 +117,19 @@ class CommitteeEstimator(Estimator):
         rows = [row for row, pair in enumerate(held) if pair is not None]
         known = [pair for pair in held if pair is not None]
         origins = posterior.locate(torch.stack([point for point, _ in known])) if known else None
-        gaps = []
+        space, gaps = posterior.history.space, []
         for member in posterior.fitted:
             predicted = member.means(locations)
             if origins is not None:
                 change = torch.stack([gradient for _, gradient in known]) - member.means(origins)
                 predicted = predicted.index_add(0, torch.tensor(rows, device=predicted.device), change)
-            gaps.append((predicted - gradients).norm(dim=1))
+            gaps.extend(predicted - gradients)
         floor = torch.finfo(gradients.dtype).tiny
-        errors = torch.stack(gaps).to("cpu", torch.float64).clamp_min(floor).log()  # [members, n]
+        errors = space.norms(gaps).to("cpu", torch.float64).clamp_min(floor).log()
+        errors = errors.view(len(self.members), -1)  # [members, n]
         excess = (errors - errors.amin(0)).mean(1)
-        self.scores = self.memory * self.scores + (1 - self.memory) * excess.nan_to_num(nan=torch.inf)
+        scores = self.memory * self.scores + (1 - self.memory) * excess.nan_to_num(nan=torch.inf)
+        self.scores = space.agreed(scores)
         self._judged += 1
 
     def state_dict(self) -> dict[str, Any]:

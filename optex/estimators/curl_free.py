@@ -177,8 +177,8 @@ class CurlFreePosterior(Posterior):
 
     def _weights(self, locations: Locations) -> tuple[Tensor, Tensor, Tensor]:
         """Coefficients of the predictions on G [n, T0], on D [n, T0] and on the offsets [n]."""
-        on_rows, norms = self._along_span(locations)
         on_gradients = (locations.on_gradients - self._newest_cross) @ self._from_gradients.mT  # Y·ξ
+        on_rows, norms = self._along_span(locations)
         first, second = self._profiles(on_rows, norms)
         changes = on_gradients @ self._across + on_rows @ self._along.mT - self._own_products  # δ_i·A_i
         slopes = second * changes  # q

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from optex.vectors import ParameterVector, Presence
+from optex.vectors import ParameterVector, Presence, Walk
 
-__all__ = ["ClosureSource", "Draws", "Evaluation", "Evaluator", "GradientSource", "ObjectiveSource"]
+__all__ = [
+    "AccumulatingSource",
+    "ClosureSource",
+    "Draws",
+    "Evaluation",
+    "Evaluator",
+    "GradientSource",
+    "ObjectiveSource",
+]
 
 
 @dataclass(frozen=True)
@@ -25,12 +35,19 @@ class Evaluation:
         gradients: [n, d], zero where a parameter received no gradient.
         present: per point, which parameters received a gradient.
         noise_variance: [n], variance of one component's noise where the source knows it.
+        buffers: per point, the vector's buffers after its evaluation and those of the points before it; None
+            where the evaluator leaves buffers alone.
+        retried: indices of points that got no answer at the first try.
+        lost: those that got none at all; their loss is NaN. Never the first point.
     """
 
     losses: Tensor
     gradients: Tensor
     present: tuple[Presence, ...]
     noise_variance: Tensor | None = None
+    buffers: tuple[list[Tensor], ...] | None = None
+    retried: tuple[int, ...] = ()
+    lost: tuple[int, ...] = ()
 
 
 class GradientSource(ABC):
@@ -39,6 +56,10 @@ class GradientSource(ABC):
     @abstractmethod
     def backpropagate(self, batch: Any) -> Tensor:  # []
         """Evaluate at the parameters' present values; the loss, detached."""
+
+    def with_own_parameters(self) -> tuple[GradientSource, list[Tensor]] | None:
+        """A source for another thread, parameters of its own and all else shared; None: needs a copy."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -66,6 +87,37 @@ class ObjectiveSource(GradientSource):
             )
         loss.backward()
         return loss.detach()
+
+
+@dataclass(frozen=True)
+class AccumulatingSource(GradientSource):
+    """A step's gradient summed up over micro-batches, for batches whose graph does not fit into memory.
+
+    The batch is a sequence of micro-batches; loss and gradient are the means over them.
+
+    Args:
+        objective: the scalar loss of one micro-batch, without backward.
+
+    >>> import torch, optex
+    >>> model = torch.nn.Linear(2, 1)
+    >>> optimizer = optex.OptEx(torch.optim.SGD(model.parameters(), lr=0.1))
+    >>> source = optex.AccumulatingSource(lambda x: model(x).square().mean())
+    >>> batches = [[torch.randn(4, 2), torch.randn(4, 2)] for _ in range(6)]
+    >>> sum(report.accepted for report in optimizer.rounds(batches, source))
+    6
+    """
+
+    objective: Callable[[Any], Tensor]
+
+    def backpropagate(self, batch: Any) -> Tensor:
+        total = None
+        for micro_batch in batch:
+            loss = scalar_loss(self.objective(micro_batch), "objective") / len(batch)
+            loss.backward()
+            total = loss.detach() if total is None else total + loss.detach()
+        if total is None:
+            raise ValueError("AccumulatingSource: a batch has no micro-batches; a batch is a sequence of them")
+        return total
 
 
 def scalar_loss(loss: Any, name: str) -> Tensor:  # []
@@ -104,31 +156,33 @@ class Draws:
     @contextmanager
     def replayed(self) -> Iterator[None]:
         """Evaluate the step in here."""
-        now = _generator_states()
+        now = generator_states()
         if self.state is None:
             self.state = now
             yield
             return
-        _set_generator_states(self.state)
+        set_generator_states(self.state)
         try:
             yield
         finally:
-            _set_generator_states(now)
+            set_generator_states(now)
 
 
-def _generator_states() -> list[Tensor]:
+def generator_states() -> list[Tensor]:
+    """Where torch's generators stand: the CPU's, then every CUDA device's if CUDA is in use."""
     states = [torch.get_rng_state()]
     return states + torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else states
 
 
-def _set_generator_states(states: list[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
+def set_generator_states(states: list[Tensor]) -> None:
+    """Put them back there; CUDA's only where there are as many devices."""
+    torch.set_rng_state(states[0].cpu())
+    if len(states) > 1 and torch.cuda.is_available() and torch.cuda.device_count() == len(states) - 1:
         torch.cuda.set_rng_state_all(states[1:])
 
 
 class Evaluator(ABC):
-    """Computes N gradients at once. The parameters' values after a call are those before it."""
+    """Computes N gradients at once. The parameters and buffers after a call are those before it."""
 
     @abstractmethod
     def evaluate(
@@ -140,3 +194,49 @@ class Evaluator(ABC):
         draws: Sequence[Draws],  # n
     ) -> Evaluation:
         """Losses and true gradients of ``source`` at each point, each with its own batch and random draws."""
+
+    def evaluate_hooked(
+        self,
+        source: GradientSource,
+        vector: ParameterVector,
+        points: Tensor,  # [n, d]
+        batches: Sequence[Any],  # n
+        draws: Sequence[Draws],  # n
+        hook: Callable[[], Any] | None,
+    ) -> Evaluation:
+        """``evaluate``, then let the hook change the gradients, each with the parameters at its point."""
+        evaluation = self.evaluate(source, vector, points, batches, draws)
+        if hook is not None:
+            run_hook(hook, vector, points, evaluation)
+        return evaluation
+
+    def lay_out(self, base: Optimizer, parameters: Iterable[Tensor], scheduler: LRScheduler | None) -> Walk:
+        """The base optimizer ready to walk, on vectors that this evaluator takes."""
+        return Walk(base, ParameterVector(parameters), scheduler)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the evaluator has to know to go on."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over where another evaluator of this kind was; of any other kind there is nothing to take."""
+
+
+def run_hook(
+    hook: Callable[[], Any],
+    vector: ParameterVector,
+    points: Tensor,  # [n, d]
+    evaluation: Evaluation,
+) -> None:
+    """Let the hook change the gradients in place, each with the parameters at its point."""
+    before = vector.read()
+    try:
+        for point, gradient, present in zip(points, evaluation.gradients, evaluation.present, strict=True):
+            vector.write(point)
+            vector.write_gradients(gradient, present)
+            with torch.enable_grad():
+                hook()
+            gradient.copy_(vector.read_gradients()[0])
+    finally:
+        vector.write(before)
+        vector.clear_gradients()
