@@ -1,0 +1,91 @@
+"""Would a history of the nearest pairs serve better than one of the newest?
+
+    python benchmarks/nearest_history.py --seeds 2
+
+Keeps, after every round, those T0 of all pairs held and new that are nearest to the round's start, in order of
+age or with the nearest one last (where estimators take their prior mean from), and prints accelerations on the
+suite of nine (geometric mean / worst case) beside the history as it is. One thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from acceleration import NINE, ROUNDS, Case, geometric_mean, run_method
+
+import optex
+from optex.baselines import Setting
+from optex.baselines.with_optex import run_rounds
+from optex.bases import base_optimizer
+from optex.comparison import acceleration
+
+
+class NearestHistory(optex.OptEx):
+    """OptEx whose history forgets the farthest pair, not the oldest."""
+
+    nearest_last = False
+
+    def _remember(self, draft: Any, measured: Any) -> None:
+        start, noisy = draft.proxies[0], self.history.noisy
+        before = getattr(self, "_pairs", [])
+        super()._remember(draft, measured)
+        rows = [i for i, usable in enumerate(measured.usable) if usable]
+        pairs = before + [(draft.proxies[i].clone(), measured.gradients[i].clone()) for i in rows]
+        distances = [float((point - start).norm()) for point, _ in pairs]
+        kept = sorted(range(len(pairs)), key=distances.__getitem__)[: self.history_size]
+        self._pairs = [pairs[i] for i in sorted(kept)]
+        order = [pairs[i] for i in (reversed(kept) if self.nearest_last else sorted(kept))]
+        self.history.clear()
+        self.history.noisy = noisy
+        self.history.append(torch.stack([p for p, _ in order]), torch.stack([g for _, g in order]))
+
+
+class NearestLast(NearestHistory):
+    """The nearest pair is the newest."""
+
+    nearest_last = True
+
+
+def accelerations(kind: type[optex.OptEx], case: Case, parallelism: int, seeds: int) -> float:
+    """Mean over seeds."""
+    values = []
+    for seed in range(seeds):
+        problem, rate = case.start(seed), case.rate()
+
+        def setting(n: int, rounds: int, case: Case = case, rate: float = rate) -> Setting:
+            base = lambda parameters: base_optimizer(case.optimizer, parameters, lr=rate)  # noqa: E731
+            return Setting(base, n, 16, rounds)
+
+        ruler = run_method("vanilla", problem, setting(1, ROUNDS * parallelism)).loss
+        problem.reset()
+        shared = setting(parallelism, ROUNDS)
+        trace = run_rounds(problem, shared, kind(shared.base_optimizer(problem), parallelism=parallelism))
+        values.append(acceleration(trace.loss, ruler))
+    return float(np.mean(values))
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--parallelism", type=int, nargs="+", default=[5, 16])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", RuntimeWarning)
+    kinds = {"the newest": optex.OptEx, "the nearest": NearestHistory, "the nearest, nearest last": NearestLast}
+    print(f"| history of | {' | '.join(f'N = {n}' for n in options.parallelism)} |")
+    print(f"|---|{'---|' * len(options.parallelism)}")
+    for name, kind in kinds.items():
+        cells = []
+        for n in options.parallelism:
+            values = [accelerations(kind, case, n, options.seeds) for case in NINE]
+            cells.append(f"{geometric_mean(values):.2f} / {min(values):.2f}")
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
