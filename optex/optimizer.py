@@ -672,12 +672,18 @@ class OptEx(Optimizer):
             self.history.clear()
         else:
             self.history.load_state_dict(own["history"])
-            self._last = own["last"]
+            self._last = None if own["last"] is None else own["last"].to(self._vector.device)
         self._posterior = None
         self._window = []
         if own is not None:
+            vector = self._vector
             self._window = [
-                _PlannedStep(batch, number, _map_held(self._vector.space.local, held), Draws(state))
+                _PlannedStep(
+                    batch,
+                    number,
+                    _map_held(lambda rows: vector.space.local(rows.to(vector.device)), held),
+                    Draws(state),
+                )
                 for batch, number, held, state in own["window"]
             ]
             if self.estimator is not None:

@@ -178,7 +178,7 @@ def set_generator_states(states: list[Tensor]) -> None:
     """Put them back there; CUDA's only where there are as many devices."""
     torch.set_rng_state(states[0].cpu())
     if len(states) > 1 and torch.cuda.is_available() and torch.cuda.device_count() == len(states) - 1:
-        torch.cuda.set_rng_state_all(states[1:])
+        torch.cuda.set_rng_state_all([state.cpu() for state in states[1:]])
 
 
 class Evaluator(ABC):
