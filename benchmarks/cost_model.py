@@ -205,7 +205,7 @@ CASES = {"adam 0.001": "steady", "adam 0.01": "rough"}
 
 
 def accelerations(runs: Path) -> dict[str, dict[int, float]]:
-    """Mean acceleration of ``optex`` by N for the two cases; 1 at N = 1, and N = 2 taken as 2 or half way."""
+    """Mean acceleration of ``optex`` by N for the two cases; at N = 2 on a line from 1 to that at N = 4."""
     found: dict[str, dict[int, list[float]]] = {name: {} for name in CASES.values()}
     for text in runs.read_text().splitlines():
         for run in json.loads(text):

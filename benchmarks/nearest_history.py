@@ -3,8 +3,8 @@
     python benchmarks/nearest_history.py --seeds 2
 
 Keeps, after every round, those T0 of all pairs held and new that are nearest to the round's start, in order of
-age or with the nearest one last (where estimators take their prior mean from), and prints accelerations on the
-suite of nine (geometric mean / worst case) beside the history as it is. One thread.
+age, and prints accelerations on the suite of nine (geometric mean / worst case) beside the history as it is.
+One thread.
 """
 
 from __future__ import annotations
@@ -27,8 +27,6 @@ from optex.comparison import acceleration
 class NearestHistory(optex.OptEx):
     """OptEx whose history forgets the farthest pair, not the oldest."""
 
-    nearest_last = False
-
     def _remember(self, draft: Any, measured: Any) -> None:
         start, noisy = draft.proxies[0], self.history.noisy
         before = getattr(self, "_pairs", [])
@@ -38,16 +36,10 @@ class NearestHistory(optex.OptEx):
         distances = [float((point - start).norm()) for point, _ in pairs]
         kept = sorted(range(len(pairs)), key=distances.__getitem__)[: self.history_size]
         self._pairs = [pairs[i] for i in sorted(kept)]
-        order = [pairs[i] for i in (reversed(kept) if self.nearest_last else sorted(kept))]
         self.history.clear()
         self.history.noisy = noisy
-        self.history.append(torch.stack([p for p, _ in order]), torch.stack([g for _, g in order]))
-
-
-class NearestLast(NearestHistory):
-    """The nearest pair is the newest."""
-
-    nearest_last = True
+        points, gradients = zip(*self._pairs, strict=True)
+        self.history.append(torch.stack(points), torch.stack(gradients))
 
 
 def accelerations(kind: type[optex.OptEx], case: Case, parallelism: int, seeds: int) -> float:
@@ -76,7 +68,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", RuntimeWarning)
-    kinds = {"the newest": optex.OptEx, "the nearest": NearestHistory, "the nearest, nearest last": NearestLast}
+    kinds = {"the newest": optex.OptEx, "the nearest": NearestHistory}
     print(f"| history of | {' | '.join(f'N = {n}' for n in options.parallelism)} |")
     print(f"|---|{'---|' * len(options.parallelism)}")
     for name, kind in kinds.items():

@@ -315,7 +315,8 @@ class ShardedWalk(Walk):
             for k, (shadow, piece) in enumerate(zip(self.vector.parameters, self.vector.pieces, strict=True)):
                 entry = state["counters"][piece.index]
                 if entry:
-                    values = {n: rows[n].split(self.vector.sizes)[k].to(shadow) for n in entry["sliced"]}
+                    slices = {n: rows[n].split(self.vector.sizes)[k] for n in entry["sliced"]}
+                    values = {n: row.to(shadow, copy=True).detach() for n, row in slices.items()}
                     self._base.state[shadow].update(values | copy.deepcopy(entry["rest"]))
         self._owner.state.clear()
         if self.vector.touched:  # the model's state was loaded before
@@ -345,7 +346,7 @@ def joined_state(
     for p, entry in zip(trained, state["counters"], strict=True):
         if entry:
             values = {
-                name: state["sliced"][name][offset : offset + p.numel()].view(p.shape).to(p)
+                name: state["sliced"][name][offset : offset + p.numel()].view(p.shape).to(p, copy=True)
                 for name in entry["sliced"]
             }
             position = next((i for i, q in enumerate(params) if q is p), None)

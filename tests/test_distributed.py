@@ -293,7 +293,11 @@ def test_draws_belong_to_steps_not_to_ranks():
 # ---------------------------------------------------------------- numbers sent
 
 
-def count_traffic(rank, d, n, shard):
+def count_traffic(rank, d, n):
+    return [count_numbers(d, n, shard) for shard in (True, False)]
+
+
+def count_numbers(d, n, shard):
     theta = nn.Parameter(torch.linspace(-1, 1, d))
     evaluator = DistributedEvaluator(shard=shard)
     optimizer = MAKERS["verified"](torch.optim.Adam([theta], lr=0.01), n, evaluator=evaluator)
@@ -309,13 +313,12 @@ def count_traffic(rank, d, n, shard):
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_round_sends_two_gradients_whatever_the_ranks(size):
     d = 40_000
-    for sent, received, small in run_ranks(count_traffic, size, d, size, True):
+    for (sent, received, small), (replicated, _, _) in run_ranks(count_traffic, size, d, size):
         expected = 2 * d * (size - 1) / size
         assert sent == pytest.approx(expected, rel=0.001)
         assert received == pytest.approx(expected, rel=0.001)
         assert small < 0.05 * expected
-    for sent, _, _ in run_ranks(count_traffic, size, d, size, False):
-        assert sent == pytest.approx((size - 1) * d, rel=0.001)
+        assert replicated == pytest.approx((size - 1) * d, rel=0.001)
 
 
 # ---------------------------------------------------------------- what is refused, and how it is said
@@ -458,6 +461,10 @@ def checkpointed(evaluator, base="adamw"):
     return model, optimizer
 
 
+def save_cases(rank, cases):
+    return [save_in_between(rank, *case) for case in cases]
+
+
 def save_in_between(rank, directory, shard=True):
     model, optimizer = checkpointed(None if rank is None else DistributedEvaluator(shard=shard))
     for report in optimizer.rounds(regression_batches(24), squared_error(model)):
@@ -467,6 +474,10 @@ def save_in_between(rank, directory, shard=True):
             break
     assert len(optimizer._window) > 0
     return str(folder)
+
+
+def go_on_cases(rank, cases):
+    return [go_on(rank, *case) for case in cases]
 
 
 def go_on(rank, directory, shard=True):
@@ -483,14 +494,14 @@ def test_a_checkpoint_is_read_by_any_number_of_ranks(tmp_path):
     model, optimizer = checkpointed(None)
     list(optimizer.rounds(regression_batches(24), squared_error(model)))
     by_two, by_one, by_replicas = (tmp_path / name for name in ("two", "one", "replicas"))
-    folder = run_ranks(save_in_between, 2, by_two)[0]
+    folder = run_ranks(save_cases, 2, [(by_two, True), (by_replicas, False)])[0][0]
     save_in_between(None, by_one)
-    run_ranks(save_in_between, 2, by_replicas, False)
     (by_two / "step-99999999").mkdir()  # a job that died while it wrote
     assert str(checkpoint.latest(by_two)) == folder
     assert len([path for path in by_two.iterdir() if (path / ".metadata").exists()]) == 2
-    found = [go_on(None, by_two), *run_ranks(go_on, 4, by_two), *run_ranks(go_on, 2, by_two, False)]
-    found += [*run_ranks(go_on, 2, by_one), *run_ranks(go_on, 2, by_replicas), go_on(None, by_one)]
+    found = [go_on(None, by_two), go_on(None, by_one), *run_ranks(go_on, 4, by_two)]
+    for ends in run_ranks(go_on_cases, 2, [(by_two, False), (by_one, True), (by_replicas, True)]):
+        found += ends
     for end in found:
         np.testing.assert_allclose(end, flat(model), rtol=0, atol=1e-12)
 

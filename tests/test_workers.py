@@ -615,8 +615,9 @@ def test_interrupt_leaves_the_last_accepted_step_and_no_process(tmp_path: Path) 
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent("""
-        import time, torch, optex
+        import signal, time, torch, optex
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits it ignored
         theta = torch.nn.Parameter(torch.full((3,), 2.0))
 
         def objective(batch):
@@ -642,9 +643,9 @@ def test_interrupt_leaves_the_last_accepted_step_and_no_process(tmp_path: Path) 
             assert process.stdout.readline() == "round 0\n"
             time.sleep(1)  # into the round that would not end, as far as workers are concerned
             os.killpg(process.pid, signal.SIGINT)
-            lines = process.stdout.read().splitlines()
-            assert process.wait(timeout=60) == 0
-            assert lines[-1] == "interrupted True"
+            output, _ = process.communicate(timeout=60)
+            assert process.returncode == 0
+            assert output.splitlines()[-1] == "interrupted True"
             assert gone(process.pid, within=20)
         finally:
             if process.poll() is None:
