@@ -1,6 +1,6 @@
 """How long a round takes on R ranks, and when it beats data parallelism: a model, and what it was held to.
 
-    python benchmarks/distributed.py --json results/distributed/measured.json
+    python benchmarks/ranks.py --json results/distributed/measured.json
     python benchmarks/cost_model.py --measured results/distributed/measured.json --out results/distributed
 
 A round of N proxies on R ranks, P along "proxies" and D = R / P along "data" (docs/distributed.md derives it):

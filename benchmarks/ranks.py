@@ -1,6 +1,6 @@
 """What a round costs on several ranks of this machine: bytes, messages, seconds.
 
-    python benchmarks/distributed.py --json results/distributed/measured.json
+    python benchmarks/ranks.py --json results/distributed/measured.json
 
 For 1, 2 and 4 gloo ranks on localhost, OptEx with Adam in float32 minimises the distance to a point; a gradient
 costs its arithmetic and a pause of --pause seconds, in which a rank does not hold a core. Measured are
