@@ -23,8 +23,9 @@ lint: $(VENV)/.installed
 types: $(VENV)/.installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# By file: the examples of a page build on each other.
 tests: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 # torch first and by its exact version, so that no other package's requirement picks another build of it.
 $(VENV)/.installed: pyproject.toml constraints.txt
