@@ -717,8 +717,14 @@ class OptEx(Optimizer):
 
 def _persistent_buffers(model: nn.Module) -> list[Tensor]:
     """Those of the state dict: buffers that are not saved hold data, not what was learned."""
-    saved = model.state_dict(keep_vars=True)
-    return [saved[name] for name, _ in model.named_buffers() if name in saved]
+    # Looked up every round: not through state_dict(), whose hooks (that gather, or convert) are not meant for it.
+    found = {
+        id(buffer): buffer
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+    return list(found.values())
 
 
 def _check_count(name: str, value: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -37,41 +37,30 @@ class SequentialEvaluator(Evaluator):
         batches: Sequence[Any],
         draws: Sequence[Draws],
     ) -> Evaluation:
-        if vector.buffers is None and self._checked is not vector.parameters:
-            with _refusing_stray_statistics():
-                result = self._evaluate(source, vector, points, batches, draws)
-            self._checked = vector.parameters
-            return result
-        return self._evaluate(source, vector, points, batches, draws)
-
-    def _evaluate(
-        self,
-        source: GradientSource,
-        vector: ParameterVector,
-        points: Tensor,
-        batches: Sequence[Any],
-        draws: Sequence[Draws],
-    ) -> Evaluation:
+        unknown = vector.buffers is None and self._checked is not vector.parameters
         before, buffers_before = vector.read(), vector.read_buffers()
         gradients = torch.empty_like(points)
         losses, present, buffers = [], [], []
         try:
-            for point, batch, drawn, row in zip(points, batches, draws, gradients, strict=True):
-                vector.write(point)
-                vector.clear_gradients()
-                torch.clear_autocast_cache()  # or a caller's autocast goes on with the last point's weights
-                with torch.enable_grad(), drawn.replayed():
-                    losses.append(source.backpropagate(batch))
-                _check_gradients(vector)
-                gradient, there = vector.read_gradients()
-                row.copy_(gradient)
-                present.append(there)
-                buffers.append(vector.read_buffers())
+            with _refusing_stray_statistics() if unknown else nullcontext():
+                for point, batch, drawn, row in zip(points, batches, draws, gradients, strict=True):
+                    vector.write(point)
+                    vector.clear_gradients()
+                    torch.clear_autocast_cache()  # or a caller's autocast keeps the last point's weights
+                    with torch.enable_grad(), drawn.replayed():
+                        losses.append(source.backpropagate(batch))
+                    _check_gradients(vector)
+                    gradient, there = vector.read_gradients()
+                    row.copy_(gradient)
+                    present.append(there)
+                    buffers.append(vector.read_buffers())
         finally:
             vector.write(before)
             vector.write_buffers(buffers_before)
             torch.clear_autocast_cache()
             vector.clear_gradients()
+        if unknown:
+            self._checked = vector.parameters
         stacked = torch.stack([loss.to(points.device) for loss in losses])
         return Evaluation(stacked, gradients, tuple(present), buffers=tuple(buffers))
 
