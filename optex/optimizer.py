@@ -717,7 +717,7 @@ class OptEx(Optimizer):
 
 def _persistent_buffers(model: nn.Module) -> list[Tensor]:
     """Those of the state dict: buffers that are not saved hold data, not what was learned."""
-    # Looked up every round: not through state_dict(), whose hooks (that gather, or convert) are not meant for it.
+    # Looked up every round, so not through state_dict(), whose hooks (gathering, converting) are for saving.
     found = {
         id(buffer): buffer
         for module in model.modules()
