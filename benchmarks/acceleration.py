@@ -26,13 +26,13 @@ from matplotlib.figure import Figure
 from tables import fill
 
 import optex
-from optex.acceptance import WithinTolerance
-from optex.baselines import METHODS, Setting, Trace
-from optex.baselines.with_optex import run_rounds
-from optex.bases import base_optimizer
-from optex.comparison import acceleration
-from optex.plots import METHOD_STYLES
-from optex.problems import Problem, make_problem
+from optex.round.acceptance import WithinTolerance
+from optex.stepping.bases import base_optimizer
+from optex.studies.baselines import METHODS, Setting, Trace
+from optex.studies.baselines.with_optex import run_rounds
+from optex.studies.comparison import acceleration
+from optex.studies.plots import METHOD_STYLES
+from optex.studies.problems import Problem, make_problem
 
 FOLDER = Path(__file__).parent.parent / "results" / "acceleration"
 RUNS = FOLDER / "runs.jsonl"

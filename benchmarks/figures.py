@@ -16,8 +16,8 @@ import overhead
 import torch
 from tables import fill
 
-from optex.comparison import Comparison, Row, describe, run_case, summarise, write_json
-from optex.plots import plot_comparison, write_plot
+from optex.studies.comparison import Comparison, Row, describe, run_case, summarise, write_json
+from optex.studies.plots import plot_comparison, write_plot
 
 ROOT = Path(__file__).parent.parent
 THREADS = 2

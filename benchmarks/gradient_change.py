@@ -13,9 +13,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from optex.bases import base_optimizer
-from optex.problems import make_problem
-from optex.vectors import ParameterVector
+from optex.stepping.bases import base_optimizer
+from optex.stepping.parameters import ParameterVector
+from optex.studies.problems import make_problem
 
 CASES = [("adam", 1e-3), ("adam", 1e-2), ("adam", 0.1), ("sgd", 0.1), ("momentum", 0.05)]
 LATER = (1, 4, 15)

@@ -22,7 +22,7 @@ import torch
 from tables import fill
 
 import optex
-from optex.problems import Problem, make_problem
+from optex.studies.problems import Problem, make_problem
 
 FOLDER = Path(__file__).parent.parent / "results"
 ROUNDS = (20, 40, 60)
@@ -32,14 +32,6 @@ VARIANTS: dict[str, Callable[[Problem], dict[str, Any]]] = {
     "bfloat16": lambda _: {"history_dtype": torch.bfloat16},
     "T0 = 8": lambda _: {"history_size": 8},
     "T0 = 8, bfloat16": lambda _: {"history_size": 8, "history_dtype": torch.bfloat16},
-    "matrices of the blocks alone": lambda problem: {
-        "history_parameters": [p for name, p in problem.named_parameters() if "blocks" in name and p.ndim > 1]
-    },
-    "separable, whole iterates": lambda _: {
-        "estimator": optex.CommitteeEstimator(optex.estimators.committee.distance_members())
-    },
-    "separable, sketch of 1,024": lambda _: {"sketch": 1024},
-    "separable, sketch of 64": lambda _: {"sketch": 64},
     "none (hold the last gradient)": lambda _: {"estimator": optex.HoldLast(), "history_size": 1},
 }
 
@@ -51,12 +43,9 @@ def tensor_bytes(history: optex.GradientHistory) -> int:
 
 
 def formula_bytes(history: optex.GradientHistory, word: int) -> int:
-    """(2 T0 + 1) d, or with a sketch (T0 + 1) d + T0 · sketch and d bytes of signs."""
+    """(2 T0 + 1) d."""
     d, t0 = history.dimension, history.size
-    size = history.gradients.element_size()
-    if history.sketch is None:
-        return 2 * t0 * d * size + d * word
-    return t0 * (d + history.sketch) * size + d * word + d
+    return 2 * t0 * d * history.gradients.element_size() + d * word
 
 
 def train(problem: Problem, options: dict[str, Any]) -> dict[str, Any]:

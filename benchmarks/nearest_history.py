@@ -18,10 +18,10 @@ import torch
 from acceleration import NINE, ROUNDS, Case, geometric_mean, run_method
 
 import optex
-from optex.baselines import Setting
-from optex.baselines.with_optex import run_rounds
-from optex.bases import base_optimizer
-from optex.comparison import acceleration
+from optex.stepping.bases import base_optimizer
+from optex.studies.baselines import Setting
+from optex.studies.baselines.with_optex import run_rounds
+from optex.studies.comparison import acceleration
 
 
 class NearestHistory(optex.OptEx):

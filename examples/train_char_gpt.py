@@ -26,7 +26,7 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
 
 import optex
-from optex.problems.data import shakespeare
+from optex.studies.problems.data import shakespeare
 
 Batch = list[tuple[Tensor, Tensor]]  # micro-batches: characters [n, context], and what follows each
 

@@ -24,7 +24,7 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
 
 import optex
-from optex.problems.data import cifar10
+from optex.studies.problems.data import cifar10
 
 MEAN, DEVIATION = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 

@@ -27,7 +27,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import optex
-from optex import checkpoint
+from optex.distributed import checkpoint
 
 
 def digits() -> tuple[Tensor, Tensor]:  # [1797, 64], [1797]

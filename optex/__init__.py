@@ -6,7 +6,6 @@ NeurIPS 2024, arXiv 2402.11427, and what goes past it.
 
 from importlib.metadata import version
 
-from optex.acceptance import Acceptance, Last, LowestLoss, SmallestGradient, WithinTolerance
 from optex.errors import (
     ConvergenceWarning,
     JitterWarning,
@@ -24,6 +23,8 @@ from optex.estimators import (
     Posterior,
     SeparableEstimator,
 )
+from optex.estimators.history import GradientHistory
+from optex.estimators.kernels import RBF, Kernel, Matern12, Matern32, Matern52, RationalQuadratic
 from optex.evaluators import (
     AccumulatingSource,
     DistributedEvaluator,
@@ -32,11 +33,10 @@ from optex.evaluators import (
     VectorizedEvaluator,
     WorkersEvaluator,
 )
-from optex.history import GradientHistory
-from optex.kernels import RBF, Kernel, Matern12, Matern32, Matern52, RationalQuadratic
 from optex.minimize import minimize, scipy_method
 from optex.optimizer import OptEx
-from optex.report import RoundReport
+from optex.round.acceptance import Acceptance, Last, LowestLoss, SmallestGradient, WithinTolerance
+from optex.round.report import RoundReport
 
 __version__ = version("optex")
 __all__ = [

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from optex.acceptance import Acceptance
-from optex.bases import base_optimizer
 from optex.errors import NonFiniteError, NotPositiveDefiniteError, WorkerLostError
 from optex.estimators import Estimator
 from optex.evaluators import (
@@ -30,7 +28,9 @@ from optex.evaluators import (
     VectorizedEvaluator,
     WorkersEvaluator,
 )
-from optex.functions import (
+from optex.optimizer import OptEx
+from optex.round.acceptance import Acceptance
+from optex.sources.functions import (
     Point,
     PointForm,
     check_function,
@@ -38,8 +38,8 @@ from optex.functions import (
     read_evaluator,
     read_start,
 )
-from optex.optimizer import OptEx
-from optex.vectors import ParameterVector
+from optex.stepping.bases import base_optimizer
+from optex.stepping.parameters import ParameterVector
 
 __all__ = ["minimize", "scipy_method"]
 
@@ -95,7 +95,7 @@ def minimize(
         jac: True: ``fun`` returns ``(f, g)``. A function: ``jac(x, *args)`` returns the gradient, of x's
             shape. None: ``fun`` is written in torch, and autograd differentiates it. There are no finite
             differences.
-        optimizer: a key of ``optex.bases.OPTIMIZERS``, or a function of a list of one parameter (and ``lr``
+        optimizer: a key of ``optex.stepping.bases.OPTIMIZERS``, or a function of a list of one parameter (and ``lr``
             and ``optimizer_options``, where given) that returns a ``torch.optim.Optimizer``.
         lr: its learning rate; by default the optimizer's own.
         parallelism, history_size, estimator, acceptance: as in :class:`~optex.OptEx`.

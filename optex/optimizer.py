@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from optex.acceptance import SELECTIONS, Acceptance, Last, LowestLoss, MeasuredRound, WithinTolerance
-from optex.bases import check_base
 from optex.errors import NonFiniteError, NonFiniteWarning
 from optex.estimators import CommitteeEstimator, Estimator, Posterior, SeparableEstimator
-from optex.estimators.committee import distance_members
-from optex.estimators.restricted import RestrictedPosterior
+from optex.estimators.history import GradientHistory, Locations
+from optex.estimators.kernels import Kernel
 from optex.evaluators import Draws, Evaluation, Evaluator, GradientSource, SequentialEvaluator
 from optex.evaluators.interface import (
     ClosureSource,
@@ -27,11 +25,11 @@ from optex.evaluators.interface import (
     generator_states,
     set_generator_states,
 )
-from optex.history import GradientHistory, Locations
-from optex.kernels import Kernel
-from optex.report import RoundReport
-from optex.spaces import Space
-from optex.vectors import Coordinates, Presence
+from optex.round.acceptance import SELECTIONS, Acceptance, Last, LowestLoss, MeasuredRound, WithinTolerance
+from optex.round.report import RoundReport
+from optex.stepping.bases import check_base
+from optex.stepping.parameters import Presence
+from optex.vector_space import Space
 
 __all__ = ["OptEx"]
 
@@ -105,19 +103,13 @@ class OptEx(Optimizer):
         on_nonfinite: when the loss or gradient at a round's start is not finite, ``"raise"`` an error or
             ``"skip"`` that step and its batch with a warning. Either way nothing of the round is kept.
         history_dtype, history_device: where the history's rows are kept; the parameters' by default.
-        history_parameters: predict the gradients of these parameters alone, d' numbers in all, and hold the
-            others' last ones; of all parameters by default.
-        sketch: numbers kept of an iterate, to measure distances by, instead of all; see ``GradientHistory``.
-            The default estimator is then a committee of separable ones.
 
     Attributes:
         steps_taken: steps of the base optimizer kept so far.
         batches_drawn: batches taken from what ``rounds`` was handed, those still in the window among them.
         last_report: of the last round, None before it.
 
-    Memory, in numbers beyond the base optimizer's: ``(2 · T0 + 1) · d`` for the history (of ``history_dtype``;
-    ``(T0 + 1) · d + T0 · sketch`` with a sketch; d' in place of d with ``history_parameters``), ``3 · N · d``
-    in a round for proxies, predictions and gradients, at most ``2 · N · d`` for steps not kept yet, one copy of
+    Memory, in numbers beyond the base optimizer's: ``(2 · T0 + 1) · d`` for the history (of ``history_dtype``), ``3 · N · d`` in a round for proxies, predictions and gradients, at most ``2 · N · d`` for steps not kept yet, one copy of
     parameters and base state, and N + 1 copies of the model's buffers. What the evaluator needs comes on top.
 
     Raises:
@@ -151,8 +143,6 @@ class OptEx(Optimizer):
         on_nonfinite: Literal["raise", "skip"] = "raise",
         history_dtype: torch.dtype | None = None,
         history_device: torch.device | str | None = None,
-        history_parameters: Iterable[Tensor] | None = None,
-        sketch: int | None = None,
     ) -> None:
         if isinstance(base, OptEx):
             raise TypeError("OptEx: base is an OptEx already; pass base.base to wrap its base optimizer anew")
@@ -162,7 +152,7 @@ class OptEx(Optimizer):
             history_size = 16 if parallelism <= 8 else 32
         _check_count("history_size", history_size)
         _check_kind("estimator", estimator, (Estimator,), "an optex.estimators.Estimator, or False for none")
-        _check_kind("acceptance", acceptance, (Acceptance,), "an optex.acceptance.Acceptance")
+        _check_kind("acceptance", acceptance, (Acceptance,), "an optex.round.acceptance.Acceptance")
         _check_kind("evaluator", evaluator, (Evaluator,), "an optex.evaluators.Evaluator")
         _check_kind("scheduler", scheduler, (LRScheduler,), "a torch.optim.lr_scheduler.LRScheduler")
         _check_kind("model", model, (nn.Module,), "the torch.nn.Module whose buffers follow the steps taken")
@@ -183,10 +173,8 @@ class OptEx(Optimizer):
         self.base = base
         self.parallelism = parallelism
         self.history_size = history_size
-        if sketch is not None:
-            _check_count("sketch", sketch)
         if estimator is None:
-            estimator = CommitteeEstimator(None if sketch is None else distance_members())
+            estimator = CommitteeEstimator()
         self.estimator: Estimator | None = copy.deepcopy(estimator) if estimator else None
         self.acceptance = WithinTolerance() if acceptance is None else copy.deepcopy(acceptance)
         self.evaluator = evaluator if evaluator is not None else SequentialEvaluator()
@@ -196,8 +184,6 @@ class OptEx(Optimizer):
         self.on_nonfinite = on_nonfinite
         self._history_dtype = history_dtype
         self._history_device = history_device
-        self._history_parameters = None if history_parameters is None else list(history_parameters)
-        self._sketch = sketch
         self._ready = False
         super().__init__(base.param_groups, base.defaults)
         self._ready = True
@@ -438,8 +424,6 @@ class OptEx(Optimizer):
             return None
         if self._posterior is None:
             self._posterior = self.estimator.fit(self.history)
-            if self._coordinates is not None and self._last is not None:
-                self._posterior = RestrictedPosterior(self._posterior, self._coordinates, self._last)
         return self._posterior
 
     def _measure(self, source: GradientSource, window: Sequence[_PlannedStep], draft: _Draft) -> _Measured:
@@ -479,13 +463,8 @@ class OptEx(Optimizer):
         rows = [i for i, usable in enumerate(measured.usable) if usable]
         points, gradients = draft.proxies[rows], measured.gradients[rows]
         posterior, held = self._fitted(), [self._window[i].held for i in rows]
-        if self._coordinates is not None:
-            select, self._last = self._coordinates.select, gradients[-1].clone()
-            points, gradients = select(points), select(gradients)
-            held = [pair and (select(pair[0][None])[0], select(pair[1][None])[0]) for pair in held]
         if posterior is not None:
-            inner = posterior.inner if isinstance(posterior, RestrictedPosterior) else posterior
-            self.estimator.judge(inner, points, gradients, held)
+            self.estimator.judge(posterior, points, gradients, held)
         self.history.append(points, gradients)
         self._posterior = None
 
@@ -536,35 +515,15 @@ class OptEx(Optimizer):
     def _lay_out(self) -> None:
         self._walk = self.evaluator.lay_out(self.base, self._trainable(), self.scheduler)
         self._vector = self._walk.vector
-        self._coordinates = self._restriction()
-        self._last: Tensor | None = None  # [d], the newest gradient, kept where the history is restricted
         self.history = GradientHistory(
             self.history_size,
-            self._vector.space if self._coordinates is None else self._coordinates.dimension,
+            self._vector.space,
             dtype=self._history_dtype or self._vector.dtype,
             device=self._history_device or self._vector.device,
-            sketch=self._sketch,
         )
         self._posterior = None
         for planned in self._window:
             planned.held = None
-
-    def _restriction(self) -> Coordinates | None:
-        if self._history_parameters is None:
-            return None
-        chosen = {id(p) for p in self._history_parameters}
-        flags = [id(p) in chosen for p in self._vector.whole.parameters]
-        if not any(flags):
-            raise ValueError(
-                "OptEx: none of history_parameters is a trainable parameter of base; pass some of those that "
-                "base was built with"
-            )
-        if self._vector.space.is_split:
-            raise ValueError(
-                "OptEx: history_parameters chooses from whole vectors, and these are split among ranks; pass "
-                "DistributedEvaluator(shard=False)"
-            )
-        return Coordinates(self._vector.sizes, flags)
 
     def _refresh_layout(self) -> None:
         """Start a new history where parameters were added, frozen, unfrozen or replaced."""
@@ -619,7 +578,7 @@ class OptEx(Optimizer):
 
         The window's batches are in it, how many were drawn, and where torch's random generators stand; the
         model's parameters and buffers are not. ``torch.load(..., weights_only=True)`` loads it if it does the
-        batches. Where vectors are split among ranks they are in it as ``DTensor``; see ``optex.checkpoint``.
+        batches. Where vectors are split among ranks they are in it as ``DTensor``; see ``optex.distributed.checkpoint``.
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
@@ -627,7 +586,6 @@ class OptEx(Optimizer):
         whole = self._vector.space.whole
         state[_STATE_KEY] = {
             "history": self.history.state_dict(),
-            "last": self._last,
             "window": [
                 (planned.batch, planned.number, _map_held(whole, planned.held), planned.draws.state)
                 for planned in self._window
@@ -672,7 +630,6 @@ class OptEx(Optimizer):
             self.history.clear()
         else:
             self.history.load_state_dict(own["history"])
-            self._last = None if own["last"] is None else own["last"].to(self._vector.device)
         self._posterior = None
         self._window = []
         if own is not None:

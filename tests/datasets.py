@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from optex.problems import data
+from optex.studies.problems import data
 
 TRAIN, TEST = 120, 40
 

@@ -16,9 +16,9 @@ from optex import (
     VectorizedEvaluator,
     WithinTolerance,
 )
-from optex.acceptance import Last, MeasuredRound
-from optex.problems import make_problem
-from optex.spaces import Space
+from optex.round.acceptance import Last, MeasuredRound
+from optex.studies.problems import make_problem
+from optex.vector_space import Space
 from tests.bases import BASES
 from tests.models import (
     assert_same_state,

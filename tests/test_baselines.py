@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from optex import HoldLast, NonFiniteError, OptEx, WithinTolerance
-from optex.acceptance import Last
-from optex.baselines import METHODS, Recorder, Setting, make_method
-from optex.baselines.data_parallel import data_parallel, tuned_data_parallel
-from optex.baselines.line_search import line_search, step_factors
-from optex.comparison import acceleration
-from optex.problems import Problem, Quadratic, Rosenbrock, Sphere, make_problem
+from optex.round.acceptance import Last
+from optex.studies.baselines import METHODS, Recorder, Setting, make_method
+from optex.studies.baselines.data_parallel import data_parallel, tuned_data_parallel
+from optex.studies.baselines.line_search import line_search, step_factors
+from optex.studies.comparison import acceleration
+from optex.studies.problems import Problem, Quadratic, Rosenbrock, Sphere, make_problem
 
 PROBLEMS = {
     "deterministic": lambda: Quadratic(dim=20, seed=1),

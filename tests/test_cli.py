@@ -8,10 +8,10 @@ import torch
 from typer.testing import CliRunner
 
 import optex
-from optex import cli
-from optex.baselines import METHODS
-from optex.bases import OPTIMIZERS
-from optex.problems import PROBLEMS
+from optex.stepping.bases import OPTIMIZERS
+from optex.studies import cli
+from optex.studies.baselines import METHODS
+from optex.studies.problems import PROBLEMS
 from tests import datasets
 
 NAMES = [name for name, entry in PROBLEMS.items() if entry.data is None]
@@ -150,7 +150,7 @@ def test_missing_data_package_says_how_to_get_it(monkeypatch):
     def missing(name, **options):
         raise ModuleNotFoundError("digits-mlp: pip install optex[data]")
 
-    monkeypatch.setattr("optex.comparison.make_problem", missing)
+    monkeypatch.setattr("optex.studies.comparison.make_problem", missing)
     result = run("compare", "digits-mlp")
     assert result.exit_code == 2
     assert result.stderr == "optex: digits-mlp: pip install optex[data]\n"

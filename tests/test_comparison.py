@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optex.baselines import METHODS, Trace
-from optex.bases import OPTIMIZERS
-from optex.comparison import (
+from optex.stepping.bases import OPTIMIZERS
+from optex.studies.baselines import METHODS, Trace
+from optex.studies.comparison import (
     Comparison,
     Run,
     Spread,
@@ -24,8 +24,8 @@ from optex.comparison import (
     summarise,
     write_json,
 )
-from optex.plots import METHOD_STYLES, check_plot_path, plot_comparison, write_plot
-from optex.problems import PROBLEMS
+from optex.studies.plots import METHOD_STYLES, check_plot_path, plot_comparison, write_plot
+from optex.studies.problems import PROBLEMS
 
 RUN_KEYS = [
     "problem",

@@ -18,11 +18,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from optex import NonFiniteError, OptEx, WithinTolerance, cli
-from optex.baselines import METHODS, Recorder, Setting
-from optex.baselines.with_optex import run_rounds
-from optex.problems import PROBLEMS, Acrobot, CartPole, MountainCar, Sphere, make_problem
-from optex.problems.control import OPTIONS, AgentSettings, DeepQLearning, _Replay
+from optex import NonFiniteError, OptEx, WithinTolerance
+from optex.studies import cli
+from optex.studies.baselines import METHODS, Recorder, Setting
+from optex.studies.baselines.with_optex import run_rounds
+from optex.studies.problems import PROBLEMS, Acrobot, CartPole, MountainCar, Sphere, make_problem
+from optex.studies.problems.control import OPTIONS, AgentSettings, DeepQLearning, _Replay
 
 TASKS = [CartPole, Acrobot, MountainCar]
 ADAM = partial(torch.optim.Adam, lr=1e-3)

@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from optex import cli
-from optex.problems import PROBLEMS, data
-from optex.problems.images import CIFAR10, FashionMNIST
+from optex.studies import cli
+from optex.studies.problems import PROBLEMS, data
+from optex.studies.problems.images import CIFAR10, FashionMNIST
 from tests import datasets
 
 FASHION = tuple(data.DATA_SETS["fashion-mnist"].layouts[0])

@@ -25,12 +25,12 @@ from optex import (
     SequentialEvaluator,
     VectorizedEvaluator,
     WithinTolerance,
-    checkpoint,
 )
-from optex.bases import ELEMENTWISE
-from optex.ranks import Ranks
-from optex.sharding import ShardedSpace
-from optex.spaces import Space
+from optex.distributed import checkpoint
+from optex.distributed.ranks import Ranks
+from optex.distributed.sharding import ShardedSpace
+from optex.stepping.bases import ELEMENTWISE
+from optex.vector_space import Space
 from tests.bases import BASES
 from tests.models import network, regression_batches, squared_error
 from tests.ranks import run_ranks
@@ -361,9 +361,6 @@ def mistakes(rank):
 
     model = normed()
     said["buffers"] = said_by(adam_run(model, batches, model=model)[1])
-    said["sketch"] = said_by(lambda: adam_run(network(), batches, sketch=10))
-    model = network()
-    said["part"] = said_by(lambda: adam_run(model, batches, history_parameters=[model[0].weight]))
     model = network()
     optimizer, _ = adam_run(model, batches)
     next(optimizer.rounds(batches, squared_error(model)))
@@ -381,8 +378,6 @@ def test_mistakes_are_said_on_every_rank():
         assert re.search("ranks . and . have different parameters; seed them alike", said["start"])
         assert re.search("not at the same place.*equally many batches", said["batches"])
         assert re.search("BatchNorm's running statistics.*use torch.nn.GroupNorm", said["buffers"])
-        assert re.search("sketch.*split.*shard=False", said["sketch"])
-        assert re.search("history_parameters.*split.*shard=False", said["part"])
         assert re.search(r"changed between rounds.*call optimizer.gather\(\)", said["stale"])
         assert re.search(r"mesh must have the dimensions.*init_device_mesh", said["mesh"])
     assert second["objective"] == "KeyError: 'data'"
@@ -410,7 +405,7 @@ def leave_early(rank):
 
 def test_a_rank_that_dies_is_missed():
     found, _ = run_ranks(leave_early, 2)
-    assert re.search("rank 0 of 2 lost the others.*--max-restarts.*optex.checkpoint", found)
+    assert re.search("rank 0 of 2 lost the others.*--max-restarts.*optex.distributed.checkpoint", found)
 
 
 # ---------------------------------------------------------------- changes between rounds

@@ -4,7 +4,7 @@ from torch import nn
 
 from optex import OptEx, SequentialEvaluator, VectorizedEvaluator, WithinTolerance
 from optex.evaluators.interface import ClosureSource, Draws, ObjectiveSource
-from optex.vectors import ParameterVector
+from optex.stepping.parameters import ParameterVector
 from tests.models import network, plain_run, regression_batches, same, snapshot, squared_error
 
 

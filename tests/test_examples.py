@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import optex
-from optex.problems import data
+from optex.studies.problems import data
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

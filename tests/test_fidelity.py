@@ -12,8 +12,8 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, SequentialLR
 
 from optex import AccumulatingSource, NonFiniteError, NonFiniteWarning, OptEx, WithinTolerance
-from optex.acceptance import Last
-from optex.problems import make_problem
+from optex.round.acceptance import Last
+from optex.studies.problems import make_problem
 from tests.models import assert_same_state, network, regression_batches, same, snapshot, squared_error
 
 

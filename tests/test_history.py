@@ -140,7 +140,7 @@ def test_errors_name_the_argument():
         GradientHistory(0, 3)
     with pytest.raises(ValueError, match=r"points \(2, 4\) and gradients \(2, 4\) must both be \[n, 3\]"):
         GradientHistory(2, 3).append(torch.zeros(2, 4), torch.zeros(2, 4))
-    with pytest.raises(ValueError, match="build it with the same history_size, sketch and"):
+    with pytest.raises(ValueError, match="build it with the same history_size and"):
         GradientHistory(2, 3).load_state_dict(GradientHistory(3, 3).state_dict())
     with pytest.raises(RuntimeError, match="the history is empty"):
         GradientHistory(2, 3).displacement(torch.zeros(1, 3))

@@ -10,10 +10,10 @@ import torch
 from torch.nn import functional
 
 from optex import OptEx
-from optex.problems import data, make_problem
-from optex.problems.images import CIFAR10, FashionMNIST, shifted_and_mirrored
-from optex.problems.interface import seeded_generator
-from optex.problems.networks import CLASSIFIERS, evaluation_mode
+from optex.studies.problems import data, make_problem
+from optex.studies.problems.images import CIFAR10, FashionMNIST, shifted_and_mirrored
+from optex.studies.problems.interface import seeded_generator
+from optex.studies.problems.networks import CLASSIFIERS, evaluation_mode
 from tests import datasets
 from tests.test_data import real
 
@@ -157,7 +157,7 @@ class TestAugmentation:
 @made_up
 class TestEvaluation:
     def test_equals_the_mean_over_held_images_one_by_one(self, monkeypatch):
-        monkeypatch.setattr("optex.problems.images._CHUNK", 7)
+        monkeypatch.setattr("optex.studies.problems.images._CHUNK", 7)
         problem = FashionMNIST(held_size=25).double()
         pixels, labels = problem._arrays("train")
         rows = np.random.default_rng(0).permutation(datasets.TRAIN)[:25]
@@ -169,7 +169,7 @@ class TestEvaluation:
         assert problem.evaluate() == pytest.approx(np.mean(losses), rel=1e-12)
 
     def test_error_equals_counting_one_by_one(self, monkeypatch):
-        monkeypatch.setattr("optex.problems.images._CHUNK", 7)
+        monkeypatch.setattr("optex.studies.problems.images._CHUNK", 7)
         problem = FashionMNIST()
         pixels, labels = problem._arrays("test")
         images = (torch.tensor(pixels) / 255 - 0.2860) / 0.3530

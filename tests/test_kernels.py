@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from optex.kernels import KERNELS, RationalQuadratic, kernel_named
+from optex.estimators.kernels import KERNELS, RationalQuadratic, kernel_named
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -16,8 +16,8 @@ from scipy.optimize import rosen, rosen_der
 from torch import Tensor
 
 import optex
-from optex.bases import OPTIMIZERS
 from optex.evaluators import Evaluator, SequentialEvaluator
+from optex.stepping.bases import OPTIMIZERS
 
 START = [-1.2, 1.0, 0.7]
 

@@ -14,7 +14,8 @@ from torch.func import functional_call
 
 from optex import OptEx, SequentialEvaluator, VectorizedEvaluator
 from optex.evaluators.interface import Draws, ObjectiveSource
-from optex.problems import (
+from optex.stepping.parameters import ParameterVector
+from optex.studies.problems import (
     PROBLEMS,
     Ackley,
     DigitsMLP,
@@ -26,8 +27,7 @@ from optex.problems import (
     make_problem,
     tabular,
 )
-from optex.problems.control import DeepQLearning
-from optex.vectors import ParameterVector
+from optex.studies.problems.control import DeepQLearning
 
 SMALL = {
     "dim": 7,

@@ -12,16 +12,17 @@ import scipy.stats
 import torch
 from typer.testing import CliRunner
 
-from optex import OptEx, cli, reproduce
-from optex.baselines import METHODS, Setting
-from optex.bases import base_optimizer
-from optex.comparison import Case as ComparisonCase
-from optex.comparison import Comparison, acceleration, run_case
-from optex.plots import Line, Panel, bootstrap_interval, plot_panels
-from optex.problems import make_problem
-from optex.reproduce import Case, Choice, make_figure, run_curve
-from optex.reproduce.record import WithTestError, rounds_of
-from optex.reproduce.studies import FITTED, LAST_ONLY
+from optex import OptEx
+from optex.stepping.bases import base_optimizer
+from optex.studies import cli, reproduce
+from optex.studies.baselines import METHODS, Setting
+from optex.studies.comparison import Case as ComparisonCase
+from optex.studies.comparison import Comparison, acceleration, run_case
+from optex.studies.plots import Line, Panel, bootstrap_interval, plot_panels
+from optex.studies.problems import make_problem
+from optex.studies.reproduce import Case, Choice, make_figure, run_curve
+from optex.studies.reproduce.record import WithTestError, rounds_of
+from optex.studies.reproduce.studies import FITTED, LAST_ONLY
 from tests import datasets
 
 SMALL = ["--seeds", "2", "--rounds", "5", "--dim", "12"]
@@ -150,7 +151,7 @@ class TestCommand:
         page = tmp_path / "fig6.md"
         words = "<!-- table:checks -->\nof before\n<!-- end -->\n\nMy words.\n"
         page.write_text(words)
-        monkeypatch.setattr("optex.reproduce.record.run_curve", None)
+        monkeypatch.setattr("optex.studies.reproduce.record.run_curve", None)
         result = run("fig6", *SMALL, "--out", tmp_path, "--resume")
         assert result.exit_code == 0, result.output
         assert page.read_text().endswith("\n\nMy words.\n")

@@ -7,8 +7,8 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process import kernels as sk
 
 from optex import GradientHistory, SeparableEstimator
+from optex.estimators.kernels import kernel_named
 from optex.estimators.separable import LENGTHSCALE_FACTORS, NOISE_VARIANCES
-from optex.kernels import kernel_named
 from tests.references import dense_gp
 
 KINDS = ["random", "duplicates", "collinear"]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from optex.problems import data, make_problem
-from optex.problems.networks import initialise
-from optex.problems.text import Shakespeare, Transformer, _encoded
+from optex.studies.problems import data, make_problem
+from optex.studies.problems.networks import initialise
+from optex.studies.problems.text import Shakespeare, Transformer, _encoded
 from tests import datasets
 from tests.test_data import real
 
@@ -168,7 +168,7 @@ def mean_loss(problem, codes, starts):
 @made_up
 class TestEvaluation:
     def test_equals_the_mean_over_held_characters_one_by_one(self, monkeypatch):
-        monkeypatch.setattr("optex.problems.text._CHUNK", 3)
+        monkeypatch.setattr("optex.studies.problems.text._CHUNK", 3)
         problem = Shakespeare(**SMALL, held_size=8).double()
         codes, _, _ = problem._text()
         starts = [int(i * (2700 - 11) / 7) for i in range(8)]

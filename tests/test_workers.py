@@ -33,9 +33,10 @@ from torch import Tensor, nn
 
 import optex
 from optex import OptEx, WithinTolerance, WorkerLostError, WorkersEvaluator
-from optex.evaluators import tasks, workers
 from optex.evaluators.interface import Draws, ObjectiveSource
-from optex.vectors import ParameterVector
+from optex.evaluators.workers import evaluator as workers
+from optex.evaluators.workers import messages as tasks
+from optex.stepping.parameters import ParameterVector
 from tests.models import network, regression_batches, same, snapshot
 
 START = [-1.2, 1.0, 0.7]

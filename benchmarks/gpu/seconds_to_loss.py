@@ -35,7 +35,7 @@ import torch
 from torch.func import replace_all_batch_norm_modules_
 
 import optex
-from optex.problems import Problem, make_problem
+from optex.studies.problems import Problem, make_problem
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from optex.errors import JitterWarning
 from optex.estimators.curl_free import CurlFreeEstimator
+from optex.estimators.history import GradientHistory, Locations
 from optex.estimators.hold_last import HoldLast
 from optex.estimators.interface import Estimator, Posterior
-from optex.estimators.separable import SeparableEstimator
-from optex.history import GradientHistory, Locations
 
-__all__ = ["CommitteeEstimator", "CommitteePosterior", "default_members", "distance_members"]
+__all__ = ["CommitteeEstimator", "CommitteePosterior", "default_members"]
 
 YOUNG: Final = 8
 HANDICAP: Final = 0.2  # in nats of error
@@ -30,16 +29,6 @@ def default_members() -> tuple[Estimator, ...]:
         CurlFreeEstimator("rbf", median_multiple=3.0, noise_variance=1e-9),
         CurlFreeEstimator("matern-5/2", median_multiple=10.0, noise_variance=1e-2),
         CurlFreeEstimator("matern-5/2", median_multiple=10.0, noise_variance=1e-1),
-        HoldLast(),
-    )
-
-
-def distance_members() -> tuple[Estimator, ...]:
-    """Separable processes for three sizes of noise, and hold-last: these need distances of iterates alone."""
-    return (
-        SeparableEstimator(noise_variance=1e-6, prior_mean="gls"),
-        SeparableEstimator(noise_variance=1e-2, prior_mean="gls"),
-        SeparableEstimator(noise_variance=1e-1, prior_mean="gls"),
         HoldLast(),
     )
 

@@ -8,9 +8,9 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
+from optex.estimators.history import GradientHistory, Locations
 from optex.estimators.interface import Estimator, Posterior
-from optex.history import GradientHistory, Locations
-from optex.kernels import Kernel, Matern52, kernel_named
+from optex.estimators.kernels import Kernel, Matern52, kernel_named
 from optex.linalg import combine_rows, conjugate_gradients, jittered_cholesky
 
 __all__ = ["CurlFreeEstimator", "CurlFreePosterior"]
@@ -36,7 +36,7 @@ class CurlFreeEstimator(Estimator):
     1,200 unknowns, by conjugate gradients on the structured product, O(T0² · rank) each.
 
     Args:
-        kernel: φ, a :class:`~optex.kernels.Kernel` or the name of one; twice differentiable at 0 (not
+        kernel: φ, a :class:`~optex.estimators.kernels.Kernel` or the name of one; twice differentiable at 0 (not
             Matérn 1/2 and 3/2).
         lengthscale: in units of the iterates; None for ``median_multiple`` times the median distance in
             the history.

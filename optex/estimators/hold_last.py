@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optex.estimators.history import GradientHistory, Locations
 from optex.estimators.interface import Estimator, Posterior
-from optex.history import GradientHistory, Locations
 
 __all__ = ["HoldLast"]
 

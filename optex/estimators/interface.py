@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from optex.history import GradientHistory, Locations
+from optex.estimators.history import GradientHistory, Locations
 
 __all__ = ["Estimator", "Posterior"]
 

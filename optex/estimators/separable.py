@@ -9,9 +9,9 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
+from optex.estimators.history import GradientHistory, Locations
 from optex.estimators.interface import Estimator, Posterior
-from optex.history import GradientHistory, Locations
-from optex.kernels import Kernel, Matern52, kernel_named
+from optex.estimators.kernels import Kernel, Matern52, kernel_named
 from optex.linalg import combine_rows, jittered_cholesky
 
 __all__ = ["SeparableEstimator", "SeparablePosterior"]
@@ -33,7 +33,7 @@ class SeparableEstimator(Estimator):
     One T0 × T0 solve in float64 whatever d is; a prediction reads the history twice.
 
     Args:
-        kernel: a :class:`~optex.kernels.Kernel` or the name of one.
+        kernel: a :class:`~optex.estimators.kernels.Kernel` or the name of one.
         lengthscale: in units of the iterates; ``"median"`` of the distances in the history; or
             ``"leave-one-out"``, the multiple of that median with the least closed-form leave-one-out error.
         noise_variance: σ² in units of the kernel's variance (the prior variance of a component);

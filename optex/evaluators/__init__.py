@@ -1,7 +1,7 @@
 """Evaluators: compute the true gradients at several points at once."""
 
-from optex.evaluators.distributed import DistributedEvaluator
 from optex.evaluators.interface import AccumulatingSource, Draws, Evaluation, Evaluator, GradientSource
+from optex.evaluators.ranks import DistributedEvaluator
 from optex.evaluators.sequential import SequentialEvaluator
 from optex.evaluators.vectorized import VectorizedEvaluator
 from optex.evaluators.workers import WorkersEvaluator

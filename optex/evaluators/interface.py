@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from optex.vectors import ParameterVector, Presence, Walk
+from optex.stepping.parameters import ParameterVector, Presence, Walk
 
 __all__ = [
     "AccumulatingSource",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from optex.evaluators.interface import Draws, Evaluation, Evaluator, GradientSource
-from optex.vectors import ParameterVector
+from optex.stepping.parameters import ParameterVector
 
 __all__ = ["SequentialEvaluator"]
 

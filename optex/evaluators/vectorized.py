@@ -18,7 +18,7 @@ from optex.evaluators.interface import (
     ObjectiveSource,
     scalar_loss,
 )
-from optex.vectors import ParameterVector, Presence
+from optex.stepping.parameters import ParameterVector, Presence
 
 __all__ = ["VectorizedEvaluator"]
 

@@ -1,0 +1,1 @@
+"""A round, told in its order: draft, evaluate, remember, replay, keep."""

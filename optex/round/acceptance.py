@@ -1,0 +1,292 @@
+"""Acceptance: which of a round's steps are kept, and with which gradients they are taken."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import torch
+from torch import Tensor
+
+from optex.estimators import Posterior
+from optex.stepping.parameters import Walk
+from optex.vector_space import Space
+
+__all__ = [
+    "SELECTIONS",
+    "Acceptance",
+    "Last",
+    "LowestLoss",
+    "MeasuredRound",
+    "SmallestGradient",
+    "WithinTolerance",
+]
+
+LEAST_AHEAD: Final = 4  # steps drafted under a lookahead, however few were kept
+NEAREST: Final = 3  # predictions a round that the tolerance learns from
+
+
+@dataclass(frozen=True)
+class MeasuredRound:
+    """A round after its gradients came in, as an acceptance rule sees it.
+
+    Attributes:
+        walk: the base optimizer, marked at the round's start; it may stand where the draft left it.
+        proxies: [n, d], the points drafted; row 0 is the round's start.
+        drafted: [n - 1, d], the gradients predicted and used in the draft.
+        losses: [n], NaN where not evaluated.
+        gradients: [n, d], true gradients at the proxies.
+        usable: n flags: evaluated, loss and gradient finite, gradient believed.
+        reach: n - 1 entries: how far from where its step was measured before each drafted gradient was
+            predicted, a distance []; None for a step that had not been measured.
+        posterior: the estimator fitted to the history with this round's pairs in it; None without one.
+        space: where all these vectors live; lengths and finiteness are asked of it.
+    """
+
+    walk: Walk
+    proxies: Tensor
+    drafted: Tensor
+    losses: Tensor
+    gradients: Tensor
+    usable: Sequence[bool]
+    reach: Sequence[Tensor | None]
+    posterior: Posterior | None
+    space: Space
+
+
+class Acceptance(ABC):
+    """Takes a round's final steps.
+
+    Attributes:
+        keeps_window: steps not accepted keep their minibatch and their measured gradient for later rounds;
+            otherwise a round uses its minibatches up.
+    """
+
+    keeps_window: bool = False
+
+    def evaluated(self, count: int) -> range:
+        """Which of the ``count`` proxies need a true gradient; all of them unless a rule says otherwise."""
+        return range(count)
+
+    def ahead(self, parallelism: int) -> int:
+        """How many steps of the window are worth drafting and evaluating this round, 1..parallelism."""
+        return parallelism
+
+    def believed(
+        self,
+        gradients: Tensor,  # [n, d]
+        space: Space,
+    ) -> Tensor:  # [n] bool
+        """Which gradients may be remembered and used, beyond being finite."""
+        return torch.ones(len(gradients), dtype=torch.bool, device=gradients.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the rule has learned from earlier rounds."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what another rule of these settings has learned."""
+
+    @abstractmethod
+    def advance(self, measured: MeasuredRound) -> int:
+        """Leave the walk where the round ends; how many steps from its start that is, at least one."""
+
+
+class _Selection(Acceptance):
+    """The paper's rules: one true step from one of the proxies, reached by the steps that were drafted."""
+
+    @abstractmethod
+    def choose(self, measured: MeasuredRound) -> int:
+        """Index of the proxy to go on from, one that is usable."""
+
+    def advance(self, measured: MeasuredRound) -> int:
+        chosen = self.choose(measured)
+        walk = measured.walk
+        if walk.taken != chosen:
+            walk.rewind()
+            for gradient in measured.drafted[:chosen]:
+                walk.step(gradient)
+        walk.step(measured.gradients[chosen])
+        return chosen + 1
+
+
+def _best(values: Tensor, usable: Sequence[bool]) -> int:
+    mask = torch.tensor(usable, device=values.device)
+    return int(torch.where(mask, values, torch.inf).argmin())
+
+
+class Last(_Selection):
+    """Keep the last proxy's true step (Algorithm 1's default).
+
+    Args:
+        evaluate: ``"all"`` proxies (the paper), or the ``"last"`` alone, which is its sequential ablation:
+            one gradient a round, N - 1 steps taken on predictions.
+    """
+
+    def __init__(self, evaluate: Literal["all", "last"] = "all") -> None:
+        if evaluate not in ("all", "last"):
+            raise ValueError(f"Last: evaluate must be 'all' or 'last', got {evaluate!r}")
+        self.evaluate = evaluate
+
+    def evaluated(self, count: int) -> range:
+        return range(count - 1, count) if self.evaluate == "last" else range(count)
+
+    def choose(self, measured: MeasuredRound) -> int:
+        return max(i for i, usable in enumerate(measured.usable) if usable)
+
+
+class LowestLoss(_Selection):
+    """Keep the true step from the proxy with the smallest loss."""
+
+    def choose(self, measured: MeasuredRound) -> int:
+        return _best(measured.losses, measured.usable)
+
+
+class SmallestGradient(_Selection):
+    """Keep the true step from the proxy with the smallest gradient norm."""
+
+    def choose(self, measured: MeasuredRound) -> int:
+        return _best(measured.space.norms(measured.gradients), measured.usable)
+
+
+class WithinTolerance(Acceptance):
+    """Replay the base optimizer's own steps with true gradients, as far as they were measured nearby.
+
+    Step 0 uses its exact gradient. Step i ≥ 1, at y_i, uses the gradient measured at the proxy x_i plus the
+    estimator's difference, ``g_i + μ(y_i) - μ(x_i)``; the replay stops before the first step with
+    ``‖y_i - x_i‖ > tolerance · min_{j ≤ i} ‖y_j - y_{j-1}‖``. With tolerance 0 the trajectory is the base
+    optimizer's. (The shortest step, not the last: a run that starts to diverge takes ever longer steps, and
+    must not measure its tolerance by them.)
+
+    The tolerance adapts to evidence. Each drafted gradient was predicted at some distance ρ, in steps, from
+    where its step had been measured, and is now measured itself; with e its relative error, the prediction
+    would be wrong by ``error`` at about ``error · ρ / e`` steps. The median of that over the ``NEAREST`` such
+    predictions (far ones say nothing: an error cannot grow past everything) is the new tolerance, taken at
+    once if it is lower and half way, in logarithms, if it is higher.
+
+    Args:
+        tolerance: how far, in steps, a gradient may have been measured from where it is used; ≥ 0. With
+            ``adaptive`` the value to start from; 0 stays 0.
+        adaptive: learn the tolerance.
+        error: the relative error of a gradient that is put up with, > 0.
+        lowest, highest: bounds of the adaptive tolerance.
+        absurd: a gradient more than this many times longer than step 0's is not believed.
+        lookahead: draft and evaluate at most this many times the steps that the last round kept, at least
+            ``LEAST_AHEAD``; saves gradients where they are not free. None evaluates all N: proxies that are
+            not kept still teach the estimator.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+    """
+
+    keeps_window = True
+
+    def __init__(
+        self,
+        tolerance: float = 2.0,
+        *,
+        adaptive: bool = True,
+        error: float = 0.5,
+        lowest: float = 0.1,
+        highest: float = 16.0,
+        absurd: float = 20.0,
+        lookahead: float | None = None,
+    ) -> None:
+        if not tolerance >= 0:
+            raise ValueError(f"WithinTolerance: tolerance must not be negative, got {tolerance}")
+        if not absurd > 0:
+            raise ValueError(f"WithinTolerance: absurd must be positive, got {absurd}")
+        if not error > 0:
+            raise ValueError(f"WithinTolerance: error must be positive, got {error}")
+        if not 0 < lowest <= highest:
+            raise ValueError(f"WithinTolerance: needs 0 < lowest <= highest, got {lowest} and {highest}")
+        if lookahead is not None and not lookahead >= 1:
+            raise ValueError(f"WithinTolerance: lookahead must be at least 1, or None, got {lookahead}")
+        self.tolerance = tolerance
+        self.adaptive = adaptive and tolerance > 0
+        self.error = error
+        self.lowest = lowest
+        self.highest = highest
+        self.absurd = absurd
+        self.lookahead = lookahead
+        self._kept: int | None = None  # steps of the last round
+
+    def believed(self, gradients: Tensor, space: Space) -> Tensor:
+        norms = space.norms(gradients)
+        return norms <= self.absurd * norms[0].clamp_min(torch.finfo(norms.dtype).tiny)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tolerance": self.tolerance, "kept": self._kept}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.tolerance = state["tolerance"]
+        self._kept = state["kept"]
+
+    def ahead(self, parallelism: int) -> int:
+        if self.lookahead is None or self._kept is None:
+            return parallelism
+        return min(parallelism, max(LEAST_AHEAD, math.ceil(self.lookahead * self._kept)))
+
+    def advance(self, measured: MeasuredRound) -> int:
+        if self.adaptive:
+            self._learn(measured)
+        self._kept = self._replay(measured)
+        return self._kept
+
+    def _replay(self, measured: MeasuredRound) -> int:
+        walk, space = measured.walk, measured.space
+        walk.rewind()
+        before, shortest = measured.proxies[0], None
+        posterior = measured.posterior
+        origins = None if posterior is None else posterior.locate(measured.proxies)
+        walk.step(measured.gradients[0])
+        for i in range(1, len(measured.proxies)):
+            if not measured.usable[i]:
+                break
+            here, proxy = walk.point, measured.proxies[i]
+            step, gap = space.norms([here - before, here - proxy])
+            shortest = step if shortest is None else torch.minimum(step, shortest)
+            if not gap <= self.tolerance * shortest:
+                break
+            before = here
+            gradient = measured.gradients[i]
+            if posterior is not None and origins is not None and gap > 0:
+                gradient = gradient + posterior.differences(posterior.locate(here[None]), origins[i])[0]
+            walk.step(gradient)
+        if walk.taken > 1 and not space.finite(walk.point[None])[0]:
+            # A correction went wrong; step 0 is exact, whatever the estimator said.
+            walk.rewind()
+            walk.step(measured.gradients[0])
+        return walk.taken
+
+    def _learn(self, measured: MeasuredRound) -> None:
+        known = [(i, r) for i, r in enumerate(measured.reach) if r is not None and measured.usable[i]]
+        if not known:
+            return
+        rows = [i for i, _ in known]
+        gaps = measured.drafted[rows] - measured.gradients[rows]
+        walked = [measured.proxies[i + 1] - measured.proxies[i] for i in rows]
+        norms = measured.space.norms([*walked, *gaps, *measured.gradients[rows]])
+        lengths, wrong, true = norms.view(3, -1)
+        evidence = []
+        for (_, reach), length, error in zip(known, lengths, wrong / true, strict=True):
+            steps = float(reach / length)
+            # Closer than rounding is no distance to learn from.
+            if 1e-6 < steps < math.inf and not torch.isnan(error):
+                evidence.append((steps, steps / max(float(error), 1e-12)))
+        if not evidence:
+            return
+        bearable = self.error * statistics.median(ratio for _, ratio in sorted(evidence)[:NEAREST])
+        bearable = min(max(bearable, self.lowest), self.highest)
+        self.tolerance = min(bearable, math.sqrt(self.tolerance * bearable))
+
+
+SELECTIONS: Final[dict[str, type[_Selection]]] = {
+    "last": Last,
+    "lowest-loss": LowestLoss,
+    "smallest-gradient": SmallestGradient,
+}

@@ -1,0 +1,1 @@
+"""A base optimizer as something that can be walked ahead and taken back."""

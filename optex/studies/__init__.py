@@ -1,0 +1,1 @@
+"""Problems, baselines, comparisons, the paper's figures, pictures, the command line."""

@@ -1,0 +1,54 @@
+"""Baselines: the methods that OptEx is compared with, and OptEx itself, each under a name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from optex.studies.baselines.data_parallel import tuned_data_parallel
+from optex.studies.baselines.in_turn import target, vanilla
+from optex.studies.baselines.interface import BaseFactory, Method, Recorder, Setting, Trace
+from optex.studies.baselines.lbfgs import lbfgs
+from optex.studies.baselines.line_search import line_search
+from optex.studies.baselines.with_optex import hold_last, optex, optex_paper, picard
+
+__all__ = ["METHODS", "BaseFactory", "Method", "MethodEntry", "Recorder", "Setting", "Trace", "make_method"]
+
+
+@dataclass(frozen=True)
+class MethodEntry:
+    """A method as the registry knows it.
+
+    Attributes:
+        run: takes a problem from its start through a setting's rounds.
+        description: one line.
+        own_optimizer: its optimizer, where that is not the base optimizer.
+    """
+
+    run: Method
+    description: str
+    own_optimizer: str | None = None
+
+
+METHODS: Final[dict[str, MethodEntry]] = {
+    "vanilla": MethodEntry(vanilla, "the base optimizer, one step a round: the ruler"),
+    "target": MethodEntry(target, "the base optimizer, N steps a round in turn: the ideal"),
+    "data-parallel": MethodEntry(tuned_data_parallel, "one step with N gradients' mean; best lr of × 1, √N, N"),
+    "hold-last": MethodEntry(hold_last, "N - 1 steps with the last gradient, then a true one"),
+    "line-search": MethodEntry(line_search, "N lengths of the base optimizer's step, the best kept"),
+    "picard": MethodEntry(picard, "replay of held gradients within tolerance 1, no estimator"),
+    "lbfgs": MethodEntry(lbfgs, "L-BFGS, strong-Wolfe search; an evaluation is a round", own_optimizer="lbfgs"),
+    "optex-paper": MethodEntry(optex_paper, "Algorithm 1 of the paper"),
+    "optex": MethodEntry(optex, "OptEx with its defaults"),
+}
+
+
+def make_method(name: str) -> MethodEntry:
+    """The method of that name.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if name not in METHODS:
+        raise ValueError(f"method: {name!r} is not one of {', '.join(METHODS)}")
+    return METHODS[name]

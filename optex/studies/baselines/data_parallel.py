@@ -1,0 +1,41 @@
+"""Data parallelism: N batches at one point, one step with their mean gradient."""
+
+from __future__ import annotations
+
+import math
+
+from optex.evaluators import Draws, SequentialEvaluator
+from optex.evaluators.interface import ObjectiveSource
+from optex.stepping.parameters import ParameterVector, Walk
+from optex.studies.baselines.interface import Recorder, Setting, Trace
+from optex.studies.problems import Problem
+
+__all__ = ["data_parallel", "tuned_data_parallel"]
+
+
+def tuned_data_parallel(problem: Problem, setting: Setting) -> Trace:
+    """``data_parallel`` with the best of lr, √N · lr and N · lr, by the last noise-free loss of this start.
+
+    The trace is the best run's, with its learning rate; the other two runs are not charged to it.
+    """
+    factors = sorted({1.0, math.sqrt(setting.parallelism), float(setting.parallelism)})
+    traces = [data_parallel(problem, setting, factor) for factor in factors]
+    return min(traces, key=lambda trace: math.inf if math.isnan(trace.loss[-1]) else trace.loss[-1])
+
+
+def data_parallel(problem: Problem, setting: Setting, factor: float) -> Trace:
+    """One step a round with the mean of N gradients and ``factor`` times the learning rate."""
+    base = setting.base_optimizer(problem)
+    for group in base.param_groups:
+        group["lr"] = factor * group["lr"]
+    lr = base.param_groups[0]["lr"]
+    vector = ParameterVector(problem.parameters())
+    evaluator, source = SequentialEvaluator(), ObjectiveSource(problem)
+    with Recorder(problem, setting.rounds) as recorder:
+        walk, batches = Walk(base, vector), problem.batches()
+        while not recorder.done:
+            points = walk.point.expand(setting.parallelism, -1)
+            own_batches, draws = [next(batches) for _ in points], [Draws() for _ in points]
+            walk.step(evaluator.evaluate(source, vector, points, own_batches, draws).gradients.mean(0))
+            recorder.round(gradients=len(points), accepted=1)
+    return recorder.trace(lr)

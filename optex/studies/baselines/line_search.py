@@ -1,0 +1,64 @@
+"""Line search: N lengths of the base optimizer's own step, tried at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from optex.errors import NonFiniteError
+from optex.evaluators import Draws, SequentialEvaluator
+from optex.evaluators.interface import ObjectiveSource
+from optex.stepping.parameters import ParameterVector, Walk
+from optex.studies.baselines.interface import Recorder, Setting, Trace
+from optex.studies.problems import Problem
+
+__all__ = ["line_search", "step_factors"]
+
+
+def line_search(problem: Problem, setting: Setting) -> Trace:
+    """Try the base optimizer's step at N lengths, 1 among them, and keep the one of lowest loss.
+
+    All N points of a round see the same batch, or the choice would follow the noise. Each is evaluated with
+    its gradient, so that the next direction is known when the round ends: a round is one sequential
+    evaluation. The first round evaluates the start, and nothing but the start: it keeps no step.
+
+    The base optimizer's state advances once a round, by the gradient at the point that was kept; how far
+    that step then goes does not touch the state, as if the learning rate had been another for this one step.
+    """
+    base = setting.base_optimizer(problem)
+    lr = base.param_groups[0]["lr"]
+    vector = ParameterVector(problem.parameters())
+    evaluator, source = SequentialEvaluator(), ObjectiveSource(problem)
+    with Recorder(problem, setting.rounds) as recorder:
+        walk, batches = Walk(base, vector), problem.batches()
+        factors = step_factors(setting.parallelism).to(vector.device, vector.dtype)
+        points, gradient = walk.point[None], None
+        while not recorder.done:
+            if gradient is not None:
+                here = walk.point
+                walk.step(gradient)
+                points = here + factors[:, None] * (walk.point - here)
+            count, draws = len(points), Draws()  # one batch and one set of draws, or losses would not compare
+            evaluation = evaluator.evaluate(source, vector, points, [next(batches)] * count, [draws] * count)
+            kept = _lowest(evaluation.losses)
+            vector.write(points[kept])
+            recorder.round(gradients=len(points), accepted=0 if gradient is None else 1)
+            gradient = evaluation.gradients[kept]
+    return recorder.trace(lr)
+
+
+def step_factors(
+    parallelism: int,
+) -> Tensor:  # [N]
+    """Powers of two about 1: for N = 5 these are ¼, ½, 1, 2, 4; an even N has one more above 1 than below."""
+    least = -((parallelism - 1) // 2)
+    return 2.0 ** torch.arange(least, least + parallelism, dtype=torch.float64)
+
+
+def _lowest(
+    losses: Tensor,  # [n]
+) -> int:
+    finite = losses.isfinite()
+    if not finite.any():
+        raise NonFiniteError("line-search: no step length leads to a finite loss")
+    return int(torch.where(finite, losses, torch.inf).argmin())

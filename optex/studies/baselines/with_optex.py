@@ -1,0 +1,66 @@
+"""Methods that are one OptEx or another: its default, the paper's, and what is left without a model."""
+
+from __future__ import annotations
+
+from optex.estimators import HoldLast
+from optex.optimizer import OptEx
+from optex.round.acceptance import Last, WithinTolerance
+from optex.studies.baselines.interface import Recorder, Setting, Trace
+from optex.studies.problems import Problem
+
+__all__ = ["hold_last", "optex", "optex_paper", "picard", "run_rounds"]
+
+
+def optex(problem: Problem, setting: Setting) -> Trace:
+    """``OptEx`` with its defaults."""
+    base = setting.base_optimizer(problem)
+    return run_rounds(
+        problem, setting, OptEx(base, parallelism=setting.parallelism, history_size=setting.history_size)
+    )
+
+
+def optex_paper(problem: Problem, setting: Setting) -> Trace:
+    """Algorithm 1 of the paper."""
+    base = setting.base_optimizer(problem)
+    return run_rounds(problem, setting, OptEx.from_paper(base, setting.parallelism, setting.history_size))
+
+
+def hold_last(problem: Problem, setting: Setting) -> Trace:
+    """N - 1 steps with the last gradient measured, then a true one."""
+    base = setting.base_optimizer(problem)
+    return run_rounds(
+        problem,
+        setting,
+        OptEx(base, parallelism=setting.parallelism, history_size=1, estimator=HoldLast(), acceptance=Last()),
+    )
+
+
+def picard(problem: Problem, setting: Setting) -> Trace:
+    """Replay of held gradients while they were measured within one step of where they are used."""
+    base = setting.base_optimizer(problem)
+    return run_rounds(
+        problem,
+        setting,
+        OptEx(
+            base,
+            parallelism=setting.parallelism,
+            history_size=1,
+            estimator=HoldLast(),
+            acceptance=WithinTolerance(1.0, adaptive=False),
+        ),
+    )
+
+
+def run_rounds(problem: Problem, setting: Setting, optimizer: OptEx) -> Trace:
+    """Run any ``OptEx`` of the problem's parameters for the setting's rounds."""
+    lr = optimizer.param_groups[0]["lr"]
+    with Recorder(problem, setting.rounds) as recorder:
+        for report in optimizer.rounds(problem.batches(), problem):
+            recorder.round(
+                gradients=report.evaluated,
+                accepted=report.accepted,
+                overhead_seconds=report.overhead_seconds,
+            )
+            if recorder.done:
+                break
+    return recorder.trace(lr)

@@ -1,0 +1,416 @@
+"""Methods × problems × seeds: runs, their record as JSON, acceleration, break-even."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from optex.stepping.bases import OPTIMIZERS, base_optimizer
+from optex.studies.baselines import Setting, Trace, make_method
+from optex.studies.problems import PROBLEMS, Problem, make_problem
+
+__all__ = [
+    "RULER",
+    "Case",
+    "Comparison",
+    "Row",
+    "Run",
+    "Spread",
+    "acceleration",
+    "default_rate",
+    "describe",
+    "run_case",
+    "summarise",
+    "write_json",
+]
+
+RULER: Final = "vanilla"
+
+_LEARNING_RATES: Final[dict[str, float]] = {
+    "sgd": 0.1,
+    "momentum": 0.05,
+    "nesterov": 0.05,
+    "adagrad": 0.1,
+    "adadelta": 1.0,
+    "asgd": 0.1,
+    "muon": 0.02,
+}
+
+
+def default_rate(optimizer: str) -> float:
+    """The learning rate of a comparison that names none; 0.01 where the steps are about that long."""
+    return _LEARNING_RATES.get(optimizer, 0.01)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run to make."""
+
+    problem: str
+    method: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Which runs to make: every method on every start of every problem.
+
+    Args:
+        problems: names of ``optex.studies.problems.PROBLEMS``.
+        methods: names of ``optex.studies.baselines.METHODS``; vanilla is added first where it is missing, being the
+            ruler that the others are measured by.
+        optimizer: name of the base optimizer, of ``optex.stepping.bases.OPTIMIZERS``.
+        lr: its learning rate; None is ``default_rate(optimizer)``.
+        parallelism: N.
+        history_size: T0; None is 20 up to N = 8, else 32.
+        rounds: of every method but vanilla, which runs ``parallelism · rounds`` of its own.
+        seeds: how many starts of each problem, 0, 1, ...
+        dim, noise: of the problems that are functions.
+        batch_size: of the problems with minibatches; None is each problem's own.
+        problem_options: further choices, ``{"model": "cnn"}``; each reaches the problems that have it, and at
+            least one has to.
+
+    Raises:
+        ValueError: a name is unknown or a number out of range; the message says which.
+    """
+
+    problems: tuple[str, ...]
+    methods: tuple[str, ...] = ("vanilla", "target", "optex-paper", "optex")
+    optimizer: str = "adam"
+    lr: float | None = None
+    parallelism: int = 5
+    history_size: int | None = None
+    rounds: int = 60
+    seeds: int = 5
+    dim: int = 10_000
+    noise: float = 0.0
+    batch_size: int | None = None
+    problem_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.history_size is None:
+            object.__setattr__(self, "history_size", 20 if self.parallelism <= 8 else 32)
+        for name in ("parallelism", "history_size", "rounds", "seeds", "dim", "batch_size"):
+            value = getattr(self, name)
+            if name == "batch_size" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: must be an integer of at least 1, got {value!r}")
+        if not self.problems:
+            raise ValueError(f"problems: none given; choose from {', '.join(PROBLEMS)}")
+        for name in self.problems:
+            if name not in PROBLEMS:
+                raise ValueError(f"problem: {name!r} is not one of {', '.join(PROBLEMS)}")
+        for option in self.problem_options:
+            self._check_option(option)
+        for name in self.methods:
+            make_method(name)
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer: {self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
+        if self.lr is None:
+            object.__setattr__(self, "lr", default_rate(self.optimizer))
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"lr: must be positive and finite, got {self.lr}")
+        if not 0 <= self.noise < math.inf:
+            raise ValueError(f"noise: must be finite and not negative, got {self.noise}")
+        object.__setattr__(self, "problems", tuple(dict.fromkeys(self.problems)))
+        object.__setattr__(self, "methods", tuple(dict.fromkeys((RULER, *self.methods))))
+
+    def _check_option(self, option: str) -> None:
+        if option in ("dim", "noise", "batch_size"):
+            flag = f"--{option.replace('_', '-')}"
+            raise ValueError(f"problem_options (--set): {option} has a place of its own, {option} ({flag})")
+        if not any(option in PROBLEMS[name].options for name in self.problems):
+            choices = [f"{name} takes {', '.join(PROBLEMS[name].options) or 'none'}" for name in self.problems]
+            raise ValueError(f"problem_options (--set): nothing here has {option}; {'; '.join(choices)}")
+
+    @property
+    def learning_rate(self) -> float:
+        """``lr``, the default filled in."""
+        return self.lr if self.lr is not None else math.nan
+
+    def problem(self, name: str, seed: int) -> Problem:
+        """A start of a problem, with those of the options that it has."""
+        choices = {"dim": self.dim, "noise": self.noise, "batch_size": self.batch_size, **self.problem_options}
+        return make_problem(
+            name, seed=seed, **{key: choices[key] for key in choices if key in PROBLEMS[name].options}
+        )
+
+    def setting(self, method: str) -> Setting:
+        """What a method runs with."""
+
+        def base(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+            return base_optimizer(self.optimizer, parameters, lr=self.learning_rate)
+
+        rounds = self.rounds * self.parallelism if method == RULER else self.rounds
+        return Setting(base, self.parallelism, self.history_size or 0, rounds)
+
+    def check(self) -> None:
+        """Build every problem and base optimizer once, so that no mistake shows up after hours of runs.
+
+        Raises:
+            ValueError, ImportError, FileNotFoundError: as the problem or the optimizer says.
+        """
+        for name in self.problems:
+            start = self.problem(name, seed=0)
+            try:
+                self.setting(RULER).base_optimizer(start)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"optimizer: {self.optimizer} cannot optimise {name}: {error}") from error
+
+    def cases(self) -> list[Case]:
+        """The runs to make, all methods of one start next to each other."""
+        return [
+            Case(problem, method, seed)
+            for problem in self.problems
+            for seed in range(self.seeds)
+            for method in self.methods
+        ]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run made.
+
+    Attributes:
+        problem, method, seed: as in the case.
+        optimizer: what took the steps: the base optimizer, or the method's own.
+        lr: its learning rate, which data-parallel has tuned.
+        parallelism: N.
+        trace: what happened.
+    """
+
+    problem: str
+    method: str
+    optimizer: str
+    lr: float
+    parallelism: int
+    seed: int
+    trace: Trace
+
+    @property
+    def rounds(self) -> int:
+        """Rounds that the run is compared over; the ruler's lists go on ``parallelism`` times as far."""
+        return self.trace.rounds // self.parallelism if self.method == RULER else self.trace.rounds
+
+    def record(self) -> dict[str, Any]:
+        """The run as compare's JSON has it."""
+        return {
+            **{name: getattr(self, name) for name in ("problem", "method", "optimizer")},
+            **{name: getattr(self, name) for name in ("lr", "parallelism", "seed")},
+            "rounds": list(range(self.trace.rounds + 1)),
+            **{name: getattr(self.trace, name) for name in ("loss", "gradients", "seconds", "accepted")},
+        }
+
+
+def run_case(comparison: Comparison, case: Case) -> Run:
+    """Make one run; a method that diverges leaves a run that stopped, not an error."""
+    method = make_method(case.method)
+    problem = comparison.problem(case.problem, case.seed)
+    trace = method.run(problem, comparison.setting(case.method))
+    return Run(
+        problem=case.problem,
+        method=case.method,
+        optimizer=method.own_optimizer or comparison.optimizer,
+        lr=trace.lr,
+        parallelism=comparison.parallelism,
+        seed=case.seed,
+        trace=trace,
+    )
+
+
+def acceleration(
+    loss: Sequence[float],  # [rounds + 1]
+    ruler: Sequence[float],  # [parallelism · rounds + 1]
+) -> float:
+    """How many rounds of vanilla one round of the method is worth.
+
+    At round r: (first vanilla round whose best loss so far is at most the method's best by r) / r. The
+    run's acceleration is the mean of that at a third, two thirds and all of the rounds. It cannot be more
+    than the ruler is long; a method that diverges keeps its best loss and falls behind by standing still.
+
+    >>> ruler = [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0]
+    >>> acceleration([8.0, 6.0, 4.0, 2.0], ruler)     # two of vanilla's steps a round
+    2.0
+    >>> acceleration([8.0, math.nan, math.nan, math.nan], ruler)
+    0.0
+    """
+    best, best_of_ruler = np.fmin.accumulate(loss), np.fmin.accumulate(ruler)
+    last = len(best) - 1
+    rounds = [max(1, last // 3), max(1, 2 * last // 3), last]
+    reached = np.searchsorted(-best_of_ruler, -best[rounds]).clip(max=len(best_of_ruler) - 1)
+    return float(np.mean(reached / rounds))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation over those seeds that have a value.
+
+    Attributes:
+        mean: NaN where no seed has one.
+        deviation: NaN where fewer than two have one.
+        count: how many have one.
+    """
+
+    mean: float
+    deviation: float
+    count: int
+
+    @classmethod
+    def over(cls, values: Iterable[float]) -> Spread:
+        """Of the values that are not NaN."""
+        known = [value for value in values if not math.isnan(value)]
+        return cls(
+            mean=float(np.mean(known)) if known else math.nan,
+            deviation=float(np.std(known, ddof=1)) if len(known) > 1 else math.nan,
+            count=len(known),
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method on a problem, over all seeds.
+
+    Attributes:
+        problem, method: names.
+        seeds: runs made.
+        lr: learning rates of the runs, each once.
+        final_loss: after the last round; over the runs that came so far.
+        rounds_to_vanilla: first round that is as good as vanilla after the same number of rounds; over the
+            runs that got there.
+        acceleration: over all runs.
+        accepted: mean steps kept a round.
+        gradients: evaluated in a run, mean.
+        seconds: of a run, mean.
+        overhead_seconds: per round beyond the gradients, mean; NaN where a method does not measure it.
+        break_even_seconds: a gradient has to be slower than this for the method to pay where N of them at
+            once take the time of one: overhead / (acceleration - 1); infinite at acceleration ≤ 1.
+        stopped: runs that ended early because something was not finite.
+    """
+
+    problem: str
+    method: str
+    seeds: int
+    lr: tuple[float, ...]
+    final_loss: Spread
+    rounds_to_vanilla: Spread
+    acceleration: Spread
+    accepted: float
+    gradients: float
+    seconds: float
+    overhead_seconds: float
+    break_even_seconds: float
+    stopped: int
+
+
+def summarise(runs: Iterable[Run]) -> list[Row]:
+    """One row for every problem and method, in the order of the runs.
+
+    Raises:
+        ValueError: a start has no vanilla run to measure by.
+    """
+    groups: dict[tuple[str, str], list[Run]] = {}
+    rulers: dict[tuple[str, int], Run] = {}
+    for run in runs:
+        groups.setdefault((run.problem, run.method), []).append(run)
+        if run.method == RULER:
+            rulers[run.problem, run.seed] = run
+    for group in groups.values():
+        for run in group:
+            if (run.problem, run.seed) not in rulers:
+                raise ValueError(f"summarise: no vanilla run of {run.problem}, seed {run.seed}, to measure by")
+    return [_row(group, rulers) for group in groups.values()]
+
+
+def _row(group: Sequence[Run], rulers: dict[tuple[str, int], Run]) -> Row:
+    finals, reached, accelerations = [], [], []
+    for run in group:
+        ruler = rulers[run.problem, run.seed].trace.loss
+        loss = run.trace.loss[: run.rounds + 1]
+        finals.append(loss[-1])
+        reached.append(_first_round_at(loss, ruler[len(loss) - 1]))
+        accelerations.append(acceleration(loss, ruler))
+    gained = Spread.over(accelerations)
+    overhead = Spread.over(run.trace.overhead_seconds for run in group).mean
+    return Row(
+        problem=group[0].problem,
+        method=group[0].method,
+        seeds=len(group),
+        lr=tuple(sorted({run.lr for run in group})),
+        final_loss=Spread.over(finals),
+        rounds_to_vanilla=Spread.over(reached),
+        acceleration=gained,
+        accepted=float(np.mean([np.mean(run.trace.accepted[1 : run.rounds + 1]) for run in group])),
+        gradients=float(np.mean([run.trace.gradients[run.rounds] for run in group])),
+        seconds=float(np.mean([run.trace.seconds[run.rounds] for run in group])),
+        overhead_seconds=overhead,
+        break_even_seconds=_break_even(overhead, gained.mean),
+        stopped=sum(run.trace.stopped is not None for run in group),
+    )
+
+
+def _first_round_at(loss: Sequence[float], level: float) -> float:
+    return next((float(r) for r, value in enumerate(loss) if value <= level), math.nan)
+
+
+def _break_even(overhead_seconds: float, gained: float) -> float:
+    if math.isnan(overhead_seconds):
+        return math.nan
+    return overhead_seconds / (gained - 1) if gained > 1 else math.inf
+
+
+def describe(comparison: Comparison) -> dict[str, Any]:
+    """What was run and where: the ``meta`` of compare's JSON."""
+    starts = {name: comparison.problem(name, seed=0) for name in comparison.problems}
+    return {
+        "optex": version("optex"),
+        "torch": version("torch"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "dimension": {name: start.dimension for name, start in starts.items()},
+        "minimum": {name: start.minimum for name, start in starts.items()},
+        "batch_size": {name: getattr(start, "batch_size", None) for name, start in starts.items()},
+        "noise": comparison.noise,
+        "history_size": comparison.history_size,
+        "options": asdict(comparison),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def write_json(path: Path, meta: dict[str, Any], runs: Sequence[Run]) -> None:
+    """Write meta, the summary in it, and the runs; what is not finite, JSON having no word for it, is null."""
+    summary = [asdict(row) for row in summarise(runs)]
+    document = {"meta": {**meta, "summary": summary}, "runs": [run.record() for run in runs]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_finite_or_null(document), allow_nan=False) + "\n")
+
+
+def _finite_or_null(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite_or_null(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite_or_null(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

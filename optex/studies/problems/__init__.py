@@ -1,0 +1,126 @@
+"""Problems: what is optimised in comparisons, each under a name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from optex.studies.problems.control import OPTIONS as _CONTROL_OPTIONS
+from optex.studies.problems.control import Acrobot, CartPole, MountainCar
+from optex.studies.problems.images import CIFAR10, FashionMNIST
+from optex.studies.problems.interface import Problem
+from optex.studies.problems.synthetic import Ackley, Function, Quadratic, Rosenbrock, Sphere
+from optex.studies.problems.tabular import DigitsMLP, LogisticBreastCancer
+from optex.studies.problems.text import Shakespeare
+
+__all__ = [
+    "CIFAR10",
+    "PROBLEMS",
+    "Ackley",
+    "Acrobot",
+    "CartPole",
+    "DigitsMLP",
+    "FashionMNIST",
+    "Function",
+    "LogisticBreastCancer",
+    "MountainCar",
+    "Problem",
+    "ProblemEntry",
+    "Quadratic",
+    "Rosenbrock",
+    "Shakespeare",
+    "Sphere",
+    "make_problem",
+]
+
+
+@dataclass(frozen=True)
+class ProblemEntry:
+    """A problem as the registry knows it.
+
+    Attributes:
+        build: makes one start of it, from ``seed`` and the options.
+        description: one line.
+        options: what can be chosen besides the seed, and of which type it is.
+        data: the name among ``optex.studies.problems.data.DATA_SETS`` of what it needs; None where nothing.
+    """
+
+    build: Callable[..., Problem]
+    description: str
+    options: Mapping[str, type] = field(default_factory=dict)
+    data: str | None = None
+
+
+_FUNCTION_OPTIONS: Final = {"dim": int, "noise": float}
+_IMAGE_OPTIONS: Final = {
+    "model": str,
+    "width": int,
+    "depth": int,
+    "batch_size": int,
+    "train_size": int,
+    "held_size": int,
+    "augment": bool,
+}
+_TEXT_OPTIONS: Final = {
+    "layers": int,
+    "heads": int,
+    "width": int,
+    "context": int,
+    "dropout": float,
+    "batch_size": int,
+    "held_size": int,
+    "start": str,
+}
+
+PROBLEMS: Final[dict[str, ProblemEntry]] = {
+    "sphere": ProblemEntry(Sphere, "root mean square, with a kink at its minimum", _FUNCTION_OPTIONS),
+    "ackley": ProblemEntry(Ackley, "many local minima in a funnel", _FUNCTION_OPTIONS),
+    "rosenbrock": ProblemEntry(Rosenbrock, "a curved, narrow valley", _FUNCTION_OPTIONS),
+    "quadratic": ProblemEntry(Quadratic, "a bowl, eigenvalues log-spaced from 1/1000 to 1", _FUNCTION_OPTIONS),
+    "logistic-breast-cancer": ProblemEntry(
+        LogisticBreastCancer, "logistic regression, 31 parameters, full batch"
+    ),
+    "digits-mlp": ProblemEntry(
+        DigitsMLP, "64-64-10 tanh network on 8 × 8 digits, minibatches", {"batch_size": int}
+    ),
+    "fashion-mnist": ProblemEntry(
+        FashionMNIST, "MLP or CNN on images of clothes", _IMAGE_OPTIONS, data="fashion-mnist"
+    ),
+    "cifar10": ProblemEntry(CIFAR10, "residual MLP or ResNet on photographs", _IMAGE_OPTIONS, data="cifar10"),
+    "shakespeare": ProblemEntry(
+        Shakespeare, "transformer on the characters of plays", _TEXT_OPTIONS, data="shakespeare"
+    ),
+    "cartpole": ProblemEntry(CartPole, "deep Q-learning: balance a pole", _CONTROL_OPTIONS),
+    "acrobot": ProblemEntry(Acrobot, "deep Q-learning: swing a double pendulum up", _CONTROL_OPTIONS),
+    "mountain-car": ProblemEntry(MountainCar, "deep Q-learning: rock a car out of a valley", _CONTROL_OPTIONS),
+}
+
+
+def make_problem(name: str, *, seed: int = 0, **options: Any) -> Problem:
+    """One start of the problem of that name.
+
+    Args:
+        name: a key of ``PROBLEMS``.
+        seed: of the start and the batches.
+        options: those of its entry, under their names: ``dim``, ``noise``, ``batch_size``, ``model``, ... None
+            is the problem's own default.
+
+    Raises:
+        ValueError: the name is unknown, or an option is given to a problem that has no such choice: a run
+            labelled with a dimension or a noise that it did not have would be misread.
+        ModuleNotFoundError: the problem's data needs a package that is not installed.
+        FileNotFoundError: the problem's data is not on this machine; the message says how to get it.
+
+    >>> make_problem("sphere", seed=1, dim=4).dimension
+    4
+    """
+    if name not in PROBLEMS:
+        raise ValueError(f"problem: {name!r} is not one of {', '.join(PROBLEMS)}")
+    entry = PROBLEMS[name]
+    given = {option: value for option, value in options.items() if value is not None}
+    for option in given:
+        if option not in entry.options:
+            choices = ", ".join(sorted(entry.options)) or "nothing but the seed"
+            raise ValueError(f"make_problem: {name} has no {option} to choose; it takes {choices}")
+    return entry.build(seed=seed, **given)

@@ -1,0 +1,81 @@
+"""What every problem answers: a loss for a batch, batches in a fixed order, and the objective without noise."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, ClassVar, Final, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Problem", "seeded_generator"]
+
+_STREAMS: Final = {"start": 0, "batches": 1, "acting": 2}
+
+
+def seeded_generator(seed: int, stream: Literal["start", "batches", "acting"]) -> torch.Generator:
+    """A generator for one purpose: a start does not depend on how many batches were drawn."""
+    state = np.random.SeedSequence([seed, _STREAMS[stream]]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+
+
+class Problem(nn.Module, ABC):
+    """One start of one objective: a module whose parameters are what is optimised.
+
+    The problem is its own objective, ``optimizer.rounds(problem.batches(), problem)``, and as the module
+    that owns the parameters it can be handed to ``VectorizedEvaluator``. Building it twice with the same
+    arguments gives the same start and the same batches, to the last bit.
+
+    Args:
+        seed: of the start and of the batches; not negative.
+
+    Attributes:
+        name: as in ``optex.studies.problems.PROBLEMS``.
+        seed: as given.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"{type(self).__name__}: seed must be an integer of at least 0, got {seed!r}")
+        self.seed = seed
+
+    @abstractmethod
+    def forward(self, batch: Any) -> Tensor:  # []
+        """The loss of a batch at the parameters' present values."""
+
+    @abstractmethod
+    def batches(self) -> Iterator[Any]:
+        """Batches without end, one a step; every call starts anew, so that all methods see the same ones."""
+
+    @abstractmethod
+    def evaluate(self) -> float:
+        """The whole objective, without noise, at the parameters' present values."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Put the parameters back to the start, bit for bit."""
+
+    def between_rounds(self) -> None:
+        """What happens between rounds, after each one; nothing by default.
+
+        A problem whose data comes from acting with the present parameters acts here, so that all methods
+        have acted as often at equal rounds. Batches that a method drew ahead are of the time before.
+
+        Raises:
+            NonFiniteError: it cannot go on with the present parameters; the run ends there.
+        """
+
+    @property
+    def minimum(self) -> float | None:
+        """The objective's least value; None where it is not known."""
+        return None
+
+    @property
+    def dimension(self) -> int:
+        """Numbers to optimise, d."""
+        return sum(parameter.numel() for parameter in self.parameters())

@@ -1,0 +1,44 @@
+"""The figures of the OptEx paper, made again: runs, their record, picture and page."""
+
+from __future__ import annotations
+
+from optex.studies.reproduce.claims import Check, checks
+from optex.studies.reproduce.numbers import CurveSummary, numbers
+from optex.studies.reproduce.pages import write_page
+from optex.studies.reproduce.pictures import draw
+from optex.studies.reproduce.record import (
+    Case,
+    Record,
+    cases,
+    meta,
+    read_record,
+    run_curve,
+    run_missing,
+    write_record,
+)
+from optex.studies.reproduce.studies import FIGURES, SCALES, Choice, Curve, Figure, Section, View, make_figure
+
+__all__ = [
+    "FIGURES",
+    "SCALES",
+    "Case",
+    "Check",
+    "Choice",
+    "Curve",
+    "Figure",
+    "CurveSummary",
+    "Record",
+    "Section",
+    "View",
+    "cases",
+    "checks",
+    "draw",
+    "make_figure",
+    "meta",
+    "numbers",
+    "read_record",
+    "run_curve",
+    "run_missing",
+    "write_page",
+    "write_record",
+]

@@ -1,0 +1,133 @@
+"""The page of a figure: what was run, its numbers, and which claims hold, all from the record."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from optex.studies.comparison import RULER, Spread
+from optex.studies.reproduce.claims import checks
+from optex.studies.reproduce.numbers import interval, last_rewards, numbers, percent, runs_of
+from optex.studies.reproduce.record import Record
+
+__all__ = ["write_page"]
+
+_YES: Final = "yes"
+_NO: Final = "**no**"
+
+
+def write_page(path: Path, title: str, about: dict[str, Any], runs: Sequence[Record]) -> None:
+    """Write the page, or fill in the tables of the one that is there and leave its words alone.
+
+    Tables stand between ``<!-- table:NAME -->`` and ``<!-- end -->``; their names are run, numbers, checks.
+    """
+    tables = {
+        "run": _run_table(about, runs),
+        "numbers": _rewards_table(about, runs) if about["figure"] == "fig3" else _numbers_table(about, runs),
+        "checks": _table(
+            ("where", "claim", "measured", "holds"),
+            [
+                (check.where, check.claim, check.measured, _YES if check.holds else _NO)
+                for check in checks(about, runs)
+            ],
+        ),
+    }
+    name = about["figure"]
+    text = path.read_text() if path.exists() else _empty_page(f"{name.capitalize()}: {title}", name)
+    for table, content in tables.items():
+        pattern = rf"(<!-- table:{table} -->\n).*?(<!-- end -->)"
+        text = re.sub(
+            pattern, lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text, flags=re.DOTALL
+        )
+    path.write_text(text)
+
+
+def _empty_page(title: str, name: str) -> str:
+    parts = [f"# {title}", f"![{name}]({name}.png)"]
+    for heading, table in (("What was run", "run"), ("Numbers", "numbers"), ("Claims", "checks")):
+        parts += [f"## {heading}", f"<!-- table:{table} -->\n<!-- end -->"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _run_table(about: dict[str, Any], runs: Sequence[Record]) -> str:
+    rows = [
+        (
+            name,
+            f"{part['problem']}, d = {part['dimension']:,}"
+            + (f", batches of {part['batch_size']}" if part["batch_size"] else ""),
+            f"{part['optimizer']}, lr {part['lr']:g}",
+            str(part["parallelism"]),
+            str(part["history_size"]),
+            f"{part['rounds']} (vanilla {part['vanilla_rounds']})",
+            str(part["seeds"]),
+        )
+        for name, part in about["sections"].items()
+    ]
+    seconds = sum(run["seconds"] for run in runs)
+    return (
+        _table(("section", "problem", "base optimizer", "N", "T0", "rounds", "seeds"), rows)
+        + f"\n\n`{' '.join(about['command'])}` on {about['date'][:10]}: optex {about['optex']}, torch "
+        f"{about['torch']}, Python {about['python']}, {about['cpus']} × {about['cpu']}, {about['threads']} "
+        f"thread{'s' * (about['threads'] != 1)} a run, {seconds / 60:.1f} minutes of runs."
+    )
+
+
+def _numbers_table(about: dict[str, Any], runs: Sequence[Record]) -> str:
+    lines = numbers(about, runs)
+    tested = any(line.test.count for line in lines)
+    timed = any(line.acceleration.count for line in lines)
+    head = ["section", "method", "last loss", "rounds to vanilla's", "of its rounds"]
+    head += (
+        ["acceleration"] * timed + ["last test"] * tested + ["steps a round", "gradients", "seconds of the run"]
+    )
+    rows = []
+    for line in lines:
+        rounds = f"{line.rounds.mean:.1f}" if line.rounds.count else "–"
+        cells = [line.section, line.label, _spread(line.loss, line.seeds), rounds, percent(line)]
+        cells += [_spread(line.acceleration, line.seeds, ".2f")] * timed + [
+            _spread(line.test, line.seeds)
+        ] * tested
+        rows.append([*cells, f"{line.steps:.2f}", f"{line.gradients:.0f}", f"{line.seconds:.1f}"])
+    return _table(head, rows)
+
+
+def _spread(spread: Spread, seeds: int, form: str = ".4g") -> str:
+    if not spread.count:
+        return "–"
+    deviation = (
+        "" if math.isnan(spread.deviation) else f" ± {spread.deviation:{'.2f' if form == '.2f' else '.1g'}}"
+    )
+    return f"{spread.mean:{form}}{deviation}" + (f" ({spread.count} seeds)" if spread.count < seeds else "")
+
+
+def _rewards_table(about: dict[str, Any], runs: Sequence[Record]) -> str:
+    rows = []
+    for name, part in about["sections"].items():
+        ruler = last_rewards(runs, name, RULER)
+        for label in part["curves"]:
+            rewards = last_rewards(runs, name, label)
+            group = runs_of(runs, name, label)
+            rows.append(
+                (
+                    name,
+                    label,
+                    interval(rewards),
+                    "–" if label == RULER else interval(rewards - ruler),
+                    "–" if label == RULER else f"{int((rewards >= ruler).sum())} of {len(rewards)}",
+                    f"{np.mean([run['steps'][-1] for run in group]) / part['rounds']:.2f}",
+                    f"{np.mean([run['gradients'][-1] for run in group]):.0f}",
+                    f"{np.mean([run['seconds'] for run in group]):.1f}",
+                )
+            )
+    head = ("task", "method", "cumulative average reward", "more than vanilla", "seeds no worse")
+    return _table((*head, "steps a round", "gradients", "seconds of the run"), rows)

@@ -1,0 +1,353 @@
+"""What each figure of the paper runs and draws, at a small scale and at the paper's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
+
+from optex.optimizer import OptEx
+from optex.studies.baselines import METHODS, Method, Setting, Trace
+from optex.studies.baselines.with_optex import optex, run_rounds
+from optex.studies.comparison import RULER, Comparison
+from optex.studies.problems import Problem
+
+__all__ = [
+    "FIGURES",
+    "FITTED",
+    "LAST_ONLY",
+    "SCALES",
+    "Choice",
+    "Curve",
+    "Figure",
+    "Section",
+    "View",
+    "make_figure",
+]
+
+SCALES: Final = ("small", "paper")
+LAST_ONLY: Final = "evaluating the last only"
+FITTED: Final = "optex-paper, fitted"  # Algorithm 1 with length scale and noise by leave-one-out
+_USUAL: Final = (RULER, "target", "data-parallel", "optex-paper", "optex")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a user may choose about a figure; None is the figure's own.
+
+    Attributes:
+        scale: ``"small"`` takes minutes on 2 cores, ``"paper"`` has the paper's sizes as far as we know them.
+        seeds: starts of each problem, 0, 1, ..., at least 1.
+        rounds: of every method but vanilla, whose rounds change with it; at least 1.
+        dim: of the functions (fig2, fig6), at least 2.
+
+    Raises:
+        ValueError: one of them is out of range.
+    """
+
+    scale: str = "small"
+    seeds: int | None = None
+    rounds: int | None = None
+    dim: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.scale not in SCALES:
+            raise ValueError(f"scale: must be one of {', '.join(SCALES)}, got {self.scale!r}")
+        for name, least in (("seeds", 1), ("rounds", 1), ("dim", 2)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}: must be at least {least}, got {value}")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of a figure: a method, and what it has otherwise than its section.
+
+    Attributes:
+        label: names it; unique in its section.
+        run: takes a problem from its start through a setting's rounds.
+        parallelism, history_size: N and T0 where they are not the section's.
+    """
+
+    label: str
+    run: Method
+    parallelism: int | None = None
+    history_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    """A problem and the methods that are run on it.
+
+    Attributes:
+        name: unique in its figure.
+        comparison: one problem, the base optimizer, N, T0, rounds and seeds.
+        curves: vanilla first.
+        vanilla_rounds: how far vanilla is run.
+        level_round: vanilla's loss after so many rounds is the level that all are timed to.
+        tests: at how many rounds the test error is measured, the start not counted; 0 is not at all.
+    """
+
+    name: str
+    comparison: Comparison
+    curves: tuple[Curve, ...]
+    vanilla_rounds: int
+    level_round: int
+    tests: int = 0
+
+    @property
+    def problem(self) -> str:
+        """Its name."""
+        return self.comparison.problems[0]
+
+    def setting(self, curve: Curve) -> Setting:
+        """What a curve runs with."""
+        usual = self.comparison.setting(curve.label)
+        return replace(
+            usual,
+            parallelism=curve.parallelism or usual.parallelism,
+            history_size=curve.history_size or usual.history_size,
+            rounds=self.vanilla_rounds if curve.label == RULER else self.comparison.rounds,
+        )
+
+
+@dataclass(frozen=True)
+class View:
+    """A panel of the picture.
+
+    Attributes:
+        title: above it.
+        section: whose runs it shows.
+        labels: which of them.
+        values: ``"loss"``, its gap to the minimum where that is known; ``"test"`` error; ``"reward"``, minus
+            the loss; or ``"steps"`` kept so far.
+        against: ``"rounds"`` or ``"gradients"``.
+        last_round: where vanilla's line ends; None shows all of it.
+        family: the labels are values of one quantity, in order, and are coloured so; the legend then calls
+            the section's own value by this name.
+    """
+
+    title: str
+    section: str
+    labels: tuple[str, ...]
+    values: Literal["loss", "test", "reward", "steps"] = "loss"
+    against: Literal["rounds", "gradients"] = "rounds"
+    last_round: int | None = None
+    family: str | None = None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of the paper.
+
+    Attributes:
+        name: ``"fig2"``, ...
+        title: one line.
+        sections: what is run.
+        views: what is drawn, row by row.
+        columns: panels a row.
+    """
+
+    name: str
+    title: str
+    sections: tuple[Section, ...]
+    views: tuple[View, ...]
+    columns: int
+
+    def section(self, name: str) -> Section:
+        """The section of that name."""
+        return next(section for section in self.sections if section.name == name)
+
+
+def make_figure(name: str, choice: Choice) -> Figure:
+    """The figure of that name.
+
+    Raises:
+        ValueError: the name is unknown, or a choice does not go with the figure.
+    """
+    if name not in FIGURES:
+        raise ValueError(f"figure: {name!r} is not one of {', '.join(FIGURES)}")
+    if choice.dim is not None and name in ("fig3", "fig4"):
+        raise ValueError(f"dim: the problems of {name} have their own; it is for fig2 and fig6")
+    return FIGURES[name](choice)
+
+
+def _usual(*names: str) -> tuple[Curve, ...]:
+    return tuple(Curve(name, METHODS[name].run) for name in names or _USUAL)
+
+
+def _labels(curves: Iterable[Curve]) -> tuple[str, ...]:
+    return tuple(curve.label for curve in curves)
+
+
+def _paper(
+    label: str, *, parallelism: int | None = None, history_size: int | None = None, **choices: Any
+) -> Curve:
+    """Algorithm 1 with one thing otherwise."""
+
+    def run(problem: Problem, setting: Setting) -> Trace:
+        base = setting.base_optimizer(problem)
+        optimizer = OptEx.from_paper(base, setting.parallelism, setting.history_size, **choices)
+        return run_rounds(problem, setting, optimizer)
+
+    return Curve(label, run, parallelism, history_size)
+
+
+_FITTED: Final = _paper(FITTED, lengthscale="leave-one-out", noise_variance="leave-one-out")
+
+
+def _fig2(choice: Choice) -> Figure:
+    """Functions in closed form, N = 5, T0 = 20, 5 seeds. Both learning rates: we do not know the paper's."""
+    rounds = choice.rounds or 40  # the authors' published example
+    sections = [
+        Section(
+            f"{problem}, lr {lr:g}",
+            Comparison(
+                (problem,),
+                lr=lr,
+                rounds=rounds,
+                seeds=choice.seeds or 5,
+                dim=choice.dim or (10_000 if choice.scale == "small" else 100_000),
+            ),
+            _usual(),
+            vanilla_rounds=5 * rounds,
+            level_round=rounds,
+        )
+        for lr in (0.01, 0.1)
+        for problem in ("sphere", "ackley", "rosenbrock")
+    ]
+    views = tuple(View(part.name, part.name, _labels(part.curves), last_round=rounds) for part in sections)
+    return Figure("fig2", "Synthetic functions", tuple(sections), views, columns=3)
+
+
+def _fig3(choice: Choice) -> Figure:
+    """Deep Q-learning, N = 4; 10 seeds where runs are short, the paper's 3 where they are long."""
+    small = choice.scale == "small"
+    seeds = choice.seeds or (10 if small else 3)
+
+    def section(problem: str, usual: int) -> Section:
+        rounds = choice.rounds or (usual if small else 5_000)
+        comparison = Comparison((problem,), lr=1e-3, parallelism=4, rounds=rounds, seeds=seeds)
+        return Section(problem, comparison, (*_usual(), _FITTED), vanilla_rounds=rounds, level_round=rounds)
+
+    sections = [section("cartpole", 500), section("acrobot", 500), section("mountain-car", 1_500)]
+    views = tuple(View(part.name, part.name, _labels(part.curves), "reward") for part in sections)
+    return Figure("fig3", "Deep Q-learning", tuple(sections), views, columns=3)
+
+
+# Sizes of ours for what the paper calls its residual MLP and its transformer; nanoGPT's for the latter.
+_LARGE: Final[dict[str, dict[str, Any]]] = {
+    "cifar10": {"width": 512, "depth": 6, "augment": True},
+    "shakespeare": {"layers": 6, "heads": 6, "width": 384, "context": 256, "dropout": 0.2, "batch_size": 64},
+}
+
+
+def _fig4(choice: Choice) -> Figure:
+    """Networks on images and text, N = 4; and N = 16 on the text."""
+    small = choice.scale == "small"
+
+    def section(
+        name: str, problem: str, parallelism: int, rounds: int, seeds: int, curves: tuple[Curve, ...]
+    ) -> Section:
+        options = {} if small else dict(_LARGE[problem])
+        vanilla_rounds = rounds if parallelism == 16 else -(-5 * rounds // 3)
+        return Section(
+            name,
+            Comparison(
+                (problem,),
+                lr=1e-3,
+                parallelism=parallelism,
+                rounds=rounds,
+                seeds=choice.seeds or seeds,
+                batch_size=options.pop("batch_size", None),
+                problem_options=options,
+            ),
+            curves,
+            vanilla_rounds=vanilla_rounds,
+            level_round=vanilla_rounds,
+            tests=0 if parallelism == 16 else 6,
+        )
+
+    # Vanilla's last loss is looked for in up to 60 % of its rounds.
+    rounds = choice.rounds or (144 if small else 3_000)
+    sixteen = _usual(RULER, "target", "optex-paper", "optex")
+    short = min(rounds, 30 if small else 240)
+    sections = (
+        section("cifar10", "cifar10", 4, rounds, 5, (*_usual(), _FITTED)),
+        section("shakespeare", "shakespeare", 4, rounds, 3, (*_usual(), _FITTED)),
+        section("shakespeare, N = 16", "shakespeare", 16, short, 3, (*sixteen, _FITTED)),
+    )
+    views = []
+    for part in sections[:2]:
+        test = "test loss" if part.problem == "shakespeare" else "test error"
+        shown = (part.name, _labels(part.curves))
+        views.append(View(f"{part.name}: training loss", *shown))
+        views.append(View(f"{part.name}: {test}", *shown, "test"))
+        views.append(View(f"{part.name}: training loss", *shown, "loss", "gradients"))
+    shown = (sections[2].name, _labels(sections[2].curves))
+    views.append(View("shakespeare, N = 16: training loss", *shown))
+    views.append(View("shakespeare, N = 16: steps", *shown, "steps"))
+    views.append(View("shakespeare, N = 16: training loss", *shown, "loss", "gradients"))
+    return Figure("fig4", "Neural networks", sections, tuple(views), columns=3)
+
+
+def _fig6(choice: Choice) -> Figure:
+    """Ablations of Algorithm 1 on Rosenbrock's function, N = 5, T0 = 20 unless they are what varies."""
+    rounds = choice.rounds or 40
+    widths, sizes = (2, 5, 10, 16), (2, 5, 10, 20, 40)
+    usual = _usual()
+    last = _paper(LAST_ONLY, evaluate="last")
+    selections = tuple(_paper(f"keep {name}", selection=name) for name in ("lowest-loss", "smallest-gradient"))
+    histories = tuple(_paper(f"T0 = {size}", history_size=size) for size in sizes if size != 20)
+    parallel = tuple(_paper(f"N = {width}", parallelism=width) for width in widths if width != 5)
+    ours = tuple(Curve(f"optex, N = {width}", optex, width) for width in widths if width != 5)
+    kernels = tuple(
+        _paper(f"{kernel} kernel", kernel=kernel)
+        for kernel in ("matern-1/2", "matern-3/2", "rbf", "rational-quadratic")
+    )
+    section = Section(
+        "rosenbrock",
+        Comparison(
+            ("rosenbrock",),
+            lr=0.1,
+            rounds=rounds,
+            seeds=choice.seeds or 5,
+            dim=choice.dim or (10_000 if choice.scale == "small" else 100_000),
+        ),
+        (*usual, last, *selections, *histories, *parallel, *ours, *kernels),
+        vanilla_rounds=max(widths) * rounds,
+        level_round=rounds,
+    )
+
+    def view(title: str, *labels: str, family: str | None = None) -> View:
+        return View(title, section.name, labels, last_round=rounds, family=family)
+
+    views = (
+        view("(a) which proxies are evaluated", *_labels((*usual, last))),
+        view("(b) which result is kept", RULER, "optex-paper", *_labels(selections)),
+        view(
+            "(c) history T0",
+            *(RULER, *_labels(histories[:3]), "optex-paper", *_labels(histories[3:])),
+            family="T0 = 20 (optex-paper)",
+        ),
+        view(
+            "(d) parallelism N",
+            *(RULER, *_labels(parallel[:1]), "optex-paper", *_labels(parallel[1:])),
+            family="N = 5 (optex-paper)",
+        ),
+        view("(e) kernel", RULER, "optex-paper", *_labels(kernels)),
+        view(
+            "(f) parallelism N, verified",
+            *(RULER, *_labels(ours[:1]), "optex", *_labels(ours[1:])),
+            family="optex, N = 5",
+        ),
+    )
+    return Figure("fig6", "Ablations on Rosenbrock's function", (section,), views, columns=3)
+
+
+FIGURES: Final[dict[str, Callable[[Choice], Figure]]] = {
+    "fig2": _fig2,
+    "fig3": _fig3,
+    "fig4": _fig4,
+    "fig6": _fig6,
+}
