@@ -11,7 +11,9 @@ from optex.errors import (
     JitterWarning,
     NonFiniteError,
     NonFiniteWarning,
+    NotDeterministicWarning,
     NotPositiveDefiniteError,
+    PlainStepWarning,
     RankLostError,
     WorkerLostError,
 )
@@ -19,15 +21,16 @@ from optex.estimators import (
     CommitteeEstimator,
     CurlFreeEstimator,
     Estimator,
+    GradientHistory,
     HoldLast,
     Posterior,
     SeparableEstimator,
 )
-from optex.estimators.history import GradientHistory
 from optex.estimators.kernels import RBF, Kernel, Matern12, Matern32, Matern52, RationalQuadratic
 from optex.evaluators import (
-    AccumulatingSource,
     DistributedEvaluator,
+    Evaluation,
+    EvaluationRequest,
     Evaluator,
     SequentialEvaluator,
     VectorizedEvaluator,
@@ -35,8 +38,8 @@ from optex.evaluators import (
 )
 from optex.minimize import minimize, scipy_method
 from optex.optimizer import OptEx
-from optex.round.acceptance import Acceptance, Last, LowestLoss, SmallestGradient, WithinTolerance
-from optex.round.report import RoundReport
+from optex.round import Acceptance, Last, LowestLoss, RoundReport, SmallestGradient, WithinTolerance
+from optex.sources import AccumulatingSource, GradientSource, ObjectiveSource
 
 __version__ = version("optex")
 __all__ = [
@@ -48,8 +51,11 @@ __all__ = [
     "CurlFreeEstimator",
     "DistributedEvaluator",
     "Estimator",
+    "Evaluation",
+    "EvaluationRequest",
     "Evaluator",
     "GradientHistory",
+    "GradientSource",
     "HoldLast",
     "JitterWarning",
     "Kernel",
@@ -60,8 +66,11 @@ __all__ = [
     "Matern52",
     "NonFiniteError",
     "NonFiniteWarning",
+    "NotDeterministicWarning",
     "NotPositiveDefiniteError",
+    "ObjectiveSource",
     "OptEx",
+    "PlainStepWarning",
     "Posterior",
     "RankLostError",
     "RationalQuadratic",

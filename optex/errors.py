@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from pathlib import Path
+from typing import Final
+
 __all__ = [
     "ConvergenceWarning",
     "JitterWarning",
     "NonFiniteError",
     "NonFiniteWarning",
+    "NotDeterministicWarning",
     "NotPositiveDefiniteError",
+    "PlainStepWarning",
     "RankLostError",
     "WorkerLostError",
+    "warn",
 ]
+
+_PACKAGE: Final = str(Path(__file__).parent)
 
 
 class NonFiniteError(ArithmeticError):
@@ -22,6 +32,14 @@ class NonFiniteError(ArithmeticError):
 
 class NonFiniteWarning(RuntimeWarning):
     """A step was skipped because something was NaN or infinite; the message says which, and what."""
+
+
+class NotDeterministicWarning(RuntimeWarning):
+    """A source that was declared deterministic gave two losses at one point."""
+
+
+class PlainStepWarning(RuntimeWarning):
+    """``OptEx.step`` was called without a closure: one plain step of the base optimizer, nothing predicted."""
 
 
 class NotPositiveDefiniteError(ArithmeticError):
@@ -48,3 +66,16 @@ class JitterWarning(RuntimeWarning):
 
 class ConvergenceWarning(RuntimeWarning):
     """An iterative solve stopped short of its tolerance; the message says how far it came."""
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn, and point at the line of the user's that led here."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and _is_ours(frame.f_code.co_filename):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level + 1)
+
+
+def _is_ours(filename: str) -> bool:
+    # torch wraps every optimizer's step.
+    return filename.startswith(_PACKAGE) or f"{Path('torch', 'optim')}" in filename or "torch/utils" in filename

@@ -6,10 +6,10 @@ import inspect
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
-from numbers import Integral, Real
-from typing import Any, Final, Literal
+from numbers import Real
+from typing import Any, Final, Literal, cast
 
 import numpy as np
 import torch
@@ -18,28 +18,23 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from optex.checks import check_integer
 from optex.errors import NonFiniteError, NotPositiveDefiniteError, WorkerLostError
 from optex.estimators import Estimator
 from optex.evaluators import (
-    Draws,
     Evaluation,
+    EvaluationRequest,
     Evaluator,
-    GradientSource,
+    SequentialEvaluator,
     VectorizedEvaluator,
     WorkersEvaluator,
+    WrappingEvaluator,
 )
 from optex.optimizer import OptEx
-from optex.round.acceptance import Acceptance
-from optex.sources.functions import (
-    Point,
-    PointForm,
-    check_function,
-    function_source,
-    read_evaluator,
-    read_start,
-)
-from optex.stepping.bases import base_optimizer
-from optex.stepping.parameters import ParameterVector
+from optex.round import Acceptance
+from optex.sources import GradientSource
+from optex.sources.functions import Point, PointForm, check_function, function_source, read_start
+from optex.stepping import OPTIMIZERS, base_optimizer, default_rate
 
 __all__ = ["minimize", "scipy_method"]
 
@@ -59,7 +54,7 @@ def minimize(
     lr: float | None = None,
     parallelism: int = 4,
     history_size: int | None = None,
-    estimator: Estimator | Literal[False] | None = None,
+    estimator: Estimator | None = None,
     acceptance: Acceptance | None = None,
     evaluator: Evaluator | Literal["sequential", "vectorized"] | None = None,
     workers: int | Executor | Callable[..., Iterable[Any]] | None = None,
@@ -95,9 +90,10 @@ def minimize(
         jac: True: ``fun`` returns ``(f, g)``. A function: ``jac(x, *args)`` returns the gradient, of x's
             shape. None: ``fun`` is written in torch, and autograd differentiates it. There are no finite
             differences.
-        optimizer: a key of ``optex.stepping.bases.OPTIMIZERS``, or a function of a list of one parameter (and ``lr``
+        optimizer: a key of ``optex.stepping.OPTIMIZERS``, or a function of a list of one parameter (and ``lr``
             and ``optimizer_options``, where given) that returns a ``torch.optim.Optimizer``.
-        lr: its learning rate; by default the optimizer's own.
+        lr: its learning rate; by default ``optex.stepping.default_rate(optimizer)`` for one that is named, 0.01
+            for Adam, and what it is built with for a function.
         parallelism, history_size, estimator, acceptance: as in :class:`~optex.OptEx`.
         evaluator: how the N gradients of a round are computed: ``"sequential"`` (default), ``"vectorized"``
             (``jac=None`` only: ``fun`` goes through ``torch.func.vmap``), or an :class:`~optex.Evaluator`; of a
@@ -142,9 +138,8 @@ def minimize(
     _check_limits(maxiter, gtol, ftol)
     form, start = read_start(x0)
     point = Point(start)
-    settings = optimizer_options if lr is None else {"lr": lr, **optimizer_options}
-    base = _build_base(optimizer, point.x, settings)
-    tracker = _Tracker(read_evaluator(evaluator, workers, point, jac), gtol)
+    base = _build_base(optimizer, point.x, lr, optimizer_options)
+    tracker = _Tracker(_read_evaluator(evaluator, workers, point, jac), gtol)
     wrapper = OptEx(
         base,
         parallelism=parallelism,
@@ -153,15 +148,16 @@ def minimize(
         acceptance=acceptance,
         evaluator=tracker,
         scheduler=None if scheduler is None else scheduler(base),
+        shard=False,  # the tracker looks at whole points
     )
     args = args if isinstance(args, tuple) else (args,)
-    vectorized = isinstance(tracker.evaluator, VectorizedEvaluator)
+    vectorized = isinstance(tracker.inner, VectorizedEvaluator)
     source = function_source(fun, jac, args, point, form, vectorized=vectorized)
     try:
         return _Run(wrapper, source, tracker, form, callback).until(maxiter, ftol)
     finally:
-        if isinstance(tracker.evaluator, WorkersEvaluator) and tracker.evaluator is not evaluator:
-            tracker.evaluator.close()
+        if isinstance(tracker.inner, WorkersEvaluator) and tracker.inner is not evaluator:
+            tracker.inner.close()
 
 
 def scipy_method(
@@ -218,14 +214,14 @@ def scipy_method(
 # ---------------------------------------------------------------------- the run
 
 
-class _Tracker(Evaluator):
+class _Tracker(WrappingEvaluator):
     """Hands points on to an evaluator, counts them, and holds on to the one to be returned.
 
     That is the point of least loss so far, until a round meets ``gtol``.
     """
 
-    def __init__(self, evaluator: Evaluator, gtol: float) -> None:
-        self.evaluator = evaluator
+    def __init__(self, inner: Evaluator, gtol: float) -> None:
+        super().__init__(inner)
         self.gtol = gtol
         self.count = 0
         self.stationary = False
@@ -233,20 +229,12 @@ class _Tracker(Evaluator):
         self.loss = math.inf
         self.point = self.gradient = torch.empty(0)  # [d] each, from the first evaluation on
 
-    def evaluate(
-        self,
-        source: GradientSource,
-        vector: ParameterVector,
-        points: Tensor,
-        batches: Sequence[Any],
-        draws: Sequence[Draws],
-    ) -> Evaluation:
+    def evaluate(self, request: EvaluationRequest) -> Evaluation:
         # Without a history there is nothing to predict, and most optimizers draft a first round that stays
         # where it is: the function is deterministic, so one answer serves for all.
+        points = request.points
         distinct = 1 if bool((points == points[0]).all()) else len(points)
-        evaluation = self.evaluator.evaluate(
-            source, vector, points[:distinct], batches[:distinct], draws[:distinct]
-        )
+        evaluation = self.inner.evaluate(request.rows(slice(distinct)))
         self._note(points, evaluation)
         self.count += distinct - len(evaluation.lost)
         return evaluation if distinct == len(points) else _repeated(evaluation, len(points))
@@ -277,12 +265,10 @@ class _Tracker(Evaluator):
 
 def _repeated(evaluation: Evaluation, count: int) -> Evaluation:
     """One point's evaluation as that of ``count`` equal points."""
-    variance = evaluation.noise_variance
     return Evaluation(
         evaluation.losses.repeat(count),
         evaluation.gradients.repeat(count, 1),
-        evaluation.present * count,
-        None if variance is None else variance.repeat(count),
+        evaluation.masks * count,
         retried=evaluation.retried,
     )
 
@@ -379,23 +365,70 @@ def _check_options(bounds: Any, callback: Any, scheduler: Any) -> None:
 
 
 def _check_limits(maxiter: Any, gtol: Any, ftol: Any) -> None:
-    if isinstance(maxiter, bool) or not isinstance(maxiter, Integral) or maxiter < 1:
-        raise ValueError(f"minimize: maxiter must be an integer of at least 1, got {maxiter!r}")
+    check_integer("minimize", "maxiter", maxiter)
     for name, value in (("gtol", gtol), ("ftol", 0.0 if ftol is None else ftol)):
         if not (isinstance(value, Real) and float(value) >= 0):
             raise ValueError(f"minimize: {name} must be a number that is not negative, got {value!r}")
 
 
+def _read_evaluator(evaluator: Any, workers: Any, point: Point, jac: Any) -> Evaluator:
+    """The evaluator that is named or given; one that goes through a module is made to go through ``point``."""
+    if not (workers is None or workers is map or (workers == 1 and not isinstance(workers, bool))):
+        if evaluator is not None:
+            raise ValueError(
+                "minimize: evaluator and workers both say how gradients are computed; leave one out "
+                "(evaluator=optex.WorkersEvaluator(workers, timeout=60) has more to set)"
+            )
+        return WorkersEvaluator(workers)
+    if evaluator is None or evaluator == "sequential":
+        return SequentialEvaluator()
+    if evaluator == "vectorized":
+        evaluator = VectorizedEvaluator(point)
+    if not isinstance(evaluator, Evaluator):
+        raise TypeError(
+            "minimize: evaluator must be 'sequential', 'vectorized' or an optex.evaluators.Evaluator, got "
+            f"{evaluator!r}"
+        )
+    if not isinstance(evaluator, VectorizedEvaluator):
+        return evaluator
+    if jac is not None:
+        raise ValueError(
+            "minimize: evaluator 'vectorized' differentiates fun by torch.func, so jac must be None; drop jac "
+            "and write fun in torch, or use evaluator='sequential'"
+        )
+    randomness = cast(Any, evaluator.randomness)
+    return VectorizedEvaluator(point, chunk_size=evaluator.chunk_size, randomness=randomness)
+
+
+# What people who come from SciPy pass, and what does it here.
+_ELSEWHERE: Final = {
+    "method": "optimizer= names the algorithm (scipy.optimize.minimize(..., method=optex.scipy_method) takes this one)",
+    "tol": "gtol= bounds the gradient, ftol= the change of fun",
+    "disp": "a callback can print; the result has a message",
+    "options": "pass each option as an argument of its own",
+    "hess": "the method uses no second derivatives",
+    "hessp": "the method uses no second derivatives",
+    "constraints": "the optimizers here are unconstrained; use scipy.optimize.minimize(method='SLSQP'), or a penalty",
+    "learning_rate": "lr= is the learning rate",
+    "tolerance": "acceptance=optex.WithinTolerance(...) has the tolerance of a round, gtol= that of the result",
+}
+
+
 def _build_base(
     optimizer: str | Callable[..., Optimizer],
     x: nn.Parameter,  # [...]
-    settings: dict[str, Any],
+    lr: float | None,
+    options: dict[str, Any],
 ) -> Optimizer:
     if not (isinstance(optimizer, str) or callable(optimizer)):
         raise TypeError(
             "minimize: optimizer must be a name or a function of a list of one parameter, as 'adam' or "
             f"torch.optim.Adam, got {type(optimizer).__name__}"
         )
+    if isinstance(optimizer, str) and lr is None:
+        lr = default_rate(optimizer)
+    settings = options if lr is None else {"lr": lr, **options}
+    _check_settings(optimizer, options)
     try:
         if isinstance(optimizer, str):
             base = base_optimizer(optimizer, [x], **settings)
@@ -411,6 +444,24 @@ def _build_base(
     if any(group.get("maximize") for group in base.param_groups):
         raise ValueError("minimize: optimizer has maximize=True; minimise -fun instead")
     return base
+
+
+def _check_settings(optimizer: str | Callable[..., Optimizer], options: dict[str, Any]) -> None:
+    """Refuse keywords that neither ``minimize`` nor the optimizer knows, before the optimizer's constructor does."""
+    factory = OPTIMIZERS.get(optimizer) if isinstance(optimizer, str) else optimizer
+    if factory is None:  # an unknown name; the error for that is better
+        return
+    try:
+        known = inspect.signature(factory).parameters
+    except ValueError:  # a builtin that does not tell
+        return
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        return
+    for name in options:
+        if name not in known:
+            taken = [key for key in known if key not in ("params", "lr")]
+            remedy = _ELSEWHERE.get(name, f"optimizer {optimizer!r} takes {', '.join(taken)}")
+            raise TypeError(f"minimize: there is no argument {name!r}; {remedy}")
 
 
 def _takes_intermediate_result(callback: Callable[..., Any]) -> bool:

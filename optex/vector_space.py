@@ -9,19 +9,19 @@ from torch import Tensor
 
 from optex import linalg
 
-__all__ = ["Space"]
+__all__ = ["VectorSpace"]
 
 
-class Space:
+class VectorSpace:
     """Vectors of length ``dimension``, held whole by this process.
 
     Everything that sums over coordinates goes through here; all else is done coordinate by coordinate, and does
-    not care how many of them are at hand. Where vectors are split among processes, a subclass adds up what
+    not depend on how many of them are at hand. Where vectors are split among processes, a subclass adds up what
     each of them finds, so that every process goes on with the same numbers.
 
     Attributes:
         dimension: d.
-        width: how many of the coordinates (with what pads them) this process holds: the length of its rows.
+        width: how many of the coordinates (padding included) this process holds: the length of its rows.
         is_split: whether other processes hold the others.
     """
 
@@ -57,20 +57,30 @@ class Space:
         """Which rows hold neither infinities nor NaN."""
         return torch.linalg.vector_norm(rows, float("inf"), dim=1).isfinite()
 
-    def agreed(self, values: Tensor) -> Tensor:
-        """Numbers that decide what is done next, one process's for all: logarithms round differently."""
+    def broadcast(self, values: Tensor) -> Tensor:
+        """Numbers that decide what is done next, the first process's for all: processors round differently."""
         return values
 
     def whole(
         self,
         rows: Tensor,  # [..., width]
     ) -> Tensor:  # [..., d]
-        """Rows as a checkpoint keeps them: their own copy, of the full length."""
+        """Rows as a checkpoint keeps them: a copy of the full length."""
         return rows.clone()
 
     def local(
         self,
         rows: Tensor,  # [..., d]
     ) -> Tensor:  # [..., width]
-        """What of such rows belongs here."""
+        """The part of such rows that belongs here."""
         return rows
+
+    def empty_whole(
+        self,
+        shape: torch.Size,  # [..., d]
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor:  # [..., d]
+        """Room for rows as a checkpoint keeps them, to be read into."""
+        del device  # a checkpoint is read into main memory
+        return torch.empty(shape, dtype=dtype)

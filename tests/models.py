@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from optex.evaluators import EvaluationRequest, RandomDraws
+
 
 def network(seed=0, dtype=torch.float64):
     torch.manual_seed(seed)
@@ -35,6 +37,11 @@ def plain_run(model, base, batches, scheduler=None):
     return trajectory
 
 
+def request(source, vector, points, batches, **options):
+    """What an evaluator is asked, each point with random draws of its own."""
+    return EvaluationRequest(source, vector, points, batches, [RandomDraws() for _ in points], **options)
+
+
 def snapshot(model):
     return [p.detach().clone() for p in model.parameters()]
 
@@ -52,3 +59,20 @@ def assert_same_state(left, right):
         for name, value in entries.items():
             other = right["state"][key][name]
             assert torch.equal(value, other) if torch.is_tensor(value) else value == other, name
+
+
+def assert_equal_trees(left, right, path=""):
+    """Nested containers, compared to the bit."""
+    assert type(left) is type(right), path
+    if isinstance(left, torch.Tensor):
+        assert torch.equal(left, right), path
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys(), path
+        for key in left:
+            assert_equal_trees(left[key], right[key], f"{path}/{key}")
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right), path
+        for i, (a, b) in enumerate(zip(left, right, strict=True)):
+            assert_equal_trees(a, b, f"{path}/{i}")
+    else:
+        assert left == right, path

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -97,10 +99,10 @@ def test_judges_every_interval_from_the_first_round_on():
 
 def test_with_noise_the_others_are_handicapped_for_a_while():
     committee, history = CommitteeEstimator(memory=0.5, interval=1), filled(lambda x: x)
-    noises = [getattr(member, "noise_variance", 0.0) for member in default_members()]
+    noises = [member.assumed_noise_variance for member in default_members()]
     noisiest = noises.index(max(noises))
     assert committee.best(history) == 0
-    history.noisy = True
+    history.append(rows(1, seed=9), rows(1, seed=9), [math.nan])
     assert committee.best(history) == noisiest
     committee.scores[noisiest] = 0.5 * HANDICAP
     assert committee.best(history) == noisiest
@@ -130,5 +132,7 @@ def test_errors_name_the_argument():
         CommitteeEstimator([])
     with pytest.raises(ValueError, match=r"CommitteeEstimator: memory must be in \[0, 1\), got 1.0"):
         CommitteeEstimator(memory=1.0)
-    with pytest.raises(ValueError, match="CommitteeEstimator: interval must be at least 1, got 0"):
+    with pytest.raises(
+        ValueError, match="CommitteeEstimator: interval must be an integer of at least 1, got 0"
+    ):
         CommitteeEstimator(interval=0)

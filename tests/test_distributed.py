@@ -30,7 +30,7 @@ from optex.distributed import checkpoint
 from optex.distributed.ranks import Ranks
 from optex.distributed.sharding import ShardedSpace
 from optex.stepping.bases import ELEMENTWISE
-from optex.vector_space import Space
+from optex.vector_space import VectorSpace
 from tests.bases import BASES
 from tests.models import network, regression_batches, squared_error
 from tests.ranks import run_ranks
@@ -206,7 +206,7 @@ def deal_and_collect(rank, sizes):
 def check_deal_and_collect(d, n):
     """Against the obvious: every rank knows the whole rows, and takes what is its own."""
     ranks = Ranks(None, torch.device("cpu"))
-    space, whole = ShardedSpace(d, ranks), Space(d)
+    space, whole = ShardedSpace(d, ranks), VectorSpace(d)
     rows = torch.randn(n, d, generator=torch.Generator().manual_seed(d), dtype=torch.float64)
     shares = ranks.shares(n)
     first = sum(shares[: ranks.rank])

@@ -3,18 +3,15 @@ import torch
 from torch import nn
 
 from optex import OptEx, SequentialEvaluator, VectorizedEvaluator, WithinTolerance
-from optex.evaluators.interface import ClosureSource, Draws, ObjectiveSource
-from optex.stepping.parameters import ParameterVector
-from tests.models import network, plain_run, regression_batches, same, snapshot, squared_error
+from optex.evaluators import RandomDraws
+from optex.sources import ClosureSource, ObjectiveSource
+from optex.stepping import ParameterVector
+from tests.models import network, plain_run, regression_batches, request, same, snapshot, squared_error
 
 
 def points_around(vector, count):
     generator = torch.Generator().manual_seed(0)
     return vector.read() + torch.randn(count, vector.dimension, generator=generator, dtype=vector.dtype)
-
-
-def fresh(points):
-    return [Draws() for _ in points]
 
 
 def dict_batches(count):
@@ -36,13 +33,12 @@ def test_vectorized_gives_the_sequential_answer(kind, chunk_size):
     }[kind]
     points, before = points_around(vector, 5), snapshot(model)
     source = ObjectiveSource(objective)
-    expected = SequentialEvaluator().evaluate(source, vector, points, batches, fresh(points))
-    result = VectorizedEvaluator(model, chunk_size=chunk_size).evaluate(
-        source, vector, points, batches, fresh(points)
-    )
+    asked = request(source, vector, points, batches)
+    expected = SequentialEvaluator().evaluate(asked)
+    result = VectorizedEvaluator(model, chunk_size=chunk_size).evaluate(asked)
     torch.testing.assert_close(result.losses, expected.losses, rtol=1e-12, atol=0)
     torch.testing.assert_close(result.gradients, expected.gradients, rtol=1e-11, atol=1e-13)
-    assert result.present == expected.present
+    assert result.masks == expected.masks
     assert same(snapshot(model), before)
 
 
@@ -62,8 +58,9 @@ def test_frozen_and_tied_parameters():
     vector = ParameterVector([p for p in model.parameters() if p.requires_grad])
     source, batches = ObjectiveSource(squared_error(model)), regression_batches(4)
     points = points_around(vector, 4)
-    expected = SequentialEvaluator().evaluate(source, vector, points, batches, fresh(points))
-    result = VectorizedEvaluator(model).evaluate(source, vector, points, batches, fresh(points))
+    asked = request(source, vector, points, batches)
+    expected = SequentialEvaluator().evaluate(asked)
+    result = VectorizedEvaluator(model).evaluate(asked)
     torch.testing.assert_close(result.gradients, expected.gradients, rtol=1e-11, atol=1e-13)
 
 
@@ -82,7 +79,7 @@ def test_sequential_restores_parameters_when_the_objective_fails():
 
     points = points_around(vector, 4)
     with pytest.raises(KeyboardInterrupt):
-        SequentialEvaluator().evaluate(ClosureSource(closure), vector, points, [None] * 4, fresh(points))
+        SequentialEvaluator().evaluate(request(ClosureSource(closure), vector, points, [None] * 4))
     assert same(snapshot(model), before)
     assert all(p.grad is None for p in model.parameters())
 
@@ -109,7 +106,10 @@ def test_randomness_is_refused_or_declared():
 def test_batch_norm_is_refused_with_the_remedy():
     model = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
     optimizer = OptEx(torch.optim.Adam(model.parameters()), evaluator=VectorizedEvaluator(model))
-    with pytest.raises(ValueError, match=r"BatchNorm1d '1' updates running statistics.*use torch.nn.GroupNorm"):
+    with pytest.raises(
+        ValueError,
+        match=r"BatchNorm1d '1' updates buffers .BatchNorm's running statistics.*use torch.nn.GroupNorm",
+    ):
         next(optimizer.rounds(regression_batches(4), squared_error(model)))
     model.eval()
     next(optimizer.rounds(regression_batches(4), squared_error(model)))
@@ -137,7 +137,7 @@ def test_closures_and_strangers_are_refused():
         (
             lambda: VectorizedEvaluator(network(), chunk_size=0),
             ValueError,
-            "chunk_size must be at least 1, got 0",
+            "chunk_size must be an integer of at least 1, got 0",
         ),
         (
             lambda: VectorizedEvaluator(network(), randomness="no"),
@@ -184,7 +184,7 @@ def test_dropout_draws_are_pinned_to_their_step(tolerance):
 
 
 def test_draws_move_the_generator_on_once():
-    draws = Draws()
+    draws = RandomDraws()
     torch.manual_seed(0)
     with draws.replayed():
         first = torch.rand(3)

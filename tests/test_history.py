@@ -136,11 +136,14 @@ def test_clear_forgets_everything():
 
 
 def test_errors_name_the_argument():
-    with pytest.raises(ValueError, match="GradientHistory: size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="GradientHistory: size must be an integer of at least 1, got 0"):
         GradientHistory(0, 3)
     with pytest.raises(ValueError, match=r"points \(2, 4\) and gradients \(2, 4\) must both be \[n, 3\]"):
         GradientHistory(2, 3).append(torch.zeros(2, 4), torch.zeros(2, 4))
     with pytest.raises(ValueError, match="build it with the same history_size and"):
         GradientHistory(2, 3).load_state_dict(GradientHistory(3, 3).state_dict())
+    for noise in ([-1.0], [0.0, 0.0]):
+        with pytest.raises(ValueError, match="noise_variance must be 1 numbers that are not negative"):
+            GradientHistory(2, 3).append(torch.zeros(1, 3), torch.zeros(1, 3), noise)
     with pytest.raises(RuntimeError, match="the history is empty"):
         GradientHistory(2, 3).displacement(torch.zeros(1, 3))

@@ -1,5 +1,6 @@
 """OptEx as a torch optimizer: groups, schedules, hooks, checkpoints, and what it refuses."""
 
+import contextlib
 import copy
 import io
 import itertools
@@ -10,9 +11,20 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 
-from optex import HoldLast, Last, LowestLoss, NonFiniteError, OptEx, VectorizedEvaluator, WithinTolerance
+from optex import (
+    HoldLast,
+    Last,
+    LowestLoss,
+    NonFiniteError,
+    NotDeterministicWarning,
+    OptEx,
+    PlainStepWarning,
+    VectorizedEvaluator,
+    WithinTolerance,
+)
 from tests.bases import BASES
 from tests.models import (
+    assert_equal_trees,
     assert_same_state,
     network,
     plain_run,
@@ -142,16 +154,37 @@ def test_history_dtype_is_apart_from_the_parameters(dtype):
     assert model[0].weight.dtype == torch.float64
 
 
-def test_step_without_closure_is_one_plain_step():
+def test_step_without_closure_is_one_plain_step_that_counts_and_is_clipped():
     model, plain = network(), network()
-    optimizer, base = OptEx(adam(model.parameters())), adam(plain.parameters())
-    for batch in regression_batches(3):
-        for each, opt in ((model, optimizer), (plain, base)):
-            opt.zero_grad()
-            squared_error(each)(batch).backward()
-            assert opt.step() is None
+    clip = lambda each: nn.utils.clip_grad_norm_(each.parameters(), 1e-3)  # noqa: E731
+    optimizer = OptEx(torch.optim.SGD(model.parameters(), lr=1.0), gradient_hook=lambda: clip(model))
+    base = torch.optim.SGD(plain.parameters(), lr=1.0)
+
+    def run():
+        for batch in regression_batches(3):
+            for each, opt in ((model, optimizer), (plain, base)):
+                opt.zero_grad()
+                squared_error(each)(batch).backward()
+                if opt is base:
+                    clip(plain)
+                assert opt.step() is None
+
+    with pytest.warns(PlainStepWarning, match=r"rounds\(batches, objective\), or .*step\(closure\)") as caught:
+        run()
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
     assert same(snapshot(model), snapshot(plain))
     assert len(optimizer.history) == 0
+    assert optimizer.steps_taken == 3
+
+
+def test_a_step_at_rate_zero_warns_nobody():
+    # torch.distributed.checkpoint takes one, to have the optimizer make its state.
+    model = network()
+    optimizer = OptEx(torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9))
+    squared_error(model)(regression_batches(1)[0]).backward()
+    optimizer.step()
+    assert optimizer.state
 
 
 # ---------------------------------------------------------------- schedules and hooks
@@ -163,7 +196,7 @@ def test_a_scheduler_outside_ticks_once_a_round():
     scheduler = StepLR(optimizer, step_size=1, gamma=0.5)
     for _ in optimizer.rounds(regression_batches(12), squared_error(model)):
         scheduler.step()
-    assert optimizer.base.param_groups[0]["lr"] == 0.02 * 0.5**optimizer._rounds
+    assert optimizer.base.param_groups[0]["lr"] == 0.02 * 0.5 ** (optimizer.last_report.number + 1)
 
 
 @pytest.mark.parametrize("make", [OptEx, OptEx.from_paper], ids=["verified", "paper"])
@@ -253,7 +286,7 @@ def test_a_checkpoint_of_another_history_is_refused_and_changes_nothing():
         optimizer.load_state_dict(other.state_dict())
     after = optimizer.state_dict()
     assert torch.equal(before["optex"]["history"]["gradients"], after["optex"]["history"]["gradients"])
-    assert_same_state(optimizer.base, optimizer.base)
+    assert_equal_trees(before, after)
 
 
 def test_state_dict_hooks_run():
@@ -373,7 +406,7 @@ def one():
         (
             lambda: OptEx(adam(one()), acceptance="last"),
             TypeError,
-            "acceptance must be an optex.round",
+            "acceptance must be an optex.Acceptance",
         ),
         (lambda: OptEx(adam(one()), evaluator=max), TypeError, "evaluator must be an optex.evaluators"),
         (lambda: OptEx(adam(one()), scheduler=0.9), TypeError, "scheduler must be a torch.optim.lr_scheduler"),
@@ -553,9 +586,194 @@ def test_trouble_at_a_proxy_drops_that_proxy(make, where):
 
 def test_steps_that_leave_the_numbers_are_undone():
     theta = nn.Parameter(torch.ones(2))
-    optimizer = OptEx(torch.optim.SGD([theta], lr=1e38), estimator=False)
+    optimizer = OptEx(torch.optim.SGD([theta], lr=1e38))
     with pytest.raises(
         NonFiniteError, match=r"round 0 led to parameters that are not finite.*Lower the learning rate"
     ):
         next(optimizer.rounds([None], lambda _: 1e3 * theta.sum()))
     assert torch.equal(theta, torch.ones(2))
+
+
+# ---------------------------------------------------------------- a round that fails
+
+
+def poisoned_at(numbers):
+    return [(x, y * math.nan if i in numbers else y) for i, (x, y) in enumerate(regression_batches(12))]
+
+
+def test_nothing_of_a_failed_round_is_kept_and_its_gradients_are_counted():
+    # The last step of the replay leaves the numbers: by then the pairs were remembered.
+    theta = nn.Parameter(torch.ones(2))
+    optimizer = OptEx(
+        torch.optim.SGD([theta], lr=1e38), parallelism=3, estimator=HoldLast(), on_nonfinite="skip"
+    )
+    objective = lambda batch: batch * theta.sum()  # noqa: E731
+    rounds = optimizer.rounds([0.0, 1e-38, 1e3, 1e3, 1.0, 1.0], objective)
+    with pytest.warns(RuntimeWarning, match="led to parameters that are not finite"):
+        reports = [report for report, _ in zip(rounds, range(3), strict=False)]
+    failed = next(report for report in reports if not report.accepted)
+    assert failed.evaluated == 3
+    kept = sum(report.evaluated for report in reports[: failed.number])
+    assert len(optimizer.history) <= kept + sum(r.evaluated for r in reports[failed.number + 1 :])
+    assert theta.isfinite().all()
+
+
+def test_a_failed_round_leaves_the_state_dict_as_it_was():
+    model = network()
+    optimizer = OptEx(adam(model.parameters()), model=model)
+    rounds = optimizer.rounds(regression_batches(40), squared_error(model))
+    for _ in range(3):
+        next(rounds)
+    before, start = copy.deepcopy(optimizer.state_dict()), snapshot(model)
+
+    class Broken(WithinTolerance):
+        def replay(self, record):
+            super().replay(record)
+            raise KeyboardInterrupt
+
+    whole = optimizer.acceptance
+    optimizer._rounds.acceptance = Broken()
+    optimizer._rounds.acceptance.load_state_dict(whole.state_dict())
+    with pytest.raises(KeyboardInterrupt):
+        next(optimizer.rounds(regression_batches(8, seed=1), squared_error(model)))
+    optimizer._rounds.acceptance = whole
+    after = copy.deepcopy(optimizer.state_dict())
+    for state in (before, after):  # batches were drawn, and their steps have their random numbers
+        for name in ("window", "batches_drawn"):
+            del state["optex"][name]
+    assert_equal_trees(before, after)
+    assert same(snapshot(model), start)
+
+
+def test_an_error_names_the_point_that_was_evaluated():
+    model = network()
+    optimizer = OptEx.from_paper(adam(model.parameters()), parallelism=4, evaluate="last")
+    rounds = optimizer.rounds(poisoned_at([7]), squared_error(model))
+    next(rounds)
+    with pytest.raises(NonFiniteError, match=r"at proxy 3 of round 1 .*Check the batch.*\(Step 7, batch 7, "):
+        next(rounds)
+    left = list(optimizer.rounds([], squared_error(model)))
+    assert sum(report.accepted for report in left) == 3  # batches 4 to 6 wait; 7 is gone
+
+
+# ---------------------------------------------------------------- sampled or deterministic
+
+
+def drawing_closure(optimizer, model, batches):
+    batches = iter(batches)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = squared_error(model)(next(batches))
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def test_a_closure_counts_as_sampled_unless_declared():
+    model = network()
+    optimizer = OptEx(adam(model.parameters()))
+    optimizer.step(drawing_closure(optimizer, model, regression_batches(8)))
+    assert optimizer.history.is_sampled
+    declared = OptEx(adam(model.parameters()), deterministic=True)
+    declared.step(closure_of(declared, model, regression_batches(1)[0]))
+    assert not declared.history.is_sampled
+    assert declared.last_report.evaluated == 2  # the start, once more to see whether it is true
+
+
+def test_a_declaration_that_does_not_hold_is_said_once_and_dropped():
+    model = network()
+    optimizer = OptEx(adam(model.parameters()), deterministic=True)
+    closure = drawing_closure(optimizer, model, regression_batches(80))
+    with pytest.warns(
+        NotDeterministicWarning, match=r"losses at one point were .*; gradients count as sampled"
+    ) as caught:
+        for _ in range(4):
+            optimizer.step(closure)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert optimizer.history.is_sampled
+
+
+def test_dropout_contradicts_a_declaration():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Dropout(0.5), nn.Linear(5, 3)).double()
+    optimizer = OptEx(adam(model.parameters()), deterministic=True)
+    with pytest.warns(NotDeterministicWarning):
+        list(optimizer.rounds(regression_batches(1) * 8, squared_error(model)))
+
+
+@pytest.mark.parametrize("make", [OptEx, OptEx.from_paper], ids=["verified", "paper"])
+def test_a_declaration_that_holds_is_silent(make):
+    model = network()
+    optimizer = make(adam(model.parameters()), deterministic=True)
+    reports = list(optimizer.rounds(regression_batches(1) * 30, squared_error(model)))
+    assert sum(report.accepted for report in reports) == 30
+
+
+# ---------------------------------------------------------------- buffers of whom
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
+
+    def forward(self, batch):
+        return (self.layers(batch[0]) - batch[1]).square().mean()
+
+
+def test_buffers_are_those_of_the_module_that_rounds_is_given():
+    first, second = Normed(), Normed()
+    optimizer = OptEx(adam([*first.parameters(), *second.parameters()]))
+    for model in (first, second):
+        list(optimizer.rounds(regression_batches(8), model))
+        assert int(model.layers[1].num_batches_tracked) == 8
+
+
+# ---------------------------------------------------------------- bases that freeze state
+
+
+class Preconditioned(torch.optim.Optimizer):
+    """Scales by a running mean of squared gradients that drafts leave alone."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+        self.frozen, self.updates, self.drafts = False, 0, 0
+
+    @contextlib.contextmanager
+    def drafting(self):
+        self.frozen = True
+        try:
+            yield
+        finally:
+            self.frozen = False
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                curvature = state.setdefault("curvature", torch.ones_like(p))
+                if self.frozen:
+                    self.drafts += 1
+                else:
+                    self.updates += 1
+                    curvature.mul_(0.9).add_(p.grad.square(), alpha=0.1)
+                p.sub_(group["lr"] * p.grad / curvature.sqrt())
+
+
+def test_a_base_freezes_what_it_says_while_drafting():
+    plain, model = nn.Linear(3, 1).double(), nn.Linear(3, 1).double()
+    model.load_state_dict(plain.state_dict())
+    batches = [(x[:, :3], y[:, :1]) for x, y in regression_batches(20)]
+    base = Preconditioned(plain.parameters(), lr=0.05)
+    plain_run(plain, base, batches)
+    twin = Preconditioned(model.parameters(), lr=0.05)
+    optimizer = OptEx(twin, acceptance=WithinTolerance(0.0))
+    list(optimizer.rounds(batches, squared_error(model)))
+    assert_same_state(twin, base)
+    assert twin.drafts > 0
+    assert twin.updates == base.updates  # replayed steps alone

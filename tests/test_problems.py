@@ -13,7 +13,7 @@ from scipy.optimize import minimize, rosen, rosen_der
 from torch.func import functional_call
 
 from optex import OptEx, SequentialEvaluator, VectorizedEvaluator
-from optex.evaluators.interface import Draws, ObjectiveSource
+from optex.sources import ObjectiveSource
 from optex.stepping.parameters import ParameterVector
 from optex.studies.problems import (
     PROBLEMS,
@@ -28,6 +28,7 @@ from optex.studies.problems import (
     tabular,
 )
 from optex.studies.problems.control import DeepQLearning
+from tests.models import request
 
 SMALL = {
     "dim": 7,
@@ -125,10 +126,8 @@ class TestEveryProblem:
         generator = torch.Generator().manual_seed(0)
         shifts = torch.randn(3, vector.dimension, generator=generator, dtype=vector.dtype)
         points, batches = vector.read() + 0.1 * shifts, list(islice(problem.batches(), 3))
-        expected = SequentialEvaluator().evaluate(source, vector, points, batches, [Draws() for _ in points])
-        found = VectorizedEvaluator(problem).evaluate(
-            source, vector, points, batches, [Draws() for _ in points]
-        )
+        expected = SequentialEvaluator().evaluate(request(source, vector, points, batches))
+        found = VectorizedEvaluator(problem).evaluate(request(source, vector, points, batches))
         torch.testing.assert_close(found.gradients, expected.gradients)
         torch.testing.assert_close(found.losses, expected.losses.to(found.losses.dtype))
         assert torch.equal(vector.read(), flat(problem))

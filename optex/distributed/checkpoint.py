@@ -8,25 +8,39 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
+from optex.checks import check_integer
 from optex.distributed.ranks import Ranks
-from optex.distributed.sharding import ShardedSpace, ShardedWalk, joined_state
-from optex.evaluators import DistributedEvaluator
-from optex.optimizer import OptEx
+from optex.distributed.sharding import ShardedStepper, joined_state
+from optex.stepping import Stepper
 
-__all__ = ["latest", "load", "save"]
+__all__ = ["Resumable", "latest", "load", "save"]
 
 _PARAMETERS: Final = "parameters"
+
+
+class Resumable(Protocol):
+    """What is saved: an ``optex.OptEx``."""
+
+    base: Optimizer
+    steps_taken: int
+
+    @property
+    def stepper(self) -> Stepper: ...
+    @property
+    def ranks(self) -> Ranks | None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -43,7 +57,7 @@ class _Stored:
     key: str
 
 
-def save(directory: Path | str, optimizer: OptEx, extra: Any = None, *, keep: int = 2) -> Path:
+def save(directory: Path | str, optimizer: Resumable, extra: Any = None, *, keep: int = 2) -> Path:
     """Write parameters, base state, history, window and schedule into a new folder of ``directory``.
 
     Every rank calls it, between rounds, and writes its own slices through ``torch.distributed.checkpoint``;
@@ -61,17 +75,15 @@ def save(directory: Path | str, optimizer: OptEx, extra: Any = None, *, keep: in
     Raises:
         ValueError: ``keep`` is less than 1.
     """
-    if keep < 1:
-        raise ValueError(f"optex.distributed.checkpoint.save: keep must be at least 1, got {keep}")
-    space = optimizer._walk.vector.space
-    parameters = space.whole(optimizer._walk.point)
+    check_integer("checkpoint.save", "keep", keep)
+    stepper, ranks = optimizer.stepper, optimizer.ranks
+    parameters = stepper.vector.space.whole(stepper.point)
     state = {_PARAMETERS: parameters, "optimizer": optimizer.state_dict(), "extra": extra}
     leaves, structure = pytree.tree_flatten(state)
     tensors = {f"{i}": leaf for i, leaf in enumerate(leaves) if isinstance(leaf, DTensor)}
     rest = [_Stored(f"{i}") if isinstance(leaf, DTensor) else leaf for i, leaf in enumerate(leaves)]
     folder = Path(directory) / f"step-{optimizer.steps_taken:08d}"
     content: dict[str, Any] = {"tensors": tensors}
-    ranks = _ranks(optimizer)
     proxy, part = (0, 0) if ranks is None else ranks.place
     if proxy == 0:  # batches of the window differ along the data alone
         content[_rest_key(part)] = _Rest(pytree.tree_unflatten(rest, structure))
@@ -85,7 +97,7 @@ def save(directory: Path | str, optimizer: OptEx, extra: Any = None, *, keep: in
     return folder
 
 
-def load(directory: Path | str, optimizer: OptEx) -> Any:
+def load(directory: Path | str, optimizer: Resumable) -> Any:
     """Go on from the newest complete checkpoint of ``directory``, on any number of ranks.
 
     Every rank calls it, with an optimizer built as the saved one was, over the same parameters and with the
@@ -102,18 +114,17 @@ def load(directory: Path | str, optimizer: OptEx) -> Any:
     """
     folder = latest(directory)
     if folder is None:
-        raise FileNotFoundError(f"optex.distributed.checkpoint.load: no complete checkpoint in {directory}")
-    walk = optimizer._walk
+        raise FileNotFoundError(f"checkpoint.load: no complete checkpoint in {directory}")
+    stepper, ranks = optimizer.stepper, optimizer.ranks
     known = FileSystemReader(folder).read_metadata().state_dict_metadata
-    ranks = _ranks(optimizer)
     data, part = (1, 0) if ranks is None else (ranks.data, ranks.place[1])
     if data != sum(key.startswith("rest-") for key in known):
         raise ValueError(
-            f"optex.distributed.checkpoint.load: {folder} was saved with another number of ranks along 'data'; the batches "
+            f"checkpoint.load: {folder} was saved with another number of ranks along 'data'; the batches "
             "that were drawn ahead belong to that split. Load it with as many"
         )
     tensors = {
-        key.removeprefix("tensors."): _template(optimizer, metadata)
+        key.removeprefix("tensors."): _room(stepper, metadata)
         for key, metadata in known.items()
         if isinstance(metadata, TensorStorageMetadata)
     }
@@ -127,11 +138,11 @@ def load(directory: Path | str, optimizer: OptEx) -> Any:
     filled = [content["tensors"][leaf.key] if isinstance(leaf, _Stored) else leaf for leaf in leaves]
     state = pytree.tree_unflatten(filled, structure)
     own = state["optimizer"]
-    if "sliced" in own and not isinstance(walk, ShardedWalk):
+    if "sliced" in own and not isinstance(stepper, ShardedStepper):
         base = {key: value for key, value in own.items() if key != "optex"}
-        own = joined_state(base, optimizer.base, walk.vector.parameters) | {"optex": own["optex"]}
+        own = joined_state(base, optimizer.base, stepper.vector.parameters) | {"optex": own["optex"]}
     optimizer.load_state_dict(own)
-    walk.arrive(walk.vector.space.local(state[_PARAMETERS]))
+    stepper.move_to(stepper.vector.space.local(state[_PARAMETERS]))
     return state["extra"]
 
 
@@ -158,18 +169,10 @@ def _alone_without_warning() -> Iterator[None]:
         yield
 
 
-def _ranks(optimizer: OptEx) -> Ranks | None:
-    evaluator = optimizer.evaluator
-    return evaluator.ranks if isinstance(evaluator, DistributedEvaluator) else None
-
-
 def _rest_key(part: int) -> str:
     return f"rest-{part}"
 
 
-def _template(optimizer: OptEx, metadata: TensorStorageMetadata) -> Tensor:
-    vector, dtype = optimizer._walk.vector, metadata.properties.dtype
-    if not isinstance(vector.space, ShardedSpace):
-        return torch.empty(metadata.size, dtype=dtype)
-    slices = torch.empty(*metadata.size[:-1], vector.space.width, dtype=dtype, device=vector.device)
-    return vector.space.whole(slices)
+def _room(stepper: Stepper, metadata: TensorStorageMetadata) -> Tensor:
+    vector = stepper.vector
+    return vector.space.empty_whole(metadata.size, metadata.properties.dtype, vector.device)

@@ -197,7 +197,7 @@ class Ranks:
             raise RankLostError(
                 f"DistributedEvaluator: rank {self.rank} of {self.size} lost the others ({error}). One died "
                 "or did not come along: all must run the same rounds on equally many batches. With torchrun "
-                "--max-restarts the job starts anew and can go on from its last optex.distributed.checkpoint; a round that "
+                "--max-restarts the job starts anew and can go on from its last checkpoint; a round that "
                 "is longer than the process group's timeout needs init_process_group(timeout=...)"
             ) from error
 

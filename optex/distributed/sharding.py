@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,16 +16,16 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from optex import linalg
 from optex.distributed.ranks import Ranks
-from optex.stepping.parameters import Fork, ParameterVector, Presence, Settings, Walk
-from optex.vector_space import Space
+from optex.stepping import GradientMask, Hyperparameters, ParameterVector, Snapshot, Stepper
+from optex.vector_space import VectorSpace
 
-__all__ = ["ShardedSpace", "ShardedVector", "ShardedWalk", "joined_state"]
+__all__ = ["ShardedSpace", "ShardedStepper", "ShardedVector", "joined_state"]
 
 # State of one number a parameter; with parameters of one number its shape does not tell it from the others.
 _COUNTERS: Final = ("step", "mu_product", "eta", "mu")
 
 
-class ShardedSpace(Space):
+class ShardedSpace(VectorSpace):
     """Vectors of length d in equal slices, one a rank; the last ones are padded with zeros."""
 
     is_split = True
@@ -47,7 +48,7 @@ class ShardedSpace(Space):
     def finite(self, rows: Tensor) -> Tensor:
         return self.total((~super().finite(rows)).to(torch.float64))[0] == 0
 
-    def agreed(self, values: Tensor) -> Tensor:
+    def broadcast(self, values: Tensor) -> Tensor:
         return self.ranks.sum(values if self.ranks.rank == 0 else torch.zeros_like(values))
 
     def whole(self, rows: Tensor) -> Tensor:
@@ -74,6 +75,9 @@ class ShardedSpace(Space):
         else:
             here = rows[..., self.start : self.stop]
         return self.padded(here, self.width)
+
+    def empty_whole(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return self.whole(torch.empty(*shape[:-1], self.width, dtype=dtype, device=device))
 
     @staticmethod
     def padded(rows: Tensor, width: int) -> Tensor:
@@ -178,8 +182,8 @@ class ShardedVector(ParameterVector):
         # A slice may hold nothing but padding.
         return self._slices.padded(super()._flatten([torch.empty(0), *pieces]), self._slices.width)
 
-    def write_gradients(self, vector: Tensor, present: Presence) -> None:
-        super().write_gradients(vector, tuple(present[piece.index] for piece in self.pieces))
+    def write_gradients(self, vector: Tensor, mask: GradientMask) -> None:
+        super().write_gradients(vector, tuple(mask[piece.index] for piece in self.pieces))
 
     def note(self) -> None:
         """Remember the parameters as they are, to notice when someone changes them."""
@@ -223,8 +227,8 @@ class ShardedVector(ParameterVector):
             self.note()
 
 
-class ShardedWalk(Walk):
-    """A walk in which every rank steps its own slice, with the same optimizer over its shadows.
+class ShardedStepper(Stepper):
+    """A stepper whose ranks step a slice each, with the same optimizer over its shadows.
 
     For optimizers that step every coordinate by itself. The base optimizer keeps its groups, settings and
     schedule, which are read before every step; its state is with the slices, ``state_dict`` has it.
@@ -236,30 +240,35 @@ class ShardedWalk(Walk):
         self._owner = base
         self._trained = [p for group in base.param_groups for p in group["params"] if p.requires_grad]
         super().__init__(_over_shadows(base, vector), vector, scheduler)
-        self.present = (True,) * len(vector.whole.parameters)
+        self.mask = (True,) * len(vector.whole.parameters)
         base.state.clear()
 
-    def mark(self) -> Fork:
+    def mark(self) -> Snapshot:
         self.vector.follow()
-        self._settings = Settings(self._owner)
+        self._hyperparameters = Hyperparameters(self._owner)
         return super().mark()
 
     def rewind(self) -> None:
         super().rewind()
-        self._settings.restore()
+        self._hyperparameters.restore()
 
     def _step_base(self) -> None:
         for group, own in zip(self._base.param_groups, self._owner.param_groups, strict=True):
             group.update({key: value for key, value in own.items() if key != "params"})
         self._base.step()
-        self._owner._opt_called = True  # type: ignore[attr-defined]  # a scheduler asks whether its optimizer stepped
+        # Without gradients this moves nothing; a scheduler asks whether the optimizer it ticks for has stepped.
+        self.vector.whole.clear_gradients()
+        self._owner.step()
         self.vector.stale = True
 
     def step_with_current_gradients(self) -> None:
         """One step with the parameters' ``.grad``, the same on every rank; they are whole afterwards."""
-        gradient, present = self.vector.whole.read_gradients()
-        self.vector.write_gradients(self.vector.space.local(gradient), present)
-        self._take()
+        gradient, mask = self.vector.whole.read_gradients()
+        given = [p.grad for p in self.vector.whole.parameters]
+        self.vector.write_gradients(self.vector.space.local(gradient), mask)
+        self._step()
+        for p, gradient in zip(self.vector.whole.parameters, given, strict=True):
+            p.grad = gradient  # the caller's, as a plain step leaves them
         self.gather()
 
     def gather(self) -> None:
@@ -305,7 +314,7 @@ class ShardedWalk(Walk):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if "sliced" not in state:
+        if "sliced" not in state:  # a whole optimizer's
             self._owner.load_state_dict(state)
             _move_state(self._owner, self._base, self.vector)
         else:
@@ -322,12 +331,12 @@ class ShardedWalk(Walk):
         if self.vector.touched:  # the model's state was loaded before
             self.vector.pull()
 
-    def arrive(self, point: Tensor) -> None:
+    def move_to(self, point: Tensor) -> None:
         self.vector.write(point)
         self.vector.stale = True
         self.gather()
 
-    def dissolve(self) -> None:
+    def release(self) -> None:
         self.gather()
         state = self.state_dict()
         whole = {name: cast(Any, row).full_tensor() for name, row in state["sliced"].items()}
@@ -357,19 +366,28 @@ def joined_state(
 
 
 def _over_shadows(base: Optimizer, vector: ShardedVector) -> Optimizer:
-    """An optimizer of the same class and settings over the shadows."""
-    twin: Optimizer = object.__new__(type(base))
-    own = ("step", "state", "param_groups")  # a scheduler binds step to the base
-    twin.__dict__.update({key: value for key, value in base.__dict__.items() if key not in own})
+    """An optimizer of the same class and settings over the shadows.
+
+    Raises:
+        TypeError: the class cannot be built from groups and its defaults.
+    """
     number = {id(p): index for index, p in enumerate(vector.whole.parameters)}
     shadows: dict[int, list[Tensor]] = defaultdict(list)
     for shadow, piece in zip(vector.parameters, vector.pieces, strict=True):
         shadows[piece.index].append(shadow)
-    twin.param_groups = [
+    groups = [
         {**group, "params": [s for p in group["params"] if id(p) in number for s in shadows[number[id(p)]]]}
         for group in base.param_groups
     ]
-    twin.state = defaultdict(dict)
+    accepted = inspect.signature(type(base)).parameters
+    settings = {name: value for name, value in base.defaults.items() if name in accepted}
+    try:
+        twin = type(base)(groups, **settings)
+    except TypeError as error:
+        raise TypeError(
+            f"OptEx: {type(base).__name__} cannot be built anew over slices of the parameters ({error}); pass "
+            "shard=False"
+        ) from error
     _move_state(base, twin, vector)
     return twin
 

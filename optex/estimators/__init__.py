@@ -2,6 +2,7 @@
 
 from optex.estimators.committee import CommitteeEstimator, CommitteePosterior
 from optex.estimators.curl_free import CurlFreeEstimator, CurlFreePosterior
+from optex.estimators.history import GradientHistory
 from optex.estimators.hold_last import HoldLast
 from optex.estimators.interface import Estimator, Posterior
 from optex.estimators.separable import SeparableEstimator, SeparablePosterior
@@ -12,6 +13,7 @@ __all__ = [
     "CurlFreeEstimator",
     "CurlFreePosterior",
     "Estimator",
+    "GradientHistory",
     "HoldLast",
     "Posterior",
     "SeparableEstimator",

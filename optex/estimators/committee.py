@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from optex.checks import check_integer
 from optex.errors import JitterWarning
 from optex.estimators.curl_free import CurlFreeEstimator
 from optex.estimators.history import GradientHistory, Locations
@@ -47,7 +48,7 @@ class CommitteeEstimator(Estimator):
 
     Args:
         members: estimators to choose from; ``default_members()`` by default. In doubt the earlier one serves.
-            If the history is noisy, ``HANDICAP`` is added to the scores of all but the one that reckons with
+            If gradients are noisy and nobody told how much, ``HANDICAP`` is added to the scores of all but the one that reckons with
             the most noise, and forgotten like them: to fit noise does more harm than to smooth.
         memory: how slowly scores forget, in [0, 1).
         interval: judge every so many rounds, at least 1; judging fits every member. While minibatches are
@@ -69,8 +70,7 @@ class CommitteeEstimator(Estimator):
             raise ValueError("CommitteeEstimator: members is empty; name at least one estimator")
         if not 0 <= memory < 1:
             raise ValueError(f"CommitteeEstimator: memory must be in [0, 1), got {memory}")
-        if interval < 1:
-            raise ValueError(f"CommitteeEstimator: interval must be at least 1, got {interval}")
+        check_integer("CommitteeEstimator", "interval", interval)
         self.memory = memory
         self.interval = interval
         self._rounds = self._judged = 0
@@ -81,10 +81,9 @@ class CommitteeEstimator(Estimator):
         return int((self.scores + self._handicaps(history)).argmin())
 
     def _handicaps(self, history: GradientHistory) -> Tensor:  # [members]
-        noises = [getattr(member, "noise_variance", 0.0) for member in self.members]
-        known = [noise if isinstance(noise, float) else 0.0 for noise in noises]
-        weight = HANDICAP * self.memory**self._judged if history.noisy else 0.0
-        return torch.tensor([weight * (noise < max(known)) for noise in known], dtype=torch.float64)
+        assumed = [member.assumed_noise_variance for member in self.members]
+        weight = HANDICAP * self.memory**self._judged if history.is_sampled else 0.0
+        return torch.tensor([weight * (noise < max(assumed)) for noise in assumed], dtype=torch.float64)
 
     def fit(self, history: GradientHistory) -> CommitteePosterior:
         return CommitteePosterior(self.members, self.best(history), history)
@@ -99,7 +98,7 @@ class CommitteeEstimator(Estimator):
         if not isinstance(posterior, CommitteePosterior) or not len(points):
             return
         self._rounds += 1
-        young = posterior.history.noisy and self._rounds <= YOUNG
+        young = posterior.history.is_sampled and self._rounds <= YOUNG
         if not young and (self._rounds - 1) % self.interval:
             return
         locations = posterior.locate(points)
@@ -118,7 +117,7 @@ class CommitteeEstimator(Estimator):
         errors = errors.view(len(self.members), -1)  # [members, n]
         excess = (errors - errors.amin(0)).mean(1)
         scores = self.memory * self.scores + (1 - self.memory) * excess.nan_to_num(nan=torch.inf)
-        self.scores = space.agreed(scores)
+        self.scores = space.broadcast(scores)
         self._judged += 1
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from optex.estimators.history import GradientHistory, Locations
 from optex.estimators.interface import Estimator, Posterior
 from optex.estimators.kernels import Kernel, Matern52, kernel_named
+from optex.estimators.noise import relative_noise
 from optex.linalg import combine_rows, conjugate_gradients, jittered_cholesky
 
 __all__ = ["CurlFreeEstimator", "CurlFreePosterior"]
@@ -41,7 +42,8 @@ class CurlFreeEstimator(Estimator):
         lengthscale: in units of the iterates; None for ``median_multiple`` times the median distance in
             the history.
         median_multiple: that factor.
-        noise_variance: σ², in units of the prior variance of a gradient component; at least
+        noise_variance: σ², in units of the prior variance of a gradient component, where the history does not
+            tell the gradients' noise; at least
             ``NOISE_FLOOR`` units in the last place of the history's dtype, which its distances cannot resolve.
         prior_mean: ``"last"`` (the newest gradient, so that what is predicted is the change from it) or
             ``"zero"``.
@@ -92,6 +94,10 @@ class CurlFreeEstimator(Estimator):
         if self.solver not in ("auto", "dense", "cg"):
             raise ValueError(f"CurlFreeEstimator: solver must be 'auto', 'dense' or 'cg', got {self.solver!r}")
 
+    @property
+    def assumed_noise_variance(self) -> float:
+        return self.noise_variance
+
     def fit(self, history: GradientHistory) -> CurlFreePosterior:
         return CurlFreePosterior(self, history)
 
@@ -134,9 +140,12 @@ class CurlFreePosterior(Posterior):
         self._newest_products = self._from_displacements @ history.iterate_gram[:, history.newest]  # [m]
         self._newest_cross = history.cross_gram[:, history.newest]  # [T0]
         floor = NOISE_FLOOR * torch.finfo(history.displacements.dtype).eps
-        self._noise = max(estimator.noise_variance, floor) / history.counts[slots]  # [n]
+        first, second = estimator.profiles(squared, self.lengthscale)
+        assumed = torch.full_like(self.lengthscale, max(estimator.noise_variance, floor))
+        correlations = first + second * squared / history.dimension  # of a component, averaged over them
+        self._noise = relative_noise(history, slots, correlations, assumed)  # [n]
         self._gram = self._from_displacements @ history.iterate_gram @ self._from_displacements.mT
-        self._solve(*estimator.profiles(squared, self.lengthscale))
+        self._solve(first, second)
 
     def _choose_lengthscale(self) -> Tensor:  # []
         median = self.history.median_squared_distance().sqrt().nan_to_num(nan=1.0)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from optex.checks import check_integer
 from optex.linalg import inner_products, squared_distances, squared_norms
-from optex.vector_space import Space
+from optex.vector_space import VectorSpace
 
 __all__ = ["GradientHistory", "Locations"]
 
@@ -33,6 +36,9 @@ class Locations:
     ) -> None:
         self.history = history
         self.points = points
+        self._offsets: Tensor | None = None  # [n, d]
+        self._on_gradients: Tensor | None = None  # [n, T0]
+        self._near: tuple[Tensor, Tensor] | None = None  # norms [n] and on_displacements [n, T0]
 
     def __len__(self) -> int:
         return len(self.points)
@@ -41,50 +47,64 @@ class Locations:
         """One of the points, with what is known of it."""
         if self.history.space.is_split:
             _ = self.on_gradients  # of all points in one message, rather than one for each
-        one = Locations(self.history, self.points[index : index + 1])
-        for name in ("offsets", "on_gradients"):
-            if name in self.__dict__:
-                one.__dict__[name] = self.__dict__[name][index : index + 1]
-        if "_near" in self.__dict__:
-            one.__dict__["_near"] = tuple(products[index : index + 1] for products in self._near)
+        row = slice(index, index + 1)
+        one = Locations(self.history, self.points[row])
+        one._offsets = None if self._offsets is None else self._offsets[row]
+        one._on_gradients = None if self._on_gradients is None else self._on_gradients[row]
+        one._near = None if self._near is None else (self._near[0][row], self._near[1][row])
         return one
 
-    @cached_property
+    @property
     def offsets(self) -> Tensor:  # [n, d]
         """Displacements from the history's anchor."""
-        return self.history.displacement(self.points)
+        if self._offsets is None:
+            self._offsets = self.history.displacement(self.points)
+        return self._offsets
 
     @property
     def norms(self) -> Tensor:  # [n] float64
         """Squared norms of the offsets."""
-        return self._near[0]
+        return self._products_nearby()[0]
 
     @property
     def on_displacements(self) -> Tensor:  # [n, T0] float64
         """Inner products of the offsets with the stored displacements."""
-        return self._near[1]
+        return self._products_nearby()[1]
 
-    @cached_property
+    @property
     def on_gradients(self) -> Tensor:  # [n, T0] float64
         """Inner products of the offsets with the stored gradients; they bring the others along."""
-        products = inner_products(self.offsets, self.history.gradients)
-        if "_near" in self.__dict__:
-            return self.history.space.total(products)[0]
-        products, *near = self.history.space.total(products, *self._near_here())
-        self.__dict__["_near"] = tuple(near)  # came along in the same message between processes
-        return products
+        if self._on_gradients is None:
+            products = inner_products(self.offsets, self.history.gradients)
+            if self._near is not None:
+                (self._on_gradients,) = self.history.space.total(products)
+            else:  # one message between processes for all three
+                total = self.history.space.total(products, *self._nearby_here())
+                self._on_gradients, self._near = total[0], (total[1], total[2])
+        return self._on_gradients
 
-    @cached_property
-    def _near(self) -> tuple[Tensor, ...]:  # [n], [n, T0]
-        return self.history.space.total(*self._near_here())
+    def _products_nearby(self) -> tuple[Tensor, Tensor]:  # [n], [n, T0]
+        if self._near is None:
+            norms, products = self.history.space.total(*self._nearby_here())
+            self._near = norms, products
+        return self._near
 
-    def _near_here(self) -> tuple[Tensor, Tensor]:
+    def _nearby_here(self) -> tuple[Tensor, Tensor]:
         return squared_norms(self.offsets), inner_products(self.offsets, self.history.displacements)
 
     @property
     def squared_distances(self) -> Tensor:  # [n, T0] float64
         """‖θ - θ_j‖² from each point to each stored iterate."""
         return squared_distances(self.norms, self.history.iterate_gram.diagonal(), self.on_displacements)
+
+
+@dataclass(frozen=True)
+class Overwritten:
+    """What an append of some pairs is about to change, so that it can be taken back."""
+
+    slots: list[int]
+    rows: tuple[Tensor, Tensor]  # displacements and gradients [n, d]
+    attributes: dict[str, Any]
 
 
 class GradientHistory:
@@ -106,11 +126,10 @@ class GradientHistory:
         iterate_gram: [T0, T0] float64, inner products of the displacements.
         anchor: [d], None while the history is empty.
         appended: pairs ever appended.
-        noisy: whether the gradients are of minibatches; for whoever appends to say.
 
     Args:
         size: T0, how many pairs are kept, at least 1.
-        dimension: d, the length of a flat iterate; or the space that iterates live in.
+        dimension: d, the length of a flat iterate; or the vector space that iterates live in.
         dtype: of the stored rows; the small matrices are float64 whatever it is.
         device: of the stored rows.
 
@@ -124,24 +143,23 @@ class GradientHistory:
     def __init__(
         self,
         size: int,
-        dimension: int | Space,
+        dimension: int | VectorSpace,
         *,
         dtype: torch.dtype = torch.float64,
         device: torch.device | str = "cpu",
     ) -> None:
-        if size < 1:
-            raise ValueError(f"GradientHistory: size must be at least 1, got {size}")
-        self.space = dimension if isinstance(dimension, Space) else Space(dimension)
+        check_integer("GradientHistory", "size", size)
+        self.space = dimension if isinstance(dimension, VectorSpace) else VectorSpace(dimension)
         self.dimension = self.space.dimension
         self.size = size
         self.anchor: Tensor | None = None  # [d]
         self.appended = 0
-        self.noisy = False
         width = self.space.width
         self.displacements = torch.zeros(size, width, dtype=dtype, device=device)  # [T0, d]
         self.gradients = torch.zeros(size, width, dtype=dtype, device=device)  # [T0, d]
         self.iterate_gram = torch.zeros(size, size, dtype=torch.float64, device=device)  # [T0, T0]
         self._groups: list[int | None] = [None] * size  # slots of one iterate share a number
+        self._noise = [0.0] * size  # variance of one component by slot; NaN where it is not known
         self._merge_groups()
         self._gradient_gram = torch.zeros_like(self.iterate_gram)  # [T0, T0]
         self._cross_gram = torch.zeros_like(self.iterate_gram)  # [T0, T0]
@@ -161,6 +179,24 @@ class GradientHistory:
     def newest(self) -> int:
         """The slot of the last pair appended."""
         return (self.appended - 1) % self.size
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether some gradient carries noise of a size that nobody told."""
+        return any(math.isnan(self._noise[slot]) for slot in range(len(self)))
+
+    @property
+    def tells_noise(self) -> bool:
+        """Whether some gradient carries noise of a known size."""
+        return any(self._noise[slot] > 0 for slot in range(len(self)))
+
+    @property
+    def noise_variance(self) -> Tensor:  # [T0] float64
+        """Variance of one component of a merged gradient's noise; NaN where it is not known, 0 where exact."""
+        single = torch.tensor(self._noise, dtype=torch.float64, device=self.counts.device)
+        weights = self.averaging.square()  # a mean of n has their variances' sum over n²
+        unknown = (weights > 0) & single.isnan()
+        return torch.where(unknown.any(1), torch.nan, weights @ single.nan_to_num(nan=0.0))
 
     @property
     def gradient_gram(self) -> Tensor:  # [T0, T0] float64
@@ -222,26 +258,41 @@ class GradientHistory:
         self,
         points: Tensor,  # [n, d]
         gradients: Tensor,  # [n, d]
+        noise_variance: Sequence[float] | None = None,  # n
     ) -> None:
         """Remember n pairs, oldest first; the oldest ones stored make room.
 
+        Args:
+            points, gradients: the pairs.
+            noise_variance: of one component of each gradient, in squared units of the gradient: 0 where it is
+                exact (the default), NaN where it is noisy and nobody knows how much.
+
         Raises:
-            ValueError: shapes differ from [n, dimension].
+            ValueError: shapes differ from [n, dimension], or a variance is negative.
         """
+        count = len(points)
         if points.shape != gradients.shape or points.ndim != 2 or points.shape[1] != self.space.width:
             raise ValueError(
                 f"GradientHistory.append: points {tuple(points.shape)} and gradients {tuple(gradients.shape)} "
                 f"must both be [n, {self.space.width}]"
             )
-        if not len(points):
+        noise = [0.0] * count if noise_variance is None else [float(v) for v in noise_variance]
+        if len(noise) != count or any(variance < 0 for variance in noise):
+            raise ValueError(
+                f"GradientHistory.append: noise_variance must be {count} numbers that are not negative (NaN where "
+                f"it is not known), got {noise}"
+            )
+        if not count:
             return
-        points, gradients = points[-self.size :], gradients[-self.size :]
+        points, gradients, noise = points[-self.size :], gradients[-self.size :], noise[-self.size :]
         device = self.displacements.device
         if self.anchor is None:
             self.anchor = points[-1].to(device, copy=True)
-        slots = [(self.appended + i) % self.size for i in range(len(points))]
+        slots = self._next_slots(len(points))
         self.displacements[slots] = self.displacement(points).to(self.displacements.dtype)
         self.gradients[slots] = gradients.to(device, self.gradients.dtype)
+        for slot, variance in zip(slots, noise, strict=True):
+            self._noise[slot] = variance
         products = self.space.inner_products(self.displacements[slots], self.displacements)
         self.iterate_gram[slots] = products
         self.iterate_gram[:, slots] = products.mT
@@ -250,6 +301,32 @@ class GradientHistory:
         self.appended += len(points)
         self._find_duplicates(slots)
         self._follow(points[-1])
+
+    def _next_slots(self, count: int) -> list[int]:
+        return [(self.appended + i) % self.size for i in range(min(count, self.size))]
+
+    def before_append(self, count: int) -> Overwritten:
+        """What appending ``count`` pairs would change; ``take_back`` puts it there again.
+
+        Memory: the rows that are overwritten, at most 2 · count · d numbers.
+        """
+        slots = self._next_slots(count)
+        # What is changed in place is copied; what an append replaces as a whole is kept as it is.
+        changed = ("iterate_gram", "_gradient_gram", "_cross_gram")
+        attributes: dict[str, Any] = {name: getattr(self, name).clone() for name in changed}
+        attributes |= {"_groups": list(self._groups), "_noise": list(self._noise)}
+        attributes |= {"_stale": set(self._stale), "_cross_stale": set(self._cross_stale)}
+        replaced = ("displacements", "anchor", "appended", "averaging", "counts", "_same", "representatives")
+        attributes |= {name: getattr(self, name) for name in replaced}
+        return Overwritten(slots, (self.displacements[slots], self.gradients[slots]), attributes)
+
+    def take_back(self, overwritten: Overwritten) -> None:
+        """Be as before the append that ``before_append`` was asked about; may be called again."""
+        for name, value in overwritten.attributes.items():
+            setattr(self, name, value)
+        displacements, gradients = overwritten.rows
+        self.displacements[overwritten.slots] = displacements
+        self.gradients[overwritten.slots] = gradients
 
     def _anchor(self) -> Tensor:
         if self.anchor is None:
@@ -265,8 +342,11 @@ class GradientHistory:
         if distance <= FARTHEST_ANCHOR**2 * self.median_squared_distance():
             return
         shift = self.displacement(point).to(self.displacements.dtype)
-        self.displacements -= torch.where(self.filled[:, None], shift, torch.zeros_like(shift))
-        self._anchor().copy_(point)
+        # New tensors, not the old ones changed: those may have to be gone back to.
+        self.displacements = self.displacements - torch.where(
+            self.filled[:, None], shift, torch.zeros_like(shift)
+        )
+        self.anchor = point.to(self._anchor().device, self._anchor().dtype, copy=True)
         self.iterate_gram = self.space.inner_products(self.displacements, self.displacements)
         self._cross_stale.update(range(self.size))
 
@@ -321,6 +401,7 @@ class GradientHistory:
         self.anchor = None
         self.appended = 0
         self._groups = [None] * self.size
+        self._noise = [0.0] * self.size
         self._merge_groups()
 
     def state_dict(self) -> dict[str, Any]:
@@ -329,6 +410,7 @@ class GradientHistory:
             "displacements": self.space.whole(self.displacements),
             "gradients": self.space.whole(self.gradients),
             "groups": list(self._groups),
+            "noise": [None if math.isnan(variance) else variance for variance in self._noise],
             "iterate_gram": self.iterate_gram.clone(),
             "gradient_gram": self.gradient_gram.clone(),
             "cross_gram": self.cross_gram.clone(),
@@ -353,6 +435,7 @@ class GradientHistory:
         self.displacements.copy_(self.space.local(state["displacements"]))
         self.gradients.copy_(self.space.local(state["gradients"]))
         self._groups = list(state["groups"])
+        self._noise = [math.nan if variance is None else variance for variance in state["noise"]]
         self.iterate_gram.copy_(state["iterate_gram"])
         self._gradient_gram.copy_(state["gradient_gram"])
         self._cross_gram.copy_(state["cross_gram"])

@@ -62,7 +62,16 @@ class Posterior(ABC):
 
 
 class Estimator(ABC):
-    """Settings of a predictor; ``fit`` makes a posterior and leaves the estimator as it was."""
+    """Settings of a predictor; ``fit`` makes a posterior and leaves the estimator as it was.
+
+    Attributes:
+        assumed_noise_variance: the noise that it reckons with where the history does not tell, in units of the
+            prior's variance; 0 where it has no such setting.
+    """
+
+    @property
+    def assumed_noise_variance(self) -> float:
+        return 0.0
 
     @abstractmethod
     def fit(self, history: GradientHistory) -> Posterior:

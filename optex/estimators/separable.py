@@ -12,6 +12,7 @@ from torch import Tensor
 from optex.estimators.history import GradientHistory, Locations
 from optex.estimators.interface import Estimator, Posterior
 from optex.estimators.kernels import Kernel, Matern52, kernel_named
+from optex.estimators.noise import relative_noise
 from optex.linalg import combine_rows, jittered_cholesky
 
 __all__ = ["SeparableEstimator", "SeparablePosterior"]
@@ -36,8 +37,8 @@ class SeparableEstimator(Estimator):
         kernel: a :class:`~optex.estimators.kernels.Kernel` or the name of one.
         lengthscale: in units of the iterates; ``"median"`` of the distances in the history; or
             ``"leave-one-out"``, the multiple of that median with the least closed-form leave-one-out error.
-        noise_variance: σ² in units of the kernel's variance (the prior variance of a component);
-            or ``"leave-one-out"``.
+        noise_variance: σ² in units of the kernel's variance (the prior variance of a component), where the
+            history does not tell the gradients' noise; or ``"leave-one-out"``.
         prior_mean: m. ``"zero"`` (the paper), ``"last"`` (the newest gradient) or ``"gls"`` (the
             generalised least-squares mean ``(1ᵀA⁻¹1)⁻¹ 1ᵀA⁻¹G``, A = K + σ²I, whose own uncertainty
             enters the variance: universal kriging).
@@ -71,6 +72,10 @@ class SeparableEstimator(Estimator):
             raise ValueError(
                 f"SeparableEstimator: prior_mean must be 'zero', 'last' or 'gls', got {self.prior_mean!r}"
             )
+
+    @property
+    def assumed_noise_variance(self) -> float:
+        return 0.0 if isinstance(self.noise_variance, str) else self.noise_variance
 
     def fit(self, history: GradientHistory) -> SeparablePosterior:
         squared = history.pairwise_squared_distances()
@@ -130,11 +135,12 @@ class SeparableEstimator(Estimator):
         lengthscale: Tensor,  # []
         noise_variance: Tensor,  # []
     ) -> Tensor:  # [T0, T0]
-        """A = K + σ² / count on the slots that stand for an iterate, the identity on the others."""
-        active = history.active
+        """A = K + noise on the slots that stand for an iterate, the identity on the others."""
+        active, slots = history.active, history.representatives
         both = active[:, None] & active
         covariance = torch.where(both, self._kernel.value(squared, lengthscale), torch.zeros_like(squared))
-        noise = torch.where(active, noise_variance / history.counts, torch.ones_like(history.counts))
+        noise = torch.ones_like(history.counts)
+        noise[slots] = relative_noise(history, slots, covariance[slots][:, slots], noise_variance)
         return covariance + torch.diag(noise)
 
     @property

@@ -1,19 +1,20 @@
-"""Evaluators: compute the true gradients at several points at once."""
+"""Evaluators: how the true gradients at several points are computed at once."""
 
-from optex.evaluators.interface import AccumulatingSource, Draws, Evaluation, Evaluator, GradientSource
+from optex.evaluators.interface import Evaluation, EvaluationRequest, Evaluator, WrappingEvaluator
+from optex.evaluators.randomness import RandomDraws
 from optex.evaluators.ranks import DistributedEvaluator
 from optex.evaluators.sequential import SequentialEvaluator
 from optex.evaluators.vectorized import VectorizedEvaluator
 from optex.evaluators.workers import WorkersEvaluator
 
 __all__ = [
-    "AccumulatingSource",
     "DistributedEvaluator",
-    "Draws",
     "Evaluation",
+    "EvaluationRequest",
     "Evaluator",
-    "GradientSource",
+    "RandomDraws",
     "SequentialEvaluator",
     "VectorizedEvaluator",
     "WorkersEvaluator",
+    "WrappingEvaluator",
 ]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Final
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch import Tensor
 
-from optex.evaluators.interface import Draws, Evaluation, Evaluator, GradientSource
-from optex.stepping.parameters import ParameterVector
+from optex.evaluators.buffers import statistics_watched
+from optex.evaluators.interface import Evaluation, EvaluationRequest, Evaluator, with_hook
+from optex.stepping import Buffers, ParameterVector
 
-__all__ = ["SequentialEvaluator"]
+__all__ = ["SequentialEvaluator", "stack_noise"]
+
+_REMEDY: Final = "Hand the module that owns them to OptEx(..., model=model)"
 
 
 class SequentialEvaluator(Evaluator):
@@ -24,64 +26,56 @@ class SequentialEvaluator(Evaluator):
 
     Works with every model and every closure, and gains nothing in time: it is the reference the parallel
     evaluators are held to, and the way to count rounds without hardware for them.
+
+    Raises:
+        ValueError, TypeError: at evaluation, where no parameter or a sparse gradient came, and for running
+            statistics of a model that is not known.
     """
 
     def __init__(self) -> None:
-        self._checked: list[Tensor] | None = None  # parameters of the vector that was evaluated before
+        self._watched: list[Tensor] | None = None  # parameters of a model that was seen to update no statistics
 
-    def evaluate(
-        self,
-        source: GradientSource,
-        vector: ParameterVector,
-        points: Tensor,
-        batches: Sequence[Any],
-        draws: Sequence[Draws],
-    ) -> Evaluation:
-        unknown = vector.buffers is None and self._checked is not vector.parameters
-        before, buffers_before = vector.read(), vector.read_buffers()
-        gradients = torch.empty_like(points)
-        losses, present, buffers = [], [], []
+    def evaluate(self, request: EvaluationRequest) -> Evaluation:
+        vector, buffers = request.vector, request.buffers or Buffers()
+        unknown = request.buffers is None and self._watched is not vector.parameters
+        before, buffers_before = vector.read(), buffers.read()
+        gradients = torch.empty_like(request.points)
+        losses, masks, after, noise = [], [], [], []
         try:
-            with _refusing_stray_statistics() if unknown else nullcontext():
-                for point, batch, drawn, row in zip(points, batches, draws, gradients, strict=True):
+            with statistics_watched("OptEx", _REMEDY) if unknown else nullcontext():
+                for point, batch, drawn, row in zip(
+                    request.points, request.batches, request.draws, gradients, strict=True
+                ):
                     vector.write(point)
                     vector.clear_gradients()
                     torch.clear_autocast_cache()  # or a caller's autocast keeps the last point's weights
                     with torch.enable_grad(), drawn.replayed():
-                        losses.append(source.backpropagate(batch))
+                        loss, variance = request.source.gradient(batch)
                     _check_gradients(vector)
-                    gradient, there = vector.read_gradients()
+                    gradient, mask = vector.read_gradients()
                     row.copy_(gradient)
-                    present.append(there)
-                    buffers.append(vector.read_buffers())
+                    losses.append(loss.to(request.points.device))
+                    noise.append(variance)
+                    masks.append(mask)
+                    after.append(buffers.read())
         finally:
             vector.write(before)
-            vector.write_buffers(buffers_before)
+            buffers.write(buffers_before)
             torch.clear_autocast_cache()
             vector.clear_gradients()
         if unknown:
-            self._checked = vector.parameters
-        stacked = torch.stack([loss.to(points.device) for loss in losses])
-        return Evaluation(stacked, gradients, tuple(present), buffers=tuple(buffers))
+            self._watched = vector.parameters
+        evaluation = Evaluation(torch.stack(losses), gradients, tuple(masks), stack_noise(noise), tuple(after))
+        return with_hook(request, evaluation)
 
 
-@contextmanager
-def _refusing_stray_statistics() -> Iterator[None]:
-    """Refuse a BatchNorm whose running statistics nobody would put back: every proxy would leave its mark."""
-
-    def check(module: nn.Module, _: Any) -> None:
-        is_norm = isinstance(module, nn.modules.batchnorm._NormBase)
-        if is_norm and module.training and module.running_mean is not None:
-            raise ValueError(
-                f"OptEx: {type(module).__name__} updates running statistics that would follow every point "
-                "evaluated, not the steps taken; hand the module that owns it to OptEx(..., model=model)"
-            )
-
-    handle = register_module_forward_pre_hook(check)
-    try:
-        yield
-    finally:
-        handle.remove()
+def stack_noise(
+    found: Sequence[Tensor | float | None],  # n
+) -> Tensor | None:  # [n] float64
+    """What a source said of its noise, as an ``Evaluation`` has it."""
+    if all(variance is None for variance in found):
+        return None
+    return torch.tensor([torch.nan if v is None else float(v) for v in found], dtype=torch.float64)
 
 
 def _check_gradients(vector: ParameterVector) -> None:

@@ -10,15 +10,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.utils import _pytree as pytree
 
-from optex.evaluators.interface import (
-    Draws,
-    Evaluation,
-    Evaluator,
-    GradientSource,
-    ObjectiveSource,
-    scalar_loss,
-)
-from optex.stepping.parameters import ParameterVector, Presence
+from optex.checks import check_integer
+from optex.evaluators.buffers import refuse_running_statistics
+from optex.evaluators.interface import Evaluation, EvaluationRequest, Evaluator, with_hook
+from optex.sources import ObjectiveSource
+from optex.sources.interface import scalar_loss
+from optex.stepping import GradientMask, ParameterVector
 
 __all__ = ["VectorizedEvaluator"]
 
@@ -65,8 +62,8 @@ class VectorizedEvaluator(Evaluator):
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"VectorizedEvaluator: model must be a torch.nn.Module, got {type(model).__name__}")
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"VectorizedEvaluator: chunk_size must be at least 1, got {chunk_size}")
+        if chunk_size is not None:
+            check_integer("VectorizedEvaluator", "chunk_size", chunk_size)
         if randomness not in ("error", "different", "same"):
             raise ValueError(
                 f"VectorizedEvaluator: randomness must be 'error', 'different' or 'same', got {randomness!r}"
@@ -74,22 +71,20 @@ class VectorizedEvaluator(Evaluator):
         self.model = model
         self.chunk_size = chunk_size
         self.randomness = randomness
-        self._present: tuple[list[Tensor], Presence] | None = None
+        self._mask: tuple[list[Tensor], GradientMask] | None = None
 
-    def evaluate(
-        self,
-        source: GradientSource,
-        vector: ParameterVector,
-        points: Tensor,
-        batches: Sequence[Any],
-        draws: Sequence[Draws],
-    ) -> Evaluation:
+    def evaluate(self, request: EvaluationRequest) -> Evaluation:
+        source, vector, points, batches = request.source, request.vector, request.points, request.batches
         if not isinstance(source, ObjectiveSource):
             raise TypeError(
-                "VectorizedEvaluator: step(closure) backpropagates by itself and cannot be vectorized; use "
-                "rounds(batches, objective), or the SequentialEvaluator"
+                "VectorizedEvaluator: step(closure) and gradient sources of your own backpropagate by themselves "
+                "and cannot be vectorized; use rounds(batches, objective), or the SequentialEvaluator"
             )
-        self._refuse_running_statistics()
+        refuse_running_statistics(
+            "VectorizedEvaluator",
+            self.model,
+            "Points evaluated at once cannot share them; use SequentialEvaluator()",
+        )
         names = self._names(vector)
         loss = _Loss(self.model, source.objective)
         losses = torch.empty(len(points), dtype=points.dtype, device=points.device)
@@ -98,8 +93,8 @@ class VectorizedEvaluator(Evaluator):
             part = self._evaluate_alike(loss, names, vector, points[indices], [batches[i] for i in indices])
             losses[indices] = part[0].to(losses.dtype)
             gradients[indices] = part[1]
-        present = self._presence(source, vector, batches[0])
-        return Evaluation(losses, gradients, (present,) * len(points))
+        masks = (self._mask_of(source, vector, batches[0]),) * len(points)
+        return with_hook(request, Evaluation(losses, gradients, masks))
 
     def _evaluate_alike(
         self,
@@ -147,26 +142,16 @@ class VectorizedEvaluator(Evaluator):
             )
         return [known[id(p)] for p in vector.parameters]
 
-    def _refuse_running_statistics(self) -> None:
-        for name, module in self.model.named_modules():
-            is_norm = isinstance(module, nn.modules.batchnorm._NormBase)
-            if is_norm and module.training and module.track_running_stats:
-                raise ValueError(
-                    f"VectorizedEvaluator: {type(module).__name__} {name!r} updates running statistics, which "
-                    "points evaluated at once cannot share; use torch.nn.GroupNorm, "
-                    "torch.func.replace_all_batch_norm_modules_(model), eval(), or the SequentialEvaluator"
-                )
-
-    def _presence(self, source: ObjectiveSource, vector: ParameterVector, batch: Any) -> Presence:
+    def _mask_of(self, source: ObjectiveSource, vector: ParameterVector, batch: Any) -> GradientMask:
         # vmap answers zeros for parameters that the loss does not reach; a base optimizer must see None
         # there (weight decay!). One plain backward pass the first time tells which ones they are.
         # Compared by identity of a list that a ParameterVector never changes.
-        if self._present is None or self._present[0] is not vector.parameters:
+        if self._mask is None or self._mask[0] is not vector.parameters:
             with torch.enable_grad(), torch.random.fork_rng(enabled=self.randomness != "error"):
                 loss = source.objective(batch)
                 found = torch.autograd.grad(loss, vector.parameters, allow_unused=True)
-            self._present = (vector.parameters, tuple(gradient is not None for gradient in found))
-        return self._present[1]
+            self._mask = (vector.parameters, tuple(gradient is not None for gradient in found))
+        return self._mask[1]
 
 
 def _alike(batches: Sequence[Any]) -> list[list[int]]:

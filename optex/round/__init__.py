@@ -1,1 +1,24 @@
 """A round, told in its order: draft, evaluate, remember, replay, keep."""
+
+from optex.round.acceptance import SELECTIONS, Acceptance, Last, LowestLoss, SmallestGradient, WithinTolerance
+from optex.round.predictor import Predictor, default_history_size
+from optex.round.record import RoundRecord
+from optex.round.report import RoundReport
+from optex.round.round import Rounds
+from optex.round.window import PlannedStep, Progress
+
+__all__ = [
+    "SELECTIONS",
+    "Acceptance",
+    "Last",
+    "LowestLoss",
+    "PlannedStep",
+    "Predictor",
+    "Progress",
+    "RoundRecord",
+    "RoundReport",
+    "Rounds",
+    "SmallestGradient",
+    "WithinTolerance",
+    "default_history_size",
+]

@@ -6,56 +6,25 @@ import math
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
-from optex.estimators import Posterior
-from optex.stepping.parameters import Walk
-from optex.vector_space import Space
+from optex.round.record import RoundRecord
+from optex.vector_space import VectorSpace
 
 __all__ = [
     "SELECTIONS",
     "Acceptance",
     "Last",
     "LowestLoss",
-    "MeasuredRound",
     "SmallestGradient",
     "WithinTolerance",
 ]
 
 LEAST_AHEAD: Final = 4  # steps drafted under a lookahead, however few were kept
 NEAREST: Final = 3  # predictions a round that the tolerance learns from
-
-
-@dataclass(frozen=True)
-class MeasuredRound:
-    """A round after its gradients came in, as an acceptance rule sees it.
-
-    Attributes:
-        walk: the base optimizer, marked at the round's start; it may stand where the draft left it.
-        proxies: [n, d], the points drafted; row 0 is the round's start.
-        drafted: [n - 1, d], the gradients predicted and used in the draft.
-        losses: [n], NaN where not evaluated.
-        gradients: [n, d], true gradients at the proxies.
-        usable: n flags: evaluated, loss and gradient finite, gradient believed.
-        reach: n - 1 entries: how far from where its step was measured before each drafted gradient was
-            predicted, a distance []; None for a step that had not been measured.
-        posterior: the estimator fitted to the history with this round's pairs in it; None without one.
-        space: where all these vectors live; lengths and finiteness are asked of it.
-    """
-
-    walk: Walk
-    proxies: Tensor
-    drafted: Tensor
-    losses: Tensor
-    gradients: Tensor
-    usable: Sequence[bool]
-    reach: Sequence[Tensor | None]
-    posterior: Posterior | None
-    space: Space
 
 
 class Acceptance(ABC):
@@ -76,10 +45,10 @@ class Acceptance(ABC):
         """How many steps of the window are worth drafting and evaluating this round, 1..parallelism."""
         return parallelism
 
-    def believed(
+    def plausible(
         self,
         gradients: Tensor,  # [n, d]
-        space: Space,
+        space: VectorSpace,
     ) -> Tensor:  # [n] bool
         """Which gradients may be remembered and used, beyond being finite."""
         return torch.ones(len(gradients), dtype=torch.bool, device=gradients.device)
@@ -92,25 +61,25 @@ class Acceptance(ABC):
         """Take over what another rule of these settings has learned."""
 
     @abstractmethod
-    def advance(self, measured: MeasuredRound) -> int:
-        """Leave the walk where the round ends; how many steps from its start that is, at least one."""
+    def replay(self, record: RoundRecord) -> int:
+        """Leave the stepper where the round ends; how many steps from its start that is, at least one."""
 
 
 class _Selection(Acceptance):
     """The paper's rules: one true step from one of the proxies, reached by the steps that were drafted."""
 
     @abstractmethod
-    def choose(self, measured: MeasuredRound) -> int:
+    def choose(self, record: RoundRecord) -> int:
         """Index of the proxy to go on from, one that is usable."""
 
-    def advance(self, measured: MeasuredRound) -> int:
-        chosen = self.choose(measured)
-        walk = measured.walk
-        if walk.taken != chosen:
-            walk.rewind()
-            for gradient in measured.drafted[:chosen]:
-                walk.step(gradient)
-        walk.step(measured.gradients[chosen])
+    def replay(self, record: RoundRecord) -> int:
+        chosen = self.choose(record)
+        stepper = record.stepper
+        if stepper.taken != chosen:
+            stepper.rewind()
+            for gradient in record.drafted[:chosen]:
+                stepper.step(gradient)
+        stepper.step(record.gradients[chosen])
         return chosen + 1
 
 
@@ -135,22 +104,22 @@ class Last(_Selection):
     def evaluated(self, count: int) -> range:
         return range(count - 1, count) if self.evaluate == "last" else range(count)
 
-    def choose(self, measured: MeasuredRound) -> int:
-        return max(i for i, usable in enumerate(measured.usable) if usable)
+    def choose(self, record: RoundRecord) -> int:
+        return max(i for i, usable in enumerate(record.usable) if usable)
 
 
 class LowestLoss(_Selection):
     """Keep the true step from the proxy with the smallest loss."""
 
-    def choose(self, measured: MeasuredRound) -> int:
-        return _best(measured.losses, measured.usable)
+    def choose(self, record: RoundRecord) -> int:
+        return _best(record.losses, record.usable)
 
 
 class SmallestGradient(_Selection):
     """Keep the true step from the proxy with the smallest gradient norm."""
 
-    def choose(self, measured: MeasuredRound) -> int:
-        return _best(measured.space.norms(measured.gradients), measured.usable)
+    def choose(self, record: RoundRecord) -> int:
+        return _best(record.space.norms(record.gradients), record.usable)
 
 
 class WithinTolerance(Acceptance):
@@ -174,7 +143,8 @@ class WithinTolerance(Acceptance):
         adaptive: learn the tolerance.
         error: the relative error of a gradient that is put up with, > 0.
         lowest, highest: bounds of the adaptive tolerance.
-        absurd: a gradient more than this many times longer than step 0's is not believed.
+        absurd: a gradient more than this many times longer than step 0's counts as implausible: it is neither
+            remembered nor stepped on; at least 1.
         lookahead: draft and evaluate at most this many times the steps that the last round kept, at least
             ``LEAST_AHEAD``; saves gradients where they are not free. None evaluates all N: proxies that are
             not kept still teach the estimator.
@@ -198,8 +168,11 @@ class WithinTolerance(Acceptance):
     ) -> None:
         if not tolerance >= 0:
             raise ValueError(f"WithinTolerance: tolerance must not be negative, got {tolerance}")
-        if not absurd > 0:
-            raise ValueError(f"WithinTolerance: absurd must be positive, got {absurd}")
+        if not absurd >= 1:
+            raise ValueError(
+                f"WithinTolerance: absurd must be at least 1, or step 0's own gradient would count as implausible, "
+                f"got {absurd}"
+            )
         if not error > 0:
             raise ValueError(f"WithinTolerance: error must be positive, got {error}")
         if not 0 < lowest <= highest:
@@ -215,9 +188,10 @@ class WithinTolerance(Acceptance):
         self.lookahead = lookahead
         self._kept: int | None = None  # steps of the last round
 
-    def believed(self, gradients: Tensor, space: Space) -> Tensor:
+    def plausible(self, gradients: Tensor, space: VectorSpace) -> Tensor:
         norms = space.norms(gradients)
-        return norms <= self.absurd * norms[0].clamp_min(torch.finfo(norms.dtype).tiny)
+        longest = self.absurd * norms[0].clamp_min(torch.finfo(norms.dtype).tiny)
+        return (norms <= longest) | ~norms[0].isfinite()  # then there is nothing to measure by
 
     def state_dict(self) -> dict[str, Any]:
         return {"tolerance": self.tolerance, "kept": self._kept}
@@ -231,50 +205,54 @@ class WithinTolerance(Acceptance):
             return parallelism
         return min(parallelism, max(LEAST_AHEAD, math.ceil(self.lookahead * self._kept)))
 
-    def advance(self, measured: MeasuredRound) -> int:
+    def replay(self, record: RoundRecord) -> int:
         if self.adaptive:
-            self._learn(measured)
-        self._kept = self._replay(measured)
+            self._learn(record)
+        self._kept = self._take_steps(record)
         return self._kept
 
-    def _replay(self, measured: MeasuredRound) -> int:
-        walk, space = measured.walk, measured.space
-        walk.rewind()
-        before, shortest = measured.proxies[0], None
-        posterior = measured.posterior
-        origins = None if posterior is None else posterior.locate(measured.proxies)
-        walk.step(measured.gradients[0])
-        for i in range(1, len(measured.proxies)):
-            if not measured.usable[i]:
+    def _take_steps(self, record: RoundRecord) -> int:
+        stepper, space = record.stepper, record.space
+        stepper.rewind()
+        before, shortest = record.proxies[0], None
+        posterior = record.posterior
+        origins = None if posterior is None else posterior.locate(record.proxies)
+        stepper.step(record.gradients[0])
+        for i in range(1, len(record.proxies)):
+            if not record.usable[i]:
                 break
-            here, proxy = walk.point, measured.proxies[i]
+            here, proxy = stepper.point, record.proxies[i]
             step, gap = space.norms([here - before, here - proxy])
             shortest = step if shortest is None else torch.minimum(step, shortest)
             if not gap <= self.tolerance * shortest:
                 break
             before = here
-            gradient = measured.gradients[i]
+            gradient = record.gradients[i]
             if posterior is not None and origins is not None and gap > 0:
                 gradient = gradient + posterior.differences(posterior.locate(here[None]), origins[i])[0]
-            walk.step(gradient)
-        if walk.taken > 1 and not space.finite(walk.point[None])[0]:
+            stepper.step(gradient)
+        if stepper.taken > 1 and not space.finite(stepper.point[None])[0]:
             # A correction went wrong; step 0 is exact, whatever the estimator said.
-            walk.rewind()
-            walk.step(measured.gradients[0])
-        return walk.taken
+            stepper.rewind()
+            stepper.step(record.gradients[0])
+        return stepper.taken
 
-    def _learn(self, measured: MeasuredRound) -> None:
-        known = [(i, r) for i, r in enumerate(measured.reach) if r is not None and measured.usable[i]]
+    def _learn(self, record: RoundRecord) -> None:
+        known = [
+            (i, distance)
+            for i, distance in enumerate(record.distances)
+            if distance is not None and record.usable[i]
+        ]
         if not known:
             return
         rows = [i for i, _ in known]
-        gaps = measured.drafted[rows] - measured.gradients[rows]
-        walked = [measured.proxies[i + 1] - measured.proxies[i] for i in rows]
-        norms = measured.space.norms([*walked, *gaps, *measured.gradients[rows]])
+        gaps = record.drafted[rows] - record.gradients[rows]
+        walked = [record.proxies[i + 1] - record.proxies[i] for i in rows]
+        norms = record.space.norms([*walked, *gaps, *record.gradients[rows]])
         lengths, wrong, true = norms.view(3, -1)
         evidence = []
-        for (_, reach), length, error in zip(known, lengths, wrong / true, strict=True):
-            steps = float(reach / length)
+        for (_, distance), length, error in zip(known, lengths, wrong / true, strict=True):
+            steps = float(distance / length)
             # Closer than rounding is no distance to learn from.
             if 1e-6 < steps < math.inf and not torch.isnan(error):
                 evidence.append((steps, steps / max(float(error), 1e-12)))

@@ -20,7 +20,7 @@ class RoundReport:
         accepted: steps of the base optimizer that the round kept, 1..N; 0 where the round's first step was
             skipped because it was not finite.
         evaluated: true gradients computed.
-        dropped: indices of proxies whose loss or gradient was not finite or not believed.
+        dropped: indices of proxies whose loss or gradient was not finite or not plausible.
         retried: indices of proxies whose evaluation was lost at first (a worker that died, hung or failed).
         lost: those lost at the second try, too.
         relative_errors: [n - 1], ``‖predicted - true‖ / ‖true‖`` at each proxy but the last, the evaluated

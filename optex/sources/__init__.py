@@ -1,1 +1,7 @@
-"""Sources: what a gradient is."""
+"""Sources: what a gradient is, and what is known of it."""
+
+from optex.sources.closure import ClosureSource
+from optex.sources.interface import GradientSource
+from optex.sources.objective import AccumulatingSource, ObjectiveSource
+
+__all__ = ["AccumulatingSource", "ClosureSource", "GradientSource", "ObjectiveSource"]

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from optex.evaluators import (
-    Evaluator,
-    GradientSource,
-    SequentialEvaluator,
-    VectorizedEvaluator,
-    WorkersEvaluator,
-)
-from optex.evaluators.interface import ObjectiveSource
+from optex.sources.interface import GradientSource
+from optex.sources.objective import ObjectiveSource
 
-__all__ = ["Point", "PointForm", "check_function", "function_source", "read_evaluator", "read_start"]
+__all__ = ["Point", "PointForm", "check_function", "function_source", "read_start"]
 
 Jac = Callable[..., Any] | Literal[True] | None
 
@@ -90,35 +84,6 @@ def check_function(fun: Any, jac: Any) -> None:
         )
 
 
-def read_evaluator(evaluator: Any, workers: Any, point: Point, jac: Any) -> Evaluator:
-    """The evaluator that is named or given; one that goes through a module is made to go through ``point``."""
-    if not (workers is None or workers is map or (workers == 1 and not isinstance(workers, bool))):
-        if evaluator is not None:
-            raise ValueError(
-                "minimize: evaluator and workers both say how gradients are computed; leave one out "
-                "(evaluator=optex.WorkersEvaluator(workers, timeout=60) has more to set)"
-            )
-        return WorkersEvaluator(workers)
-    if evaluator is None or evaluator == "sequential":
-        return SequentialEvaluator()
-    if evaluator == "vectorized":
-        evaluator = VectorizedEvaluator(point)
-    if not isinstance(evaluator, Evaluator):
-        raise TypeError(
-            "minimize: evaluator must be 'sequential', 'vectorized' or an optex.evaluators.Evaluator, got "
-            f"{evaluator!r}"
-        )
-    if not isinstance(evaluator, VectorizedEvaluator):
-        return evaluator
-    if jac is not None:
-        raise ValueError(
-            "minimize: evaluator 'vectorized' differentiates fun by torch.func, so jac must be None; drop jac "
-            "and write fun in torch, or use evaluator='sequential'"
-        )
-    randomness = cast(Any, evaluator.randomness)
-    return VectorizedEvaluator(point, chunk_size=evaluator.chunk_size, randomness=randomness)
-
-
 def function_source(
     fun: Callable[..., Any],
     jac: Jac,
@@ -139,7 +104,7 @@ def function_source(
     if jac is not None:
         return _GivenGradient(fun, jac, args, point, form)
     if vectorized:
-        return ObjectiveSource(lambda _: _torch_value(fun, point.x.clone(), args))
+        return ObjectiveSource(lambda _: _torch_value(fun, point.x.clone(), args), deterministic=True)
     return _Autograd(fun, args, point)
 
 
@@ -147,13 +112,14 @@ def function_source(
 class _GivenGradient(GradientSource):
     """The caller's own gradient; no tape is kept."""
 
+    deterministic = True
     fun: Callable[..., Any]
     jac: Callable[..., Any] | Literal[True]
     args: tuple[Any, ...]
     point: Point
     form: PointForm
 
-    def backpropagate(self, batch: Any) -> Tensor:
+    def gradient(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         x = self.point.x
         answer = self.fun(self.form.present(x), *self.args)
         if self.jac is True:
@@ -161,9 +127,9 @@ class _GivenGradient(GradientSource):
         else:
             value, gradient = answer, self.jac(self.form.present(x), *self.args)
         x.grad = _gradient(gradient, x, "the g of fun's (f, g)" if self.jac is True else "jac")
-        return _scalar(value).detach()
+        return _scalar(value).detach(), None
 
-    def with_own_parameters(self) -> tuple[GradientSource, list[Tensor]]:
+    def replica(self) -> tuple[GradientSource, list[Tensor]]:
         point = Point(self.point.x.detach().clone())
         return replace(self, point=point), [point.x]
 
@@ -172,11 +138,12 @@ class _GivenGradient(GradientSource):
 class _Autograd(GradientSource):
     """Reverse mode with respect to the point alone: other leaves that ``fun`` uses keep their ``.grad``."""
 
+    deterministic = True
     fun: Callable[..., Any]
     args: tuple[Any, ...]
     point: Point
 
-    def backpropagate(self, batch: Any) -> Tensor:
+    def gradient(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         leaf = self.point.x.detach().clone().requires_grad_()
         # The function gets a copy of the leaf, which it may change in place.
         value = _torch_value(self.fun, leaf.clone(), self.args)
@@ -184,9 +151,9 @@ class _Autograd(GradientSource):
         if gradient is None:
             raise ValueError(f"minimize: jac is None, and fun's value does not depend on x; {_REMEDY}")
         self.point.x.grad = gradient
-        return value.detach()
+        return value.detach(), None
 
-    def with_own_parameters(self) -> tuple[GradientSource, list[Tensor]]:
+    def replica(self) -> tuple[GradientSource, list[Tensor]]:
         point = Point(self.point.x.detach().clone())
         return replace(self, point=point), [point.x]
 
@@ -202,6 +169,12 @@ def _torch_value(fun: Callable[..., Any], x: Tensor, args: tuple[Any, ...]) -> T
     try:
         value = fun(x, *args)
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        if _comes_from_numpy(error):
+            raise TypeError(
+                "minimize: jac is None, so fun was called with a torch tensor for autograd, and it computes in "
+                f"NumPy ({error}); pass jac=True (fun returns (f, g)) or jac=a function for the gradient, or write "
+                "fun in torch. There are no finite differences."
+            ) from error
         error.add_note(
             "minimize: jac is None, so fun was called with a torch tensor; a NumPy function needs jac"
         )
@@ -213,6 +186,16 @@ def _torch_value(fun: Callable[..., Any], x: Tensor, args: tuple[Any, ...]) -> T
     if not value.requires_grad:
         raise ValueError(f"minimize: jac is None, and fun's value carries no autograd; {_REMEDY}")
     return _scalar(value)
+
+
+def _comes_from_numpy(error: Exception) -> bool:
+    """Whether NumPy was handed a tensor it cannot take: where the error arose, and torch's words for it."""
+    if "numpy()" in str(error):
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] == "numpy"
 
 
 def _pair(answer: Any) -> tuple[Any, Any]:

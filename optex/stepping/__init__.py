@@ -1,1 +1,21 @@
-"""A base optimizer as something that can be walked ahead and taken back."""
+"""Stepping: a base optimizer as something that can be walked ahead and taken back."""
+
+from optex.stepping.bases import ELEMENTWISE, OPTIMIZERS, base_optimizer, check_base, default_rate
+from optex.stepping.parameters import Buffers, GradientMask, ParameterVector
+from optex.stepping.snapshot import Hyperparameters, Snapshot
+from optex.stepping.stepper import FreezesWhileDrafting, Stepper
+
+__all__ = [
+    "ELEMENTWISE",
+    "OPTIMIZERS",
+    "Buffers",
+    "FreezesWhileDrafting",
+    "GradientMask",
+    "Hyperparameters",
+    "ParameterVector",
+    "Snapshot",
+    "Stepper",
+    "base_optimizer",
+    "check_base",
+    "default_rate",
+]

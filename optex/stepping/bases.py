@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["ELEMENTWISE", "OPTIMIZERS", "REFUSED", "base_optimizer", "check_base"]
+__all__ = ["ELEMENTWISE", "OPTIMIZERS", "REFUSED", "base_optimizer", "check_base", "default_rate"]
 
 OPTIMIZERS: Final[dict[str, Callable[..., Optimizer]]] = {
     "sgd": torch.optim.SGD,
@@ -66,6 +66,26 @@ def base_optimizer(name: str, parameters: Iterable[Tensor], **settings: Any) -> 
     return OPTIMIZERS[name](parameters, **settings)
 
 
+_RATES: Final[dict[str, float]] = {
+    "sgd": 0.1,
+    "momentum": 0.05,
+    "nesterov": 0.05,
+    "adagrad": 0.1,
+    "adadelta": 1.0,
+    "asgd": 0.1,
+    "muon": 0.02,
+}
+
+
+def default_rate(optimizer: str) -> float:
+    """The learning rate where none is named; 0.01 where the steps are about that long.
+
+    >>> default_rate("adam")
+    0.01
+    """
+    return _RATES.get(optimizer, 0.01)
+
+
 def check_base(base: Any) -> None:
     """Refuse what cannot be a base optimizer, with the reason."""
     if not isinstance(base, Optimizer):
@@ -88,5 +108,6 @@ def check_base(base: Any) -> None:
             raise TypeError("OptEx: base has sparse parameters; use dense ones (parameter.to_dense())")
     if any(group.get("differentiable") for group in base.param_groups):
         raise ValueError(
-            "OptEx: base was built with differentiable=True, which a walk that is undone cannot be"
+            "OptEx: base was built with differentiable=True; drafted steps are taken back, so there is nothing to "
+            "differentiate through. Build it without"
         )

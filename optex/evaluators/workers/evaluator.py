@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from optex.errors import WorkerLostError
-from optex.evaluators.interface import Draws, Evaluation, Evaluator, GradientSource, generator_states
+from optex.evaluators.interface import Evaluation, EvaluationRequest, Evaluator, with_hook
+from optex.evaluators.randomness import RandomDraws, generator_states
+from optex.evaluators.sequential import stack_noise
 from optex.evaluators.workers.messages import Answer, Failure, Job, Lost, Objective, Outcome
 from optex.evaluators.workers.process_pool import Crew, HiredCrew, ProcessCrew
-from optex.stepping.parameters import ParameterVector
+from optex.stepping import ParameterVector
 
 __all__ = ["WorkersEvaluator"]
 
@@ -102,18 +104,12 @@ class WorkersEvaluator(Evaluator):
         self._objective = None
         self._crew.close()
 
-    def evaluate(
-        self,
-        source: GradientSource,
-        vector: ParameterVector,
-        points: Tensor,
-        batches: Sequence[Any],
-        draws: Sequence[Draws],
-    ) -> Evaluation:
+    def evaluate(self, request: EvaluationRequest) -> Evaluation:
+        source, vector, points, draws = request.source, request.vector, request.points, request.draws
         _check_device(vector)
         if self._objective is None or not self._objective.serves(source, vector):
             self._objective = Objective(source, vector)
-        packed = [_packed(batch) for batch in batches]
+        packed = [_packed(batch) for batch in request.batches]
         new = [i for i, drawn in enumerate(draws) if drawn.state is None]
         starts = self._generators(draws, new)
         outcomes: list[Outcome] = [Lost("not tried yet")] * len(points)
@@ -130,7 +126,7 @@ class WorkersEvaluator(Evaluator):
                 outcomes[i] = outcome
             redo = self._mistaken(starts, outcomes, new)
         self._pin(draws, new, starts, outcomes)
-        return _evaluation(outcomes, points, sorted(retried))
+        return with_hook(request, _evaluation(outcomes, points, sorted(retried)))
 
     def _run(self, objective: Objective, jobs: dict[int, Job], retried: set[int]) -> dict[int, Outcome]:
         """The outcome of each job, those that fail at first tried twice."""
@@ -157,7 +153,7 @@ class WorkersEvaluator(Evaluator):
     # One after the other, each new step would draw where the one before it left off. How many numbers that one
     # draws is foreseen from the last evaluation; where it turns out otherwise, the steps behind are redone.
 
-    def _generators(self, draws: Sequence[Draws], new: list[int]) -> list[Tensor]:  # n states
+    def _generators(self, draws: Sequence[RandomDraws], new: list[int]) -> list[Tensor]:  # n states
         """The state of torch's generator that each step starts from, for new ones as far as can be foreseen."""
         starts = [torch.empty(0) if drawn.state is None else drawn.state[0] for drawn in draws]
         state = torch.get_rng_state()
@@ -187,7 +183,7 @@ class WorkersEvaluator(Evaluator):
 
     @staticmethod
     def _pin(
-        draws: Sequence[Draws],
+        draws: Sequence[RandomDraws],
         new: list[int],
         starts: Sequence[Tensor],  # n states
         outcomes: Sequence[Outcome],
@@ -262,7 +258,8 @@ def _evaluation(
     return Evaluation(
         losses,
         gradients,
-        tuple(answers.get(i, answers[0]).present for i in range(len(points))),
+        tuple(answers.get(i, answers[0]).mask for i in range(len(points))),
+        stack_noise([None if i not in answers else answers[i].noise_variance for i in range(len(points))]),
         retried=tuple(retried),
         lost=tuple(i for i in range(len(points)) if i not in answers),
     )

@@ -23,9 +23,12 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from optex.evaluators.interface import ClosureSource, Draws, GradientSource, ObjectiveSource
+from optex.evaluators.buffers import buffers_refused
+from optex.evaluators.interface import EvaluationRequest
+from optex.evaluators.randomness import RandomDraws
 from optex.evaluators.sequential import SequentialEvaluator
-from optex.stepping.parameters import ParameterVector, Presence
+from optex.sources import ClosureSource, GradientSource, ObjectiveSource
+from optex.stepping import Buffers, GradientMask, ParameterVector
 
 try:
     import cloudpickle as pickling  # takes lambdas, and what a script or a notebook defines
@@ -68,14 +71,16 @@ class Answer:
     Attributes:
         loss, dtype: its value, and the dtype it had.
         gradient: [d]; None where it lies in shared memory.
-        present: which parameters received a gradient.
+        mask: which parameters received a gradient.
+        noise_variance: what the source said of it.
         generator: torch's generator after the evaluation; None if it did not move.
     """
 
     loss: float
     dtype: torch.dtype
     gradient: np.ndarray | None
-    present: Presence
+    mask: GradientMask
+    noise_variance: float | None
     generator: np.ndarray | None
 
 
@@ -227,7 +232,7 @@ class Replica:
         self, source: GradientSource, parameters: Iterable[Tensor], modules: Sequence[nn.Module]
     ) -> None:
         self.source = source
-        self.vector = ParameterVector(parameters, buffers=())  # looked after here
+        self.vector = ParameterVector(parameters)
         self._modules = modules
 
     @staticmethod
@@ -258,7 +263,14 @@ class Replica:
             if pinned:
                 torch.set_rng_state(start)
             evaluation = SequentialEvaluator().evaluate(
-                self.source, self.vector, point[None], [pickle.loads(batch)], [Draws()]
+                EvaluationRequest(
+                    self.source,
+                    self.vector,
+                    point[None],
+                    [pickle.loads(batch)],
+                    [RandomDraws()],
+                    buffers=Buffers(),
+                )
             )
             end = torch.get_rng_state()
         finally:
@@ -276,7 +288,8 @@ class Replica:
             float(loss),
             loss.dtype,
             evaluation.gradients[0].numpy(),
-            evaluation.present[0],
+            evaluation.masks[0],
+            None if evaluation.noise_variance is None else float(evaluation.noise_variance[0]),
             end.numpy() if moved else None,
         )
 
@@ -291,10 +304,10 @@ class Replica:
     def _check_buffers(self, before: list[tuple[nn.Module, str, int, int]]) -> None:
         for now, (module, name, number, version) in zip(self._buffer_versions(), before, strict=True):
             if now[2:] != (number, version):
-                raise ValueError(
-                    f"WorkersEvaluator: {type(module).__name__} updates its buffer {name!r} (running "
-                    "statistics?), which points evaluated at once cannot share; use torch.nn.GroupNorm, "
-                    "torch.func.replace_all_batch_norm_modules_(model), eval(), or the SequentialEvaluator"
+                raise buffers_refused(
+                    "WorkersEvaluator",
+                    f"{type(module).__name__} (its {name!r})",
+                    "Points evaluated at once cannot share them; use SequentialEvaluator()",
                 )
 
 
@@ -342,7 +355,7 @@ def _replica(task: Task) -> Replica | None:
     if replica is None:
         home = _AT_HOME.get(task.token)
         at_home = home is not None and home.process == os.getpid()  # and not in a fork of that process
-        separate = home.source.with_own_parameters() if home is not None and at_home else None
+        separate = home.source.replica() if home is not None and at_home else None
         if separate is not None:
             replica = Replica(*separate, modules=[])
         elif task.objective is not None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from optex.evaluators import Draws, SequentialEvaluator
-from optex.evaluators.interface import ObjectiveSource
-from optex.stepping.parameters import ParameterVector, Walk
+from optex.evaluators import EvaluationRequest, RandomDraws, SequentialEvaluator
+from optex.sources import ObjectiveSource
+from optex.stepping import ParameterVector, Stepper
 from optex.studies.baselines.interface import Recorder, Setting, Trace
 from optex.studies.problems import Problem
 
@@ -32,10 +32,11 @@ def data_parallel(problem: Problem, setting: Setting, factor: float) -> Trace:
     vector = ParameterVector(problem.parameters())
     evaluator, source = SequentialEvaluator(), ObjectiveSource(problem)
     with Recorder(problem, setting.rounds) as recorder:
-        walk, batches = Walk(base, vector), problem.batches()
+        stepper, batches = Stepper(base, vector), problem.batches()
         while not recorder.done:
-            points = walk.point.expand(setting.parallelism, -1)
-            own_batches, draws = [next(batches) for _ in points], [Draws() for _ in points]
-            walk.step(evaluator.evaluate(source, vector, points, own_batches, draws).gradients.mean(0))
+            points = stepper.point.expand(setting.parallelism, -1)
+            own_batches, draws = [next(batches) for _ in points], [RandomDraws() for _ in points]
+            request = EvaluationRequest(source, vector, points, own_batches, draws)
+            stepper.step(evaluator.evaluate(request).gradients.mean(0))
             recorder.round(gradients=len(points), accepted=1)
     return recorder.trace(lr)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from optex.errors import NonFiniteError
-from optex.evaluators import Draws, SequentialEvaluator
-from optex.evaluators.interface import ObjectiveSource
-from optex.stepping.parameters import ParameterVector, Walk
+from optex.evaluators import EvaluationRequest, RandomDraws, SequentialEvaluator
+from optex.sources import ObjectiveSource
+from optex.stepping import ParameterVector, Stepper
 from optex.studies.baselines.interface import Recorder, Setting, Trace
 from optex.studies.problems import Problem
 
@@ -30,16 +30,18 @@ def line_search(problem: Problem, setting: Setting) -> Trace:
     vector = ParameterVector(problem.parameters())
     evaluator, source = SequentialEvaluator(), ObjectiveSource(problem)
     with Recorder(problem, setting.rounds) as recorder:
-        walk, batches = Walk(base, vector), problem.batches()
+        stepper, batches = Stepper(base, vector), problem.batches()
         factors = step_factors(setting.parallelism).to(vector.device, vector.dtype)
-        points, gradient = walk.point[None], None
+        points, gradient = stepper.point[None], None
         while not recorder.done:
             if gradient is not None:
-                here = walk.point
-                walk.step(gradient)
-                points = here + factors[:, None] * (walk.point - here)
-            count, draws = len(points), Draws()  # one batch and one set of draws, or losses would not compare
-            evaluation = evaluator.evaluate(source, vector, points, [next(batches)] * count, [draws] * count)
+                here = stepper.point
+                stepper.step(gradient)
+                points = here + factors[:, None] * (stepper.point - here)
+            # One batch and one set of draws for all, or losses would not compare.
+            count, batch, draws = len(points), next(batches), RandomDraws()
+            request = EvaluationRequest(source, vector, points, [batch] * count, [draws] * count)
+            evaluation = evaluator.evaluate(request)
             kept = _lowest(evaluation.losses)
             vector.write(points[kept])
             recorder.round(gradients=len(points), accepted=0 if gradient is None else 1)

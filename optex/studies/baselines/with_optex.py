@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from optex.estimators import HoldLast
 from optex.optimizer import OptEx
-from optex.round.acceptance import Last, WithinTolerance
+from optex.round import Last, WithinTolerance
 from optex.studies.baselines.interface import Recorder, Setting, Trace
 from optex.studies.problems import Problem
 

@@ -1,0 +1,87 @@
+"""Random numbers: a step has its own ones, the same each time it is evaluated.
+
+Where those of a new step start is the one thing evaluators differ in:
+
+=============  =====================================================================================
+in turn        where torch's generators stand, as in the plain loop: ``RandomDraws.replayed``
+in workers     the same, foreseen from how many numbers the last evaluation drew:
+               :mod:`optex.evaluators.workers.foresight`
+across ranks   at a seed of the step's own, which no rank has to ask another for: ``seeded_states``
+vectorized     nowhere: ``torch.func.vmap`` draws for all points at once, anew each time
+=============  =====================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["RandomDraws", "generator_states", "seeded_states", "set_generator_states"]
+
+
+class RandomDraws:
+    """The random numbers of a step, dropout's say: the same ones each time the step is evaluated.
+
+    Attributes:
+        state: of torch's generators before the first evaluation: the CPU's, then every CUDA device's if CUDA is
+            in use; None before it.
+    """
+
+    def __init__(self, state: list[Tensor] | None = None) -> None:
+        self.state = state
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Evaluate the step in here.
+
+        The first evaluation takes numbers from torch's generators as they stand, and moves those on, just as the
+        plain loop would; one that fails leaves no trace. A later evaluation starts from the state remembered and
+        leaves the generators as they were.
+        """
+        now, first = generator_states(), self.state is None
+        try:
+            if self.state is None:
+                self.state = now
+            else:
+                set_generator_states(self.state)
+            yield
+        except BaseException:
+            if first:
+                self.state = None
+            set_generator_states(now)
+            raise
+        if not first:
+            set_generator_states(now)
+
+    def apart(self, part: int) -> RandomDraws:
+        """Draws for one part of the step's batch: parts must not share their dropout. Part 0 has the step's."""
+        if not part or self.state is None:
+            return self
+        generator = torch.Generator()
+        generator.set_state(self.state[0])
+        return RandomDraws(seeded_states([generator.initial_seed(), part]))
+
+
+def generator_states() -> list[Tensor]:
+    """Where torch's generators stand: the CPU's, then every CUDA device's if CUDA is in use."""
+    states = [torch.get_rng_state()]
+    return states + torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else states
+
+
+def set_generator_states(states: list[Tensor]) -> None:
+    """Put them back there; CUDA's only where there are as many devices."""
+    torch.set_rng_state(states[0].cpu())
+    if len(states) > 1 and torch.cuda.is_available() and torch.cuda.device_count() == len(states) - 1:
+        torch.cuda.set_rng_state_all([state.cpu() for state in states[1:]])
+
+
+def seeded_states(entropy: Sequence[int]) -> list[Tensor]:
+    """States of torch's generators, the CPU's and those of CUDA devices in use, from a seed in parts."""
+    seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    devices = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
+    generators = [torch.Generator(), *(torch.Generator(f"cuda:{i}") for i in range(devices))]
+    return [generator.manual_seed(seed).get_state() for generator in generators]

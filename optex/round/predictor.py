@@ -1,0 +1,101 @@
+"""The predictor: history, estimator and the fitted posterior in one hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from optex.estimators import Estimator, GradientHistory, Posterior
+from optex.estimators.history import Overwritten
+
+__all__ = ["Predictor", "default_history_size"]
+
+
+def default_history_size(parallelism: int) -> int:
+    """T0 where none is named.
+
+    >>> default_history_size(4), default_history_size(16)
+    (16, 32)
+    """
+    return 16 if parallelism <= 8 else 32
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What remembering some pairs is about to change."""
+
+    history: Overwritten
+    estimator: dict[str, Any]
+    posterior: Posterior | None
+
+
+class Predictor:
+    """Predicts gradients from those remembered; the round asks it and tells it.
+
+    Attributes:
+        estimator: makes posteriors of the history, and learns from how they did.
+        history: the pairs to predict from.
+    """
+
+    def __init__(self, estimator: Estimator, history: GradientHistory) -> None:
+        self.estimator = estimator
+        self.history = history
+        self._posterior: Posterior | None = None
+
+    def posterior(self) -> Posterior | None:
+        """The estimator fitted to the history, anew only when that has changed; None while it is empty."""
+        if self._posterior is None and len(self.history):
+            self._posterior = self.estimator.fit(self.history)
+        return self._posterior
+
+    def remember(
+        self,
+        points: Tensor,  # [n, d]
+        gradients: Tensor,  # [n, d]
+        noise_variance: Sequence[float],  # n
+        measured: Sequence[tuple[Tensor, Tensor] | None],  # n
+    ) -> None:
+        """Let the estimator learn how well it had predicted these gradients, then put the pairs into the history.
+
+        Args:
+            points, gradients, noise_variance: the pairs, as in ``GradientHistory.append``.
+            measured: where their steps had been measured before, as in ``Estimator.judge``.
+        """
+        posterior = self.posterior()
+        if posterior is not None:
+            self.estimator.judge(posterior, points, gradients, measured)
+        self._posterior = None
+        self.history.append(points, gradients, noise_variance)
+
+    def before_remembering(self, count: int) -> _Before:
+        """What remembering ``count`` pairs would change; ``take_back`` puts it there again."""
+        return _Before(self.history.before_append(count), self.estimator.state_dict(), self._posterior)
+
+    def take_back(self, before: _Before) -> None:
+        """Be as before; may be called again."""
+        self._posterior = None
+        self.history.take_back(before.history)
+        self.estimator.load_state_dict(before.estimator)
+        self._posterior = before.posterior
+
+    def forget(self) -> None:
+        """Empty the history."""
+        self._posterior = None
+        self.history.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """History, and what the estimator has learned."""
+        return {"history": self.history.state_dict(), "estimator": self.estimator.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a saved history of the same size and dimension, and what was learned.
+
+        Raises:
+            ValueError: the history is of another size or dimension.
+        """
+        self._posterior = None
+        self.history.load_state_dict(state["history"])
+        self.estimator.load_state_dict(state["estimator"])

@@ -1,0 +1,119 @@
+"""The one record of a round: it grows from part to part, from the draft to the report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from optex.estimators import Posterior
+from optex.round.report import RoundReport
+from optex.round.window import PlannedStep, Progress
+from optex.sources import GradientSource
+from optex.stepping import Buffers, GradientMask, Stepper
+from optex.vector_space import VectorSpace
+
+__all__ = ["RoundRecord"]
+
+
+@dataclass
+class RoundRecord:
+    """What a round knows. Attributes are set by the part they are listed under, and read by later ones.
+
+    Attributes:
+        number: rounds before this one.
+        source: of the gradients.
+        window: the n steps drafted, the first not taken yet.
+        stepper: the base optimizer, marked at the round's start.
+        space: where all vectors of the round live; lengths and finiteness are asked of it.
+        buffers: what an evaluation changes beside the gradients; None where that is not known.
+        undo: what takes the round back, in reverse; each entry is there before what it takes back begins.
+
+        **Draft.** proxies: [n, d], the points drafted; row 0 is the round's start.
+        drafted: [n - 1, d], the gradients predicted and used.
+        distances: n - 1 entries: the prediction distance [], how far from where its step was measured each
+            drafted gradient was predicted; None for a step that had not been measured.
+        draft_mask: parameters that were stepped.
+
+        **Evaluate.** evaluated: which proxies were evaluated.
+        evaluations: gradients computed, those lost left out.
+        losses: [n], NaN where not evaluated.
+        gradients: [n, d], true gradients at the proxies.
+        noise_variance: n, of one component of each gradient; NaN where noisy by an amount nobody knows.
+        usable: n flags: evaluated, loss and gradient finite, gradient plausible.
+        mask: parameters that got a gradient at the first point evaluated.
+        buffers_after: per point evaluated, the buffers behind it; None where there are none.
+        retried, lost: indices of proxies whose evaluation was lost at first, and for good.
+        gradient_seconds: wall time of the evaluations.
+        failed: index of the step whose loss or gradient ended the round; None where that was not it.
+
+        **Remember.** posterior: the estimator fitted to the history with this round's pairs in it; None where
+            the acceptance does not ask it.
+
+        **Replay.** accepted: steps kept.
+
+        **Keep.** after: how far the run is when the round has ended.
+    """
+
+    number: int
+    source: GradientSource
+    window: Sequence[PlannedStep]
+    stepper: Stepper
+    space: VectorSpace
+    buffers: Buffers | None
+    undo: list[Callable[[], object]] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+
+    proxies: Tensor = field(init=False)
+    drafted: Tensor = field(init=False)
+    distances: list[Tensor | None] = field(init=False)
+    draft_mask: GradientMask = field(init=False)
+
+    evaluated: range = field(default_factory=lambda: range(0))
+    evaluations: int = 0
+    losses: Tensor = field(init=False)
+    gradients: Tensor = field(init=False)
+    noise_variance: list[float] = field(init=False)
+    usable: list[bool] = field(default_factory=list)
+    mask: GradientMask = field(init=False)
+    buffers_after: tuple[list[Tensor], ...] | None = None
+    retried: tuple[int, ...] = ()
+    lost: tuple[int, ...] = ()
+    gradient_seconds: float = 0.0
+    failed: int | None = None
+
+    posterior: Posterior | None = None
+    accepted: int = 0
+    after: Progress | None = None
+
+    def take_back(self) -> None:
+        """Undo all that the round did, the last first."""
+        while self.undo:
+            self.undo[-1]()
+            self.undo.pop()
+
+    def report(self) -> RoundReport:
+        """What the user sees of it."""
+        return RoundReport(
+            number=self.number,
+            losses=self.losses,
+            accepted=self.accepted,
+            evaluated=self.evaluations,
+            dropped=tuple(i for i in self.evaluated if not self.usable[i] and i not in self.lost),
+            retried=self.retried,
+            lost=self.lost,
+            relative_errors=self._relative_errors(),
+            seconds=time.perf_counter() - self.started,
+            gradient_seconds=self.gradient_seconds,
+        )
+
+    def _relative_errors(self) -> Tensor:  # [usable proxies but the last]
+        rows = [i for i in self.evaluated if i < len(self.drafted) and self.usable[i]]
+        truth = self.gradients[rows]
+        if not rows:
+            return truth.new_empty(0)
+        gaps, norms = self.space.norms([*(self.drafted[rows] - truth), *truth]).view(2, -1)
+        return gaps / norms.clamp_min(torch.finfo(truth.dtype).tiny)

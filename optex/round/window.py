@@ -1,0 +1,88 @@
+"""The steps ahead: each with its minibatch and random numbers for good, and where it was measured, if it was."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from optex.evaluators import RandomDraws
+
+__all__ = ["BatchQueue", "PlannedStep", "Progress"]
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """A step not taken yet.
+
+    Attributes:
+        batch: its minibatch.
+        number: of the batch, in the order they came; None for a closure's.
+        measured: point [d] and gradient [d] of its evaluation in an earlier round; None without one.
+        draws: its random numbers.
+    """
+
+    batch: Any
+    number: int | None = None
+    measured: tuple[Tensor, Tensor] | None = None
+    draws: RandomDraws = field(default_factory=RandomDraws)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is; a round replaces it as a whole, by one assignment.
+
+    Attributes:
+        rounds: that ended.
+        steps_taken: of the base optimizer.
+        planned: batches that became planned steps, those taken among them.
+        window: the planned steps that are not taken yet.
+    """
+
+    rounds: int = 0
+    steps_taken: int = 0
+    planned: int = 0
+    window: tuple[PlannedStep, ...] = ()
+
+
+class BatchQueue:
+    """Batches drawn and not planned yet, numbered; filled so that an interrupt between two lines loses none."""
+
+    def __init__(self) -> None:
+        self._drawn: deque[tuple[int, Any]] = deque()
+
+    def draw(self, batches: Iterator[Any], progress: Progress, count: int) -> None:
+        """Take batches until ``count`` of them wait in the window and here, or there are no more."""
+        missing = count - len(progress.window) - len(self.waiting(progress))
+        if missing > 0:
+            numbered = zip(
+                itertools.count(self.next_number(progress)), itertools.islice(batches, missing), strict=False
+            )
+            self._drawn.extend(numbered)
+
+    def waiting(self, progress: Progress) -> list[PlannedStep]:
+        """The batches here as steps to plan."""
+        while self._drawn and self._drawn[0][0] < progress.planned:
+            self._drawn.popleft()
+        return [PlannedStep(batch, number) for number, batch in self._drawn]
+
+    def next_number(self, progress: Progress) -> int:
+        """How many batches were drawn in all."""
+        return (
+            self._drawn[-1][0] + 1
+            if self._drawn and self._drawn[-1][0] >= progress.planned
+            else progress.planned
+        )
+
+    def clear(self) -> None:
+        """Drop all."""
+        self._drawn.clear()
+
+
+def numbers(steps: Iterable[PlannedStep]) -> list[int]:
+    """Of the steps' batches."""
+    return [step.number for step in steps if step.number is not None]

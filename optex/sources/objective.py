@@ -1,0 +1,99 @@
+"""Gradients of an objective: a function of a batch that returns the loss and leaves the backward pass to us."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optex.sources.interface import GradientSource, scalar_loss
+
+__all__ = ["AccumulatingSource", "ObjectiveSource"]
+
+
+@dataclass(frozen=True)
+class ObjectiveSource(GradientSource):
+    """The gradient of ``objective(batch)`` by one backward pass; what ``rounds`` makes of a plain function.
+
+    Args:
+        objective: the scalar loss of a batch at the parameters' present values, without backward.
+        deterministic: it answers the same whenever it is asked at a point, whatever the batch.
+    """
+
+    objective: Callable[[Any], Tensor]
+    deterministic: bool = False
+
+    @property
+    def module(self) -> nn.Module | None:
+        return self.objective if isinstance(self.objective, nn.Module) else None
+
+    def gradient(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        loss = scalar_loss(self.objective(batch), "objective")
+        if not loss.requires_grad:
+            raise ValueError(
+                "objective: the loss does not depend on any parameter through autograd; compute it from the "
+                "model's output, without .item(), .detach() or torch.no_grad()"
+            )
+        loss.backward()
+        return loss.detach(), None
+
+
+@dataclass(frozen=True)
+class AccumulatingSource(GradientSource):
+    """A step's gradient summed up over micro-batches, for batches whose graph does not fit into memory.
+
+    The batch is a sequence of micro-batches; loss and gradient are the means over them. With ``parameters`` the
+    spread of the micro-batches' gradients g_k about their mean ḡ tells how noisy ḡ is: each component's variance is
+    about ``Σ_k ‖g_k - ḡ‖² / (d m (m - 1))`` for m micro-batches, and the estimators use it.
+
+    Args:
+        objective: the scalar loss of one micro-batch, without backward.
+        parameters: those that are optimised, to measure the noise at; costs one more copy of their gradients.
+            None leaves the noise unknown.
+
+    >>> import torch, optex
+    >>> model = torch.nn.Linear(2, 1)
+    >>> optimizer = optex.OptEx(torch.optim.SGD(model.parameters(), lr=0.1))
+    >>> source = optex.AccumulatingSource(lambda x: model(x).square().mean(), list(model.parameters()))
+    >>> batches = [[torch.randn(4, 2), torch.randn(4, 2)] for _ in range(6)]
+    >>> sum(report.accepted for report in optimizer.rounds(batches, source))
+    6
+    """
+
+    objective: Callable[[Any], Tensor]
+    parameters: Sequence[Tensor] | None = None
+
+    def gradient(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        total, squares = None, []
+        for micro_batch in batch:
+            before = None if self.parameters is None else _gradients(self.parameters)
+            loss = scalar_loss(self.objective(micro_batch), "objective") / len(batch)
+            loss.backward()
+            total = loss.detach() if total is None else total + loss.detach()
+            if self.parameters is not None and before is not None:
+                added = [after - then for after, then in zip(_gradients(self.parameters), before, strict=True)]
+                squares.append(_squared_norm(added))
+        if total is None:
+            raise ValueError("AccumulatingSource: a batch has no micro-batches; a batch is a sequence of them")
+        return total, self._noise_variance(squares)
+
+    def _noise_variance(self, squares: Sequence[Tensor]) -> Tensor | None:  # m of ‖g_k / m‖²
+        count = len(squares)
+        if self.parameters is None or count < 2:
+            return None
+        # Σ‖g_k - ḡ‖² = Σ‖g_k‖² - m ‖ḡ‖², with g_k = m times what micro-batch k added to the sum.
+        whole = _squared_norm(_gradients(self.parameters))
+        spread = count**2 * torch.stack(list(squares)).sum() - count * whole
+        dimension = sum(p.numel() for p in self.parameters)
+        return (spread / (dimension * count * (count - 1))).clamp_min(0)
+
+
+def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for p in parameters]
+
+
+def _squared_norm(tensors: Sequence[Tensor]) -> Tensor:  # []
+    return torch.stack(torch._foreach_norm(list(tensors))).square().sum()
