@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import torch
@@ -16,13 +17,47 @@ __all__ = [
     "conjugate_gradients",
     "inner_products",
     "jittered_cholesky",
+    "one_thread",
     "squared_distances",
     "squared_norms",
+    "threads_for",
 ]
 
 JITTERS: Final = (1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
 _BLOCK: Final = 256  # columns summed in float32
 _SLAB: Final = 4096 * _BLOCK  # columns handled at a time, which bounds the scratch memory
+_SHORT: Final = 32_768  # torch splits elementwise work among threads from this length on
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Small systems are solved on one thread, whatever the user's setting.
+
+    A second thread gains nothing on matrices of T0 × T0, and where another program holds its core every one of
+    the
+    many small products waits for it: rounds have been seen to take ten times as long. The setting is this
+    thread's and comes back; a thread of the user's that computes for the first time in between would start
+    with it, too.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def threads_for(width: int) -> Iterator[None]:
+    """One thread for rows this short, the user's setting for longer ones."""
+    if width >= _SHORT:
+        yield
+        return
+    with one_thread():
+        yield
 
 
 def _slabs(dimension: int) -> list[slice]:
@@ -96,13 +131,15 @@ def jittered_cholesky(
     Raises:
         NotPositiveDefiniteError: not even jitter of 1e-2 of the mean diagonal helps.
     """
-    factor, info = torch.linalg.cholesky_ex(matrix)
+    with one_thread():
+        factor, info = torch.linalg.cholesky_ex(matrix)
     if not info:
         return factor
     scale = matrix.diagonal().mean()
     identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     for jitter in JITTERS:
-        factor, info = torch.linalg.cholesky_ex(matrix + jitter * scale * identity)
+        with one_thread():
+            factor, info = torch.linalg.cholesky_ex(matrix + jitter * scale * identity)
         if not info:
             warnings.warn(
                 f"kernel matrix of size {len(matrix)} is not positive definite; added {jitter:g} of its mean "

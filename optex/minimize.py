@@ -8,8 +8,9 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
+from functools import partial
 from numbers import Real
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ from optex.optimizer import OptEx
 from optex.round import Acceptance
 from optex.sources import GradientSource
 from optex.sources.functions import Point, PointForm, check_function, function_source, read_start
-from optex.stepping import OPTIMIZERS, base_optimizer, default_rate
+from optex.stepping import base_optimizer, check_settings, default_rate
 
 __all__ = ["minimize", "scipy_method"]
 
@@ -42,6 +43,18 @@ _WITHIN_GTOL: Final = "Optimization terminated successfully: the gradient is wit
 _WITHIN_FTOL: Final = "Optimization terminated successfully: fun changed by no more than ftol in a round."
 _OUT_OF_ROUNDS: Final = "Maximum number of iterations has been exceeded."
 _PRECISION_LOSS: Final = "Desired error not necessarily achieved due to precision loss."
+
+
+# What people who come from SciPy pass, and what does it here.
+_ELSEWHERE: Final = {
+    "method": "optimizer= names the algorithm; scipy.optimize.minimize takes method=optex.scipy_method",
+    "tol": "gtol= bounds the gradient, ftol= the change of fun",
+    "disp": "a callback can print; the result has a message",
+    "options": "pass each option as an argument of its own",
+    "constraints": "the optimizers here are unconstrained; use scipy.optimize.minimize(method='SLSQP')",
+    "learning_rate": "lr= is the learning rate",
+    "tolerance": "acceptance=optex.WithinTolerance(...) has the tolerance of a round, gtol= that of the result",
+}
 
 
 def minimize(
@@ -150,9 +163,9 @@ def minimize(
         scheduler=None if scheduler is None else scheduler(base),
         shard=False,  # the tracker looks at whole points
     )
-    args = args if isinstance(args, tuple) else (args,)
     vectorized = isinstance(tracker.inner, VectorizedEvaluator)
-    source = function_source(fun, jac, args, point, form, vectorized=vectorized)
+    arguments = args if isinstance(args, tuple) else (args,)
+    source = function_source(fun, jac, arguments, point, form, vectorized=vectorized)
     try:
         return _Run(wrapper, source, tracker, form, callback).until(maxiter, ftol)
     finally:
@@ -396,22 +409,7 @@ def _read_evaluator(evaluator: Any, workers: Any, point: Point, jac: Any) -> Eva
             "minimize: evaluator 'vectorized' differentiates fun by torch.func, so jac must be None; drop jac "
             "and write fun in torch, or use evaluator='sequential'"
         )
-    randomness = cast(Any, evaluator.randomness)
-    return VectorizedEvaluator(point, chunk_size=evaluator.chunk_size, randomness=randomness)
-
-
-# What people who come from SciPy pass, and what does it here.
-_ELSEWHERE: Final = {
-    "method": "optimizer= names the algorithm (scipy.optimize.minimize(..., method=optex.scipy_method) takes this one)",
-    "tol": "gtol= bounds the gradient, ftol= the change of fun",
-    "disp": "a callback can print; the result has a message",
-    "options": "pass each option as an argument of its own",
-    "hess": "the method uses no second derivatives",
-    "hessp": "the method uses no second derivatives",
-    "constraints": "the optimizers here are unconstrained; use scipy.optimize.minimize(method='SLSQP'), or a penalty",
-    "learning_rate": "lr= is the learning rate",
-    "tolerance": "acceptance=optex.WithinTolerance(...) has the tolerance of a round, gtol= that of the result",
-}
+    return VectorizedEvaluator(point, chunk_size=evaluator.chunk_size, randomness=evaluator.randomness)
 
 
 def _build_base(
@@ -428,12 +426,10 @@ def _build_base(
     if isinstance(optimizer, str) and lr is None:
         lr = default_rate(optimizer)
     settings = options if lr is None else {"lr": lr, **options}
-    _check_settings(optimizer, options)
+    check_settings("minimize", optimizer, options, _ELSEWHERE)
+    make = partial(base_optimizer, optimizer) if isinstance(optimizer, str) else optimizer
     try:
-        if isinstance(optimizer, str):
-            base = base_optimizer(optimizer, [x], **settings)
-        else:
-            base = optimizer([x], **settings)
+        base = make([x], **settings)
     except TypeError as error:
         given = ", ".join(settings) or "no options"
         raise TypeError(f"minimize: optimizer {optimizer!r} cannot be built with {given}: {error}") from error
@@ -444,24 +440,6 @@ def _build_base(
     if any(group.get("maximize") for group in base.param_groups):
         raise ValueError("minimize: optimizer has maximize=True; minimise -fun instead")
     return base
-
-
-def _check_settings(optimizer: str | Callable[..., Optimizer], options: dict[str, Any]) -> None:
-    """Refuse keywords that neither ``minimize`` nor the optimizer knows, before the optimizer's constructor does."""
-    factory = OPTIMIZERS.get(optimizer) if isinstance(optimizer, str) else optimizer
-    if factory is None:  # an unknown name; the error for that is better
-        return
-    try:
-        known = inspect.signature(factory).parameters
-    except ValueError:  # a builtin that does not tell
-        return
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
-        return
-    for name in options:
-        if name not in known:
-            taken = [key for key in known if key not in ("params", "lr")]
-            remedy = _ELSEWHERE.get(name, f"optimizer {optimizer!r} takes {', '.join(taken)}")
-            raise TypeError(f"minimize: there is no argument {name!r}; {remedy}")
 
 
 def _takes_intermediate_result(callback: Callable[..., Any]) -> bool:

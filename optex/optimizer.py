@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
 from optex.checks import check_integer, check_kind
 from optex.distributed import Ranks, lay_out
 from optex.errors import NonFiniteError, NonFiniteWarning, PlainStepWarning, warn
-from optex.estimators import CommitteeEstimator, Estimator, GradientHistory, SeparableEstimator
+from optex.estimators import CommitteeEstimator, Estimator, GradientHistory
 from optex.estimators.kernels import Kernel
 from optex.evaluators import Evaluator, SequentialEvaluator
-from optex.evaluators.randomness import generator_states, set_generator_states
 from optex.round import (
-    SELECTIONS,
     Acceptance,
-    Last,
-    LowestLoss,
     PlannedStep,
     Predictor,
     RoundReport,
@@ -31,6 +27,7 @@ from optex.round import (
     WithinTolerance,
     default_history_size,
 )
+from optex.round.arguments import check_choices, check_parts, published_parts
 from optex.sources import ClosureSource, GradientSource, ObjectiveSource
 from optex.stepping import Buffers, Stepper, check_base
 
@@ -56,11 +53,10 @@ class OptEx(Optimizer):
 
     Args:
         base: any ``torch.optim.Optimizer`` for dense gradients; it keeps its state and hyperparameters, and
-            its step hooks run at every step, drafted ones too. One with a method ``drafting()``, a context
-            manager, has it open while steps are drafted, to freeze what a prediction should not change.
+            its step hooks run at every step, drafted ones too. Its ``drafting()``, if it has that context
+            manager, is open while steps are drafted, to freeze what a prediction should not change.
         parallelism: N, gradients evaluated at once, at least 1. With 1 the run is the base optimizer's.
-        history_size: T0, pairs of iterate and gradient to predict from; 16 up to N = 8, else 32, by
-            default.
+        history_size: T0, pairs of iterate and gradient to predict from; by default 16 up to N = 8, else 32.
         estimator: predicts gradients; ``CommitteeEstimator()`` by default.
         acceptance: which steps are kept; ``WithinTolerance()`` by default.
         evaluator: how gradients are computed at once; ``SequentialEvaluator()`` by default.
@@ -81,14 +77,12 @@ class OptEx(Optimizer):
         history_dtype, history_device: where the history's rows are kept; the parameters' by default.
 
     Attributes:
-        steps_taken: steps of the base optimizer kept so far.
-        batches_drawn: batches taken from what ``rounds`` was handed, those still in the window among them.
         last_report: of the last round, None before it.
 
     Memory, in numbers beyond the base optimizer's: ``(2 · T0 + 1) · d`` for the history (of ``history_dtype``),
-    ``5 · N · d`` in a round for proxies, predictions, gradients and the pairs they replace, at most ``2 · N · d``
-    for steps not kept yet, one copy of parameters and base state, and N + 1 copies of the model's buffers. What
-    the evaluator needs comes on top.
+    ``5 · N · d`` in a round for proxies, predictions, gradients and the pairs they replace, at most ``2 · N ·
+    d`` for steps not kept yet, one copy of parameters and base state, and N + 1 copies of the model's buffers.
+    What the evaluator needs comes on top.
 
     Raises:
         TypeError, ValueError: an argument cannot work; the message names it and the remedy.
@@ -130,8 +124,8 @@ class OptEx(Optimizer):
         self.parallelism = check_integer("OptEx", "parallelism", parallelism)
         size = default_history_size(parallelism) if history_size is None else history_size
         self.history_size = check_integer("OptEx", "history_size", size)
-        _check_parts(base, estimator, acceptance, evaluator, scheduler, model)
-        _check_choices(deterministic, gradient_hook, on_nonfinite)
+        check_parts(base, estimator, acceptance, evaluator, scheduler, model)
+        check_choices(deterministic, gradient_hook, on_nonfinite)
         self.base = base
         self.scheduler = scheduler
         self.model = model
@@ -146,18 +140,11 @@ class OptEx(Optimizer):
         self._ready = False  # while torch's constructor runs, the groups are already the base's
         super().__init__(base.param_groups, base.defaults)
         self._ready = True
-        parameters = self._trainable()
         evaluator = evaluator or SequentialEvaluator()
-        self.ranks: Ranks | None = evaluator.connect(parameters)
-        stepper = lay_out(base, parameters, scheduler, self.ranks, shard)
-        self._rounds = Rounds(
-            stepper,
-            self._predictor(copy.deepcopy(estimator) or CommitteeEstimator(), stepper),
-            copy.deepcopy(acceptance) or WithinTolerance(),
-            evaluator,
-            self.parallelism,
-            gradient_hook,
-        )
+        stepper = self._lay_out(evaluator, self._trainable())
+        predictor = self._predictor(copy.deepcopy(estimator) or CommitteeEstimator(), stepper)
+        acceptance = copy.deepcopy(acceptance) or WithinTolerance()
+        self._rounds = Rounds(stepper, predictor, acceptance, evaluator, self.parallelism, gradient_hook)
 
     @classmethod
     def from_paper(
@@ -175,9 +162,7 @@ class OptEx(Optimizer):
         """Algorithm 1 as published, and the ablations of the paper's Figure 6.
 
         Args:
-            base: the paper's FO-OPT.
-            parallelism: N.
-            history_size: T0.
+            base, parallelism, history_size: the paper's FO-OPT, N and T0.
             kernel, lengthscale, noise_variance: of the separable Gaussian process with mean zero; see
                 :class:`~optex.estimators.SeparableEstimator`.
             selection: which of the N results the round keeps.
@@ -188,22 +173,13 @@ class OptEx(Optimizer):
         Raises:
             ValueError: a name is unknown, or ``evaluate="last"`` meets another selection.
         """
-        if selection not in SELECTIONS:
-            raise ValueError(
-                f"OptEx.from_paper: selection must be one of {', '.join(SELECTIONS)}, got {selection!r}"
-            )
-        if evaluate not in ("all", "last"):
-            raise ValueError(f"OptEx.from_paper: evaluate must be 'all' or 'last', got {evaluate!r}")
-        if evaluate == "last" and selection != "last":
-            raise ValueError(
-                f"OptEx.from_paper: selection {selection!r} compares all proxies; it needs evaluate='all'"
-            )
+        estimator, acceptance = published_parts(kernel, lengthscale, noise_variance, selection, evaluate)
         return cls(
             base,
             parallelism=parallelism,
             history_size=history_size,
-            estimator=SeparableEstimator(kernel, lengthscale, noise_variance, prior_mean="zero"),
-            acceptance=Last(evaluate) if selection == "last" else SELECTIONS[selection](),
+            estimator=estimator,
+            acceptance=acceptance,
             **options,
         )
 
@@ -263,9 +239,9 @@ class OptEx(Optimizer):
     def step(self, closure: Any = None) -> Any:
         """One round: evaluates ``closure`` up to ``parallelism`` times and advances the parameters.
 
-        The closure is torch's: it clears the gradients, backpropagates and returns the loss. It is called
-        once for every point evaluated. A closure that draws its own minibatch cannot be asked for the same
-        one again, so gradients of steps not kept serve the history only; ``rounds`` keeps them.
+        The closure is torch's: it clears the gradients, backpropagates and returns the loss. One that draws its
+        own minibatch cannot be asked for the same one again, so gradients of steps not kept serve the history
+        only; ``rounds`` keeps them.
 
         Without a closure: one plain step of the base optimizer with the gradients that are there, after the
         gradient hook, and a warning the first time: nothing is predicted then.
@@ -278,8 +254,7 @@ class OptEx(Optimizer):
                 finite. Parameters and state are those of before the call.
         """
         if closure is None:
-            self._plain_step()
-            return None
+            return self._plain_step()
         if isinstance(closure, _RoundRequest):
             return self._round(closure.source, closure.window)
         if not callable(closure):
@@ -293,8 +268,8 @@ class OptEx(Optimizer):
     ) -> Iterator[RoundReport]:
         """Run rounds until ``batches`` is used up; a generator of one report a round.
 
-        Each step has one batch for good, in the order they come. When the batches end inside a round, the
-        ones at hand are used. Leaving the loop early keeps the batches not yet stepped on for the next call.
+        Each step has one batch for good, in the order they come; at their end the ones at hand are used.
+        Leaving the loop early keeps the batches not yet stepped on for the next call.
 
         Args:
             batches: one item a step; for a deterministic objective ``itertools.repeat(None, steps)``.
@@ -314,9 +289,8 @@ class OptEx(Optimizer):
             if not window:
                 self.gather()
                 return
-            source = objective
-            if not isinstance(source, GradientSource):
-                source = ObjectiveSource(source, self._is_deterministic)
+            given = isinstance(objective, GradientSource)
+            source = objective if given else ObjectiveSource(objective, self._is_deterministic)
             self.step(_RoundRequest(source, window))
             yield cast(RoundReport, self.last_report)
 
@@ -332,11 +306,10 @@ class OptEx(Optimizer):
         try:
             record = self._rounds.run(source, window, buffers, verify=verify)
         except NonFiniteError as error:
-            record = self._rounds.record
-            if self.on_nonfinite == "raise" or record is None:
+            if self.on_nonfinite == "raise":
                 raise
             warn(f"{error} The step is skipped.", NonFiniteWarning)
-            self._rounds.skip(record)
+            record = self._rounds.skip()
         self._verify = self._verify and not verify
         self.last_report = record.report()
         return record.losses[record.evaluated[0]]
@@ -347,29 +320,26 @@ class OptEx(Optimizer):
         if moves and not self._warned_of_plain_steps:
             self._warned_of_plain_steps = True
             warn(
-                "OptEx.step was called without a closure: a plain step of the base optimizer with the gradients "
-                "that are there, and nothing is predicted. Use optimizer.rounds(batches, objective), or "
-                "optimizer.step(closure) with a closure that backpropagates and returns the loss.",
+                "OptEx.step was called without a closure: a plain step of the base optimizer with the "
+                "gradients that are there, and nothing is predicted. Use optimizer.rounds(batches, objective), "
+                "or optimizer.step(closure) with a closure that backpropagates and returns the loss.",
                 PlainStepWarning,
             )
-        if self.gradient_hook is not None:
-            with torch.enable_grad():
-                self.gradient_hook()
-        self.stepper.step_with_current_gradients()
-        progress = self._rounds.progress
-        self._rounds.progress = replace(progress, steps_taken=progress.steps_taken + 1)
+        self._rounds.plain_step()
 
     # ------------------------------------------------------------------ layout
 
     def _trainable(self) -> list[Tensor]:
         return [p for group in self.base.param_groups for p in group["params"] if p.requires_grad]
 
+    def _lay_out(self, evaluator: Evaluator, parameters: list[Tensor]) -> Stepper:
+        self.ranks: Ranks | None = evaluator.connect(parameters)
+        return lay_out(self.base, parameters, self.scheduler, self.ranks, self._shard)
+
     def _predictor(self, estimator: Estimator, stepper: Stepper) -> Predictor:
+        vector, dtype, device = stepper.vector, self._history_dtype, self._history_device
         history = GradientHistory(
-            self.history_size,
-            stepper.vector.space,
-            dtype=self._history_dtype or stepper.vector.dtype,
-            device=self._history_device or stepper.vector.device,
+            self.history_size, vector.space, dtype=dtype or vector.dtype, device=device or vector.device
         )
         return Predictor(estimator, history)
 
@@ -381,9 +351,7 @@ class OptEx(Optimizer):
             return
         check_base(self.base)
         self.stepper.release()
-        stepper = lay_out(
-            self.base, parameters, self.scheduler, self.evaluator.connect(parameters), self._shard
-        )
+        stepper = self._lay_out(self.evaluator, parameters)
         self._rounds.lay_out_anew(stepper, self._predictor(self.estimator, stepper))
 
     # ------------------------------------------------------------------ torch.optim.Optimizer
@@ -394,9 +362,7 @@ class OptEx(Optimizer):
         return self.base.param_groups
 
     @param_groups.setter
-    def param_groups(  # pyright: ignore[reportIncompatibleVariableOverride]
-        self, groups: list[dict[str, Any]]
-    ) -> None:
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         if self._ready:
             self.base.param_groups = groups
 
@@ -433,8 +399,7 @@ class OptEx(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict with one more entry, ``"optex"``: history, window, schedule.
 
-        The window's batches are in it, how many were drawn, and where torch's random generators stand; the
-        model's parameters and buffers are not. ``torch.load(..., weights_only=True)`` loads it if it does the
+        The window's batches are in it and where torch's random generators stand; the model is not. ``torch.load(..., weights_only=True)`` loads it if it does the
         batches. Where vectors are split among ranks they are in it as ``DTensor``; see
         :mod:`optex.distributed.checkpoint`.
         """
@@ -443,7 +408,6 @@ class OptEx(Optimizer):
         state = self.stepper.state_dict()
         state[_STATE_KEY] = {
             **self._rounds.state_dict(),
-            "random": generator_states(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
         }
         for hook in self._optimizer_state_dict_post_hooks.values():
@@ -469,7 +433,6 @@ class OptEx(Optimizer):
             self._rounds.forget()
         else:
             self._rounds.load_state_dict(own)
-            set_generator_states(own["random"])
             if self.scheduler is not None and own["scheduler"] is not None:
                 self.scheduler.load_state_dict(own["scheduler"])
             self._verify = False
@@ -485,39 +448,5 @@ class OptEx(Optimizer):
         self._patch_step_function()
 
     def __repr__(self) -> str:
-        return (
-            f"OptEx(parallelism={self.parallelism}, history_size={self.history_size}, "
-            f"estimator={self.estimator}, base={self.base})"
-        )
-
-
-def _check_parts(
-    base: Optimizer, estimator: Any, acceptance: Any, evaluator: Any, scheduler: Any, model: Any
-) -> None:
-    check_kind("OptEx", "estimator", estimator, Estimator, "an optex.estimators.Estimator")
-    check_kind("OptEx", "acceptance", acceptance, Acceptance, "an optex.Acceptance")
-    check_kind("OptEx", "evaluator", evaluator, Evaluator, "an optex.evaluators.Evaluator")
-    check_kind("OptEx", "scheduler", scheduler, LRScheduler, "a torch.optim.lr_scheduler.LRScheduler")
-    check_kind("OptEx", "model", model, nn.Module, "the torch.nn.Module whose buffers follow the steps taken")
-    if isinstance(scheduler, ReduceLROnPlateau):
-        raise TypeError(
-            "OptEx: scheduler cannot be ReduceLROnPlateau, whose tick needs a metric; tick it yourself "
-            "between rounds"
-        )
-    if isinstance(acceptance, LowestLoss) and any(group.get("maximize") for group in base.param_groups):
-        raise ValueError("OptEx: acceptance keeps the lowest loss, but base was built with maximize=True")
-
-
-def _check_choices(deterministic: Any, gradient_hook: Any, on_nonfinite: Any) -> None:
-    if not isinstance(deterministic, bool):
-        raise TypeError(
-            "OptEx: deterministic must be True (the same answer whenever it is asked at a point) or False, got "
-            f"{deterministic!r}"
-        )
-    if gradient_hook is not None and not callable(gradient_hook):
-        raise TypeError(
-            "OptEx: gradient_hook must be a function without arguments, as "
-            f"lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0), got {gradient_hook!r}"
-        )
-    if on_nonfinite not in ("raise", "skip"):
-        raise ValueError(f"OptEx: on_nonfinite must be 'raise' or 'skip', got {on_nonfinite!r}")
+        sizes = f"parallelism={self.parallelism}, history_size={self.history_size}"
+        return f"OptEx({sizes}, estimator={self.estimator}, base={self.base})"

@@ -6,20 +6,23 @@ import os
 import re
 import subprocess
 import sys
-from functools import partial
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import rosen, rosen_der
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
+import optex
 from optex import (
     DistributedEvaluator,
     OptEx,
+    PlainStepWarning,
     RankLostError,
     SeparableEstimator,
     SequentialEvaluator,
@@ -75,14 +78,14 @@ TOLERANCES = {"verified": 1e-12, "paper": 1e-12, "default": 1e-8}
 STEPPED = ("sgd", "momentum", "adam", "adamw")
 
 
-def run_case(maker, base, n, evaluator=None, steps=20):
+def run_case(maker, base, n, evaluator=None, shard=None, steps=20):
     model = network()
-    optimizer = MAKERS[maker](BASES[base](model.parameters()), n, evaluator=evaluator)
+    optimizer = MAKERS[maker](BASES[base](model.parameters()), n, evaluator=evaluator, shard=shard)
     return trajectory(optimizer, model, regression_batches(steps))
 
 
 def split_cases(rank, cases):
-    return [run_case(*case, evaluator=DistributedEvaluator(shard=True)) for case in cases]
+    return [run_case(*case, evaluator=DistributedEvaluator(), shard=True) for case in cases]
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -96,7 +99,7 @@ def test_split_runs_go_the_sequential_way(size):
 
 
 def replicated_cases(rank, cases):
-    return [run_case(*case, evaluator=DistributedEvaluator(shard=False)) for case in cases]
+    return [run_case(*case, evaluator=DistributedEvaluator(), shard=False) for case in cases]
 
 
 def test_replicated_runs_are_the_sequential_ones_bit_for_bit():
@@ -134,8 +137,8 @@ def run_base(name, shard):
     ]
     base = BASES[name](groups)
     scheduler = LambdaLR(base, lambda step: 0.9**step)
-    evaluator = None if shard is None else DistributedEvaluator(shard=shard)
-    optimizer = OptEx.from_paper(base, 4, noise_variance=1e-2, evaluator=evaluator, scheduler=scheduler)
+    split = {} if shard is None else {"evaluator": DistributedEvaluator(), "shard": shard}
+    optimizer = OptEx.from_paper(base, 4, noise_variance=1e-2, scheduler=scheduler, **split)
     points = trajectory(optimizer, model, regression_batches(8))
     assert model.unused.eq(1).all()
     return points
@@ -160,15 +163,18 @@ def test_groups_schedules_and_missing_gradients_in_every_elementwise_optimizer()
 
 
 def unusual_cases(rank):
-    sharded = partial(DistributedEvaluator, shard=True)
     out = {}
     for dtype in (torch.float32, torch.bfloat16):  # slices keep the parameters' own dtype
         model = network(dtype=dtype)
-        optimizer = OptEx(BASES["adam"](model.parameters()), parallelism=4, evaluator=sharded())
+        optimizer = OptEx(
+            BASES["adam"](model.parameters()), parallelism=4, evaluator=DistributedEvaluator(), shard=True
+        )
         list(optimizer.rounds(regression_batches(8, dtype=dtype), squared_error(model)))
         out[str(dtype)] = flat(model).to(torch.float64).numpy()
     few = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))  # fewer numbers than ranks
-    optimizer = OptEx(torch.optim.Adam([few], lr=0.1), parallelism=4, evaluator=sharded())
+    optimizer = OptEx(
+        torch.optim.Adam([few], lr=0.1), parallelism=4, evaluator=DistributedEvaluator(), shard=True
+    )
     for _ in range(5):
         optimizer.step(lambda: _backward(few.square().sum()))
     optimizer.gather()
@@ -235,25 +241,25 @@ def halves(batches, part):
     return [(x[4 * part : 4 * part + 4], y[4 * part : 4 * part + 4]) for x, y in batches]
 
 
-def run_data(evaluator, clipped, batches):
+def run_data(evaluator, shard, clipped, batches):
     model = network()
     hook = (lambda: nn.utils.clip_grad_norm_(model.parameters(), 0.5)) if clipped else None
     base = BASES["adam"](model.parameters())
-    optimizer = MAKERS["verified"](base, 4, evaluator=evaluator, gradient_hook=hook)
+    optimizer = MAKERS["verified"](base, 4, evaluator=evaluator, shard=shard, gradient_hook=hook)
     return trajectory(optimizer, model, batches)
 
 
 def data_cases(rank, cases):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("proxies", "data"))
     batches = halves(regression_batches(8), mesh.get_coordinate()[1])
-    return [run_data(DistributedEvaluator(mesh, shard=shard), clipped, batches) for shard, clipped in cases]
+    return [run_data(DistributedEvaluator(mesh), *case, batches) for case in cases]
 
 
 def test_parts_of_batches_are_averaged():
     cases = [(shard, clipped) for shard in (True, False) for clipped in (True, False)]
     answers = run_ranks(data_cases, 4, cases)
     for i, (_, clipped) in enumerate(cases):
-        expected = run_data(None, clipped, regression_batches(8))
+        expected = run_data(None, None, clipped, regression_batches(8))
         assert_alike([answer[i] for answer in answers], expected, 1e-12)
 
 
@@ -299,8 +305,8 @@ def count_traffic(rank, d, n):
 
 def count_numbers(d, n, shard):
     theta = nn.Parameter(torch.linspace(-1, 1, d))
-    evaluator = DistributedEvaluator(shard=shard)
-    optimizer = MAKERS["verified"](torch.optim.Adam([theta], lr=0.01), n, evaluator=evaluator)
+    evaluator, base = DistributedEvaluator(), torch.optim.Adam([theta], lr=0.01)
+    optimizer = MAKERS["verified"](base, n, evaluator=evaluator, shard=shard)
     rounds = optimizer.rounds(range(1, 6 * n), lambda i: (theta - i / 100).square().sum())
     next(rounds)
     traffic = evaluator.traffic
@@ -405,7 +411,7 @@ def leave_early(rank):
 
 def test_a_rank_that_dies_is_missed():
     found, _ = run_ranks(leave_early, 2)
-    assert re.search("rank 0 of 2 lost the others.*--max-restarts.*optex.distributed.checkpoint", found)
+    assert re.search("rank 0 of 2 lost the others.*--max-restarts.*its last checkpoint", found)
 
 
 # ---------------------------------------------------------------- changes between rounds
@@ -428,7 +434,9 @@ def changes(rank):
     list(optimizer.rounds(batches[12:20], error))
     optimizer.zero_grad()
     error(batches[20]).backward()
-    optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PlainStepWarning)
+        optimizer.step()
     vectorized = VectorizedEvaluator(model)
     if evaluator is None:
         optimizer.evaluator = vectorized
@@ -447,12 +455,14 @@ def test_parameters_groups_and_rates_changed_between_rounds():
 # ---------------------------------------------------------------- checkpoints
 
 
-def checkpointed(evaluator, base="adamw"):
+def checkpointed(evaluator, base="adamw", shard=None):
     model = network()
     stepped = BASES[base](model.parameters())
     scheduler = LambdaLR(stepped, lambda step: 0.95**step)
     rule = WithinTolerance(0.3, adaptive=False)  # leaves steps in the window
-    optimizer = MAKERS["verified"](stepped, 4, evaluator=evaluator, scheduler=scheduler, acceptance=rule)
+    optimizer = MAKERS["verified"](
+        stepped, 4, evaluator=evaluator, scheduler=scheduler, acceptance=rule, shard=shard
+    )
     return model, optimizer
 
 
@@ -461,13 +471,14 @@ def save_cases(rank, cases):
 
 
 def save_in_between(rank, directory, shard=True):
-    model, optimizer = checkpointed(None if rank is None else DistributedEvaluator(shard=shard))
+    alone = rank is None
+    model, optimizer = checkpointed(None if alone else DistributedEvaluator(), shard=None if alone else shard)
     for report in optimizer.rounds(regression_batches(24), squared_error(model)):
         if report.number < 3:
             folder = checkpoint.save(directory, optimizer, {"round": report.number})
         if report.number == 2:
             break
-    assert len(optimizer._window) > 0
+    assert len(optimizer.state_dict()["optex"]["window"]) > 0
     return str(folder)
 
 
@@ -476,7 +487,8 @@ def go_on_cases(rank, cases):
 
 
 def go_on(rank, directory, shard=True):
-    model, optimizer = checkpointed(None if rank is None else DistributedEvaluator(shard=shard))
+    alone = rank is None
+    model, optimizer = checkpointed(None if alone else DistributedEvaluator(), shard=None if alone else shard)
     extra = checkpoint.load(directory, optimizer)
     assert extra == {"round": 2}
     batches = regression_batches(24)[optimizer.batches_drawn :]
@@ -507,10 +519,11 @@ def save_parts(rank, directory):
     for _ in optimizer.rounds(halves(regression_batches(24), rank), squared_error(model)):
         break
     checkpoint.save(directory, optimizer)
-    held = [planned.batch[0].clone() for planned in optimizer._window]
+    held = [batch[0].clone() for batch, *_ in optimizer.state_dict()["optex"]["window"]]
     model, optimizer = checkpointed(DistributedEvaluator(mesh))
     checkpoint.load(directory, optimizer)
-    assert all(torch.equal(a, planned.batch[0]) for a, planned in zip(held, optimizer._window, strict=True))
+    waiting = [batch for batch, *_ in optimizer.state_dict()["optex"]["window"]]
+    assert all(torch.equal(a, batch[0]) for a, batch in zip(held, waiting, strict=True))
     _, optimizer = checkpointed(DistributedEvaluator())
     return said_by(lambda: checkpoint.load(directory, optimizer))
 
@@ -524,7 +537,7 @@ def test_checkpoint_mistakes(tmp_path):
     _, optimizer = checkpointed(None)
     with pytest.raises(FileNotFoundError, match="no complete checkpoint in"):
         checkpoint.load(tmp_path, optimizer)
-    with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="keep must be an integer of at least 1, got 0"):
         checkpoint.save(tmp_path, optimizer, keep=0)
 
 
@@ -569,6 +582,27 @@ def test_state_dicts_of_split_optimizers():
     for own, base in run_ranks(state_dicts, 2):
         np.testing.assert_allclose(own, flat(model), rtol=0, atol=1e-12)
         np.testing.assert_allclose(base, flat(twin), rtol=0, atol=1e-12)
+
+
+# ---------------------------------------------------------------- minimize
+
+
+def minimized(rank):
+    evaluator = None if rank is None else DistributedEvaluator()
+    result = optex.minimize(rosen, [1.3, 0.7, 0.8], jac=rosen_der, lr=0.05, maxiter=25, evaluator=evaluator)
+    return result.x, result.nfev, result.nstep
+
+
+def test_minimize_takes_ranks():
+    expected = minimized(None)
+    for found in run_ranks(minimized, 2):
+        np.testing.assert_array_equal(found[0], expected[0])
+        assert found[1:] == expected[1:]
+
+
+def test_splitting_needs_ranks():
+    with pytest.raises(ValueError, match="shard=True splits vectors among ranks, and there are none; pass"):
+        OptEx(torch.optim.Adam(network().parameters()), shard=True)
 
 
 # ---------------------------------------------------------------- the example

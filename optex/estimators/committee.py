@@ -48,7 +48,8 @@ class CommitteeEstimator(Estimator):
 
     Args:
         members: estimators to choose from; ``default_members()`` by default. In doubt the earlier one serves.
-            If gradients are noisy and nobody told how much, ``HANDICAP`` is added to the scores of all but the one that reckons with
+            If gradients are noisy and nobody told how much, ``HANDICAP`` is added to the scores of all but the
+            one that reckons with
             the most noise, and forgotten like them: to fit noise does more harm than to smooth.
         memory: how slowly scores forget, in [0, 1).
         interval: judge every so many rounds, at least 1; judging fits every member. While minibatches are

@@ -12,7 +12,7 @@ from optex.estimators.history import GradientHistory, Locations
 from optex.estimators.interface import Estimator, Posterior
 from optex.estimators.kernels import Kernel, Matern52, kernel_named
 from optex.estimators.noise import relative_noise
-from optex.linalg import combine_rows, conjugate_gradients, jittered_cholesky
+from optex.linalg import combine_rows, conjugate_gradients, jittered_cholesky, one_thread
 
 __all__ = ["CurlFreeEstimator", "CurlFreePosterior"]
 
@@ -37,8 +37,8 @@ class CurlFreeEstimator(Estimator):
     1,200 unknowns, by conjugate gradients on the structured product, O(T0² · rank) each.
 
     Args:
-        kernel: φ, a :class:`~optex.estimators.kernels.Kernel` or the name of one; twice differentiable at 0 (not
-            Matérn 1/2 and 3/2).
+        kernel: φ, a :class:`~optex.estimators.kernels.Kernel` or the name of one; twice differentiable at 0
+            (not Matérn 1/2 and 3/2).
         lengthscale: in units of the iterates; None for ``median_multiple`` times the median distance in
             the history.
         median_multiple: that factor.
@@ -129,7 +129,16 @@ class CurlFreePosterior(Posterior):
     def __init__(self, estimator: CurlFreeEstimator, history: GradientHistory) -> None:
         super().__init__(history)
         self._estimator = estimator
-        slots = history.representatives
+        cross_gram = history.cross_gram  # products of long rows, before what is small
+        with one_thread():
+            self._condition(history.representatives, cross_gram)
+
+    def _condition(
+        self,
+        slots: list[int],
+        cross_gram: Tensor,  # [T0, T0]
+    ) -> None:
+        history, estimator = self.history, self._estimator
         self._from_gradients = history.averaging[slots]  # Y = from_gradients @ G
         if estimator.prior_mean == "last":
             self._from_gradients[:, history.newest] -= 1
@@ -138,7 +147,7 @@ class CurlFreePosterior(Posterior):
         squared = history.pairwise_squared_distances()[slots][:, slots]
         self.lengthscale = self._choose_lengthscale()
         self._newest_products = self._from_displacements @ history.iterate_gram[:, history.newest]  # [m]
-        self._newest_cross = history.cross_gram[:, history.newest]  # [T0]
+        self._newest_cross = cross_gram[:, history.newest]  # [T0]
         floor = NOISE_FLOOR * torch.finfo(history.displacements.dtype).eps
         first, second = estimator.profiles(squared, self.lengthscale)
         assumed = torch.full_like(self.lengthscale, max(estimator.noise_variance, floor))
@@ -186,7 +195,16 @@ class CurlFreePosterior(Posterior):
 
     def _weights(self, locations: Locations) -> tuple[Tensor, Tensor, Tensor]:
         """Coefficients of the predictions on G [n, T0], on D [n, T0] and on the offsets [n]."""
-        on_gradients = (locations.on_gradients - self._newest_cross) @ self._from_gradients.mT  # Y·ξ
+        products = locations.on_gradients  # of long rows, before what is small
+        with one_thread():
+            return self._weights_of(products, locations)
+
+    def _weights_of(
+        self,
+        products: Tensor,  # [n, T0]
+        locations: Locations,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        on_gradients = (products - self._newest_cross) @ self._from_gradients.mT  # Y·ξ
         on_rows, norms = self._along_span(locations)
         first, second = self._profiles(on_rows, norms)
         changes = on_gradients @ self._across + on_rows @ self._along.mT - self._own_products  # δ_i·A_i

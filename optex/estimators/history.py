@@ -134,7 +134,8 @@ class GradientHistory:
         device: of the stored rows.
 
     Memory: 2 · T0 · d + d numbers of ``dtype`` (the anchor: of the iterates' dtype). In a space
-    that is split among processes the rows here are this process's slices, and the Gram matrices are of the whole.
+    that is split among processes the rows here are this process's slices, and the Gram matrices are of the
+    whole.
 
     Raises:
         ValueError: ``size`` is less than 1.
@@ -279,8 +280,8 @@ class GradientHistory:
         noise = [0.0] * count if noise_variance is None else [float(v) for v in noise_variance]
         if len(noise) != count or any(variance < 0 for variance in noise):
             raise ValueError(
-                f"GradientHistory.append: noise_variance must be {count} numbers that are not negative (NaN where "
-                f"it is not known), got {noise}"
+                f"GradientHistory.append: noise_variance must be {count} numbers that are not negative (NaN "
+                f"where it is not known), got {noise}"
             )
         if not count:
             return

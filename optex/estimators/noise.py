@@ -23,7 +23,8 @@ def relative_noise(
     """Noise variance of the merged gradients in these slots, over the prior variance of a component.
 
     Where it is not told, and as a floor where it is (it also stands for what the model does not see), it is
-    ``assumed / count``. A variance v_i that is told has to be put in units of the prior's variance s², which the
+    ``assumed / count``. A variance v_i that is told has to be put in units of the prior's variance s², which
+    the
     spread of the gradients gives: with correlations c_ij of the kernel,
 
         E ‖g_i - g_j‖² / d = 2 s² (1 - c_ij) + v_i + v_j,

@@ -13,7 +13,7 @@ from optex.estimators.history import GradientHistory, Locations
 from optex.estimators.interface import Estimator, Posterior
 from optex.estimators.kernels import Kernel, Matern52, kernel_named
 from optex.estimators.noise import relative_noise
-from optex.linalg import combine_rows, jittered_cholesky
+from optex.linalg import combine_rows, jittered_cholesky, one_thread
 
 __all__ = ["SeparableEstimator", "SeparablePosterior"]
 
@@ -202,9 +202,11 @@ class SeparablePosterior(Posterior):
 
     def coefficients(self, locations: Locations) -> Tensor:  # [n, T0] float64
         """The weights of the stored gradients in the predictions."""
-        weights = self._solve(self._covariances(locations).mT).mT
-        missing = 1 - weights.sum(1, keepdim=True)
-        return weights @ self.history.averaging + missing * self._mean_coefficients
+        covariances = self._covariances(locations)
+        with one_thread():
+            weights = self._solve(covariances.mT).mT
+            missing = 1 - weights.sum(1, keepdim=True)
+            return weights @ self.history.averaging + missing * self._mean_coefficients
 
     def means(self, locations: Locations) -> Tensor:
         return self._combine(self.coefficients(locations), locations)

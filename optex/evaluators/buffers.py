@@ -1,9 +1,10 @@
 """Buffers that an evaluation would change and nobody could put in order again: one refusal for all evaluators.
 
 BatchNorm in training mode moves its running statistics at every point it is evaluated at, whether that point's
-step is kept or not. Points in turn can hand them on, where the model is known; points at once cannot. Who notices
-depends on what is known: the modules, if the model is at hand; versions of its tensors, in a worker's copy; nothing
-but which modules are run, for a closure.
+step is kept or not. Points in turn can hand them on, where the model is known; points at once cannot. Who
+notices
+depends on what is known: the modules, if the model is at hand; versions of its tensors, in a worker's copy;
+nothing but which modules are run, for a closure.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ def buffers_refused(who: str, what: str, remedy: str) -> ValueError:
     """
     return ValueError(
         f"{who}: {what} updates buffers (BatchNorm's running statistics?) at every point evaluated, not at the "
-        f"steps taken. {remedy}; or use torch.nn.GroupNorm, torch.func.replace_all_batch_norm_modules_(model) or "
-        "eval()"
+        f"steps taken. {remedy}; or use torch.nn.GroupNorm, torch.func.replace_all_batch_norm_modules_(model) "
+        "or eval()"
     )
 
 
@@ -54,8 +55,8 @@ def _updates_statistics(module: nn.Module) -> bool:
 def statistics_watched(who: str, remedy: str) -> Iterator[None]:
     """Refuse modules that this thread runs in here and that would update running statistics.
 
-    For models that nobody showed us. torch has such hooks for all modules of the process alone, so other threads'
-    modules are let pass.
+    For models that nobody showed us. torch has such hooks for all modules of the process alone, so other
+    threads' modules are let pass.
 
     Raises:
         ValueError: before such a module has changed anything.

@@ -59,8 +59,8 @@ class Evaluation:
         losses: [n]; NaN where a point was lost.
         gradients: [n, width], zero where a parameter received no gradient; the hook has been at them.
         masks: n, which parameters received a gradient at each point.
-        noise_variance: [n], variance of one component's noise; NaN where the source does not know it. None where
-            it knows none.
+        noise_variance: [n], variance of one component's noise; NaN where the source does not know it. None
+            where it knows none.
         buffers: per point, the request's buffers after its evaluation and those of the points before it; None
             where the evaluator leaves buffers alone.
         retried: indices of points that got no answer at the first try.

@@ -38,9 +38,9 @@ class RandomDraws:
     def replayed(self) -> Iterator[None]:
         """Evaluate the step in here.
 
-        The first evaluation takes numbers from torch's generators as they stand, and moves those on, just as the
-        plain loop would; one that fails leaves no trace. A later evaluation starts from the state remembered and
-        leaves the generators as they were.
+        The first evaluation takes numbers from torch's generators as they stand, and moves those on, just as
+        the plain loop would; one that fails leaves no trace. A later evaluation starts from the state
+        remembered and leaves the generators as they were.
         """
         now, first = generator_states(), self.state is None
         try:

@@ -119,7 +119,8 @@ class DistributedEvaluator(Evaluator):
         shares = ranks.shares(count)
         start = sum(shares[: ranks.place[0]])
         mine = slice(start, start + shares[ranks.place[0]])
-        here, split = request.rows(mine), isinstance(vector, ShardedVector)
+        here = request.rows(mine)
+        split = isinstance(vector, ShardedVector)
         here = replace(
             here,
             vector=vector.whole,
@@ -131,10 +132,7 @@ class DistributedEvaluator(Evaluator):
         finally:
             if split:
                 vector.note()  # the parameters were changed and put back
-        if split:
-            gradients = vector.space.collect(gradients, count)
-        else:
-            gradients = ranks.gather_shares(gradients, shares)
+        gradients = vector.space.collect(gradients, count) if split else ranks.gather_shares(gradients, shares)
         losses = answer.losses.to(request.points.device, request.points.dtype)
         return replace(answer, losses=losses, gradients=gradients)
 

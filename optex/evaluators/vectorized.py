@@ -70,15 +70,16 @@ class VectorizedEvaluator(Evaluator):
             )
         self.model = model
         self.chunk_size = chunk_size
-        self.randomness = randomness
+        self.randomness: Literal["error", "different", "same"] = randomness
         self._mask: tuple[list[Tensor], GradientMask] | None = None
 
     def evaluate(self, request: EvaluationRequest) -> Evaluation:
         source, vector, points, batches = request.source, request.vector, request.points, request.batches
         if not isinstance(source, ObjectiveSource):
             raise TypeError(
-                "VectorizedEvaluator: step(closure) and gradient sources of your own backpropagate by themselves "
-                "and cannot be vectorized; use rounds(batches, objective), or the SequentialEvaluator"
+                "VectorizedEvaluator: step(closure) and gradient sources of your own backpropagate by "
+                "themselves and cannot be vectorized; use rounds(batches, objective), or the "
+                "SequentialEvaluator"
             )
         refuse_running_statistics(
             "VectorizedEvaluator",

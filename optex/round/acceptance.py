@@ -170,8 +170,8 @@ class WithinTolerance(Acceptance):
             raise ValueError(f"WithinTolerance: tolerance must not be negative, got {tolerance}")
         if not absurd >= 1:
             raise ValueError(
-                f"WithinTolerance: absurd must be at least 1, or step 0's own gradient would count as implausible, "
-                f"got {absurd}"
+                f"WithinTolerance: absurd must be at least 1, or step 0's own gradient would count as "
+                f"implausible, got {absurd}"
             )
         if not error > 0:
             raise ValueError(f"WithinTolerance: error must be positive, got {error}")

@@ -58,7 +58,8 @@ class Predictor:
         noise_variance: Sequence[float],  # n
         measured: Sequence[tuple[Tensor, Tensor] | None],  # n
     ) -> None:
-        """Let the estimator learn how well it had predicted these gradients, then put the pairs into the history.
+        """Let the estimator learn how well it had predicted these gradients, then put the pairs into the
+        history.
 
         Args:
             points, gradients, noise_variance: the pairs, as in ``GradientHistory.append``.

@@ -11,10 +11,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from optex import linalg
 from optex.errors import NonFiniteError, NotDeterministicWarning, warn
 from optex.estimators import Posterior
 from optex.estimators.history import Locations
 from optex.evaluators import Evaluation, EvaluationRequest, Evaluator, RandomDraws
+from optex.evaluators.randomness import generator_states, set_generator_states
 from optex.round.acceptance import Acceptance
 from optex.round.predictor import Predictor
 from optex.round.record import RoundRecord
@@ -97,11 +99,13 @@ class Rounds:
         self.stepper.mark()
         record.undo.append(self.stepper.rewind)
         try:
-            self._draft(record)
+            with linalg.threads_for(record.space.width):
+                self._draft(record)
             self._evaluate(record, verify=verify)
-            self._remember(record)
-            self._replay(record)
-            self._keep(record)
+            with linalg.threads_for(record.space.width):
+                self._remember(record)
+                self._replay(record)
+                self._keep(record)
         except BaseException as error:
             if record.after is None or self.progress is not record.after:
                 record.take_back()
@@ -151,7 +155,7 @@ class Rounds:
         *,
         nearest: bool,
     ) -> tuple[Tensor, Tensor | None]:  # [d], []
-        """A drafted gradient, and for a deterministic source its distance from the nearest pair of the history."""
+        """A drafted gradient; for a deterministic source also how far the nearest pair is."""
         if planned.measured is not None and origin is not None:
             return planned.measured[1] + posterior.differences(here, origin)[0], None
         gradient = posterior.means(here)[0]
@@ -223,8 +227,8 @@ class Rounds:
             self.contradicted = True
             warn(
                 f"OptEx: deterministic=True was declared, but the losses at one point were {losses[0]:g} and "
-                f"{losses[1]:g}; gradients count as sampled from now on. Leave deterministic=False for a closure or "
-                "objective that draws minibatches, dropout or other random numbers.",
+                f"{losses[1]:g}; gradients count as sampled from now on. Leave deterministic=False for a "
+                "closure or objective that draws minibatches, dropout or other random numbers.",
                 NotDeterministicWarning,
             )
         return evaluation
@@ -281,7 +285,7 @@ class Rounds:
     # ------------------------------------------------------------------ keep
 
     def _keep(self, record: RoundRecord) -> None:
-        """Let go of the steps taken; the rest of the window keeps what was measured for it. The commit is last."""
+        """Steps taken leave the window, others keep what was measured for them. The commit is last."""
         accepted = record.accepted
         if record.buffers is not None and record.buffers_after is not None:
             record.undo.append(partial(record.buffers.write, record.buffers.read()))
@@ -315,10 +319,22 @@ class Rounds:
             left = (*window[: record.failed], *window[record.failed + 1 :])
             self.progress = replace(self.progress, window=left)
 
-    def skip(self, record: RoundRecord) -> None:
-        """Count a round that failed as one that kept nothing."""
+    def plain_step(self) -> None:
+        """One step of the base optimizer with the gradients that are there, after the hook."""
+        if self.gradient_hook is not None:
+            with torch.enable_grad():
+                self.gradient_hook()
+        self.stepper.step_with_current_gradients()
+        self.progress = replace(self.progress, steps_taken=self.progress.steps_taken + 1)
+
+    def skip(self) -> RoundRecord:
+        """Count the round that failed as one that kept nothing."""
+        record = self.record
+        if record is None:
+            raise RuntimeError("Rounds.skip: no round has failed")
         record.accepted = 0
         self.progress = replace(self.progress, rounds=record.number + 1)
+        return record
 
     # ------------------------------------------------------------------ saved states
 
@@ -339,6 +355,7 @@ class Rounds:
             ],
             "acceptance": self.acceptance.state_dict(),
             "evaluator": self.evaluator.state_dict(),
+            "random": generator_states(),
             "mask": list(self.stepper.mask),
             "rounds": self.progress.rounds,
             "steps_taken": self.progress.steps_taken,
@@ -365,6 +382,7 @@ class Rounds:
         self.predictor.load_state_dict(state)
         self.acceptance.load_state_dict(state["acceptance"])
         self.evaluator.load_state_dict(state["evaluator"])
+        set_generator_states(state["random"])
         self.stepper.mask = tuple(state["mask"])
         self.queue.clear()
         self.progress = Progress(state["rounds"], state["steps_taken"], state["batches_drawn"], window)

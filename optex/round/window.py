@@ -1,10 +1,10 @@
-"""The steps ahead: each with its minibatch and random numbers for good, and where it was measured, if it was."""
+"""The steps ahead, each with its minibatch and random numbers for good, and how far the run is."""
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,8 +81,3 @@ class BatchQueue:
     def clear(self) -> None:
         """Drop all."""
         self._drawn.clear()
-
-
-def numbers(steps: Iterable[PlannedStep]) -> list[int]:
-    """Of the steps' batches."""
-    return [step.number for step in steps if step.number is not None]

@@ -172,8 +172,8 @@ def _torch_value(fun: Callable[..., Any], x: Tensor, args: tuple[Any, ...]) -> T
         if _comes_from_numpy(error):
             raise TypeError(
                 "minimize: jac is None, so fun was called with a torch tensor for autograd, and it computes in "
-                f"NumPy ({error}); pass jac=True (fun returns (f, g)) or jac=a function for the gradient, or write "
-                "fun in torch. There are no finite differences."
+                f"NumPy ({error}); pass jac=True (fun returns (f, g)) or jac=a function for the gradient, or "
+                "write fun in torch. There are no finite differences."
             ) from error
         error.add_note(
             "minimize: jac is None, so fun was called with a torch tensor; a NumPy function needs jac"

@@ -14,18 +14,19 @@ __all__ = ["GradientSource", "scalar_loss"]
 class GradientSource(ABC):
     """Where gradients come from: leaves the gradient of a loss in the parameters' ``.grad``.
 
-    Subclass it where a gradient is more than a backward pass through one loss: estimated, accumulated, computed by
-    a solver, measured with known noise. ``OptEx.rounds`` takes it in place of an objective, and every evaluator
-    that does not differentiate by itself runs it.
+    Subclass it where a gradient is more than a backward pass through one loss: estimated, accumulated,
+    computed by a solver, measured with known noise. ``OptEx.rounds`` takes it in place of an objective, and
+    every evaluator that does not differentiate by itself runs it.
 
     Attributes:
         deterministic: needs no batch, and answers the same loss and gradient whenever it is asked at a point.
             Declared, never guessed: with False (the default) gradients count as noisy samples.
         evaluations: how many evaluations of the user's function one gradient costs.
-        module: the module whose buffers an evaluation changes, as BatchNorm's; None where there is none to tell.
+        module: the module whose buffers an evaluation changes, as BatchNorm's; None where there is none to
+            tell.
 
-    A source that knows how noisy its gradients are. The mean of n per-sample gradients has in each component the
-    variance of one of them, over n; estimators then smooth by that much, and need not find it out:
+    A source that knows how noisy its gradients are. The mean of n per-sample gradients has in each component
+    the variance of one of them, over n; estimators then smooth by that much, and need not find it out:
 
     >>> import torch, optex
     >>> class PerSample(optex.GradientSource):
@@ -62,8 +63,9 @@ class GradientSource(ABC):
             batch: this step's, as ``rounds`` was given it; a deterministic source does not look at it.
 
         Returns:
-            The loss, detached, and the variance of the noise of one component of the gradient, in squared units of
-            the gradient, averaged over the components; None where the source does not know it, 0 is exact.
+            The loss, detached, and the variance of the noise of one component of the gradient, in squared
+            units of the gradient, averaged over the components; None where the source does not know it, 0 is
+            exact.
         """
 
     def replica(self) -> tuple[GradientSource, list[Tensor]] | None:

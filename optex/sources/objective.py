@@ -46,8 +46,8 @@ class AccumulatingSource(GradientSource):
     """A step's gradient summed up over micro-batches, for batches whose graph does not fit into memory.
 
     The batch is a sequence of micro-batches; loss and gradient are the means over them. With ``parameters`` the
-    spread of the micro-batches' gradients g_k about their mean ḡ tells how noisy ḡ is: each component's variance is
-    about ``Σ_k ‖g_k - ḡ‖² / (d m (m - 1))`` for m micro-batches, and the estimators use it.
+    spread of the micro-batches' gradients g_k about their mean ḡ tells how noisy ḡ is: each component's
+    variance is about ``Σ_k ‖g_k - ḡ‖² / (d m (m - 1))`` for m micro-batches, and the estimators use it.
 
     Args:
         objective: the scalar loss of one micro-batch, without backward.

@@ -1,6 +1,13 @@
 """Stepping: a base optimizer as something that can be walked ahead and taken back."""
 
-from optex.stepping.bases import ELEMENTWISE, OPTIMIZERS, base_optimizer, check_base, default_rate
+from optex.stepping.bases import (
+    ELEMENTWISE,
+    OPTIMIZERS,
+    base_optimizer,
+    check_base,
+    check_settings,
+    default_rate,
+)
 from optex.stepping.parameters import Buffers, GradientMask, ParameterVector
 from optex.stepping.snapshot import Hyperparameters, Snapshot
 from optex.stepping.stepper import FreezesWhileDrafting, Stepper
@@ -17,5 +24,6 @@ __all__ = [
     "Stepper",
     "base_optimizer",
     "check_base",
+    "check_settings",
     "default_rate",
 ]

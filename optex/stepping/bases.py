@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -10,7 +11,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["ELEMENTWISE", "OPTIMIZERS", "REFUSED", "base_optimizer", "check_base", "default_rate"]
+__all__ = [
+    "ELEMENTWISE",
+    "OPTIMIZERS",
+    "REFUSED",
+    "base_optimizer",
+    "check_base",
+    "check_settings",
+    "default_rate",
+]
 
 OPTIMIZERS: Final[dict[str, Callable[..., Optimizer]]] = {
     "sgd": torch.optim.SGD,
@@ -86,6 +95,39 @@ def default_rate(optimizer: str) -> float:
     return _RATES.get(optimizer, 0.01)
 
 
+def check_settings(
+    owner: str,
+    optimizer: str | Callable[..., Optimizer],
+    settings: Mapping[str, Any],
+    remedies: Mapping[str, str],
+) -> None:
+    """Refuse keywords that the optimizer does not know, in the name of the function that they were handed to.
+
+    Args:
+        owner: that function.
+        optimizer: a key of ``OPTIMIZERS``, or what makes one.
+        settings: the keywords.
+        remedies: what to do instead, for keywords that people bring from elsewhere.
+
+    Raises:
+        TypeError: one is unknown.
+    """
+    factory = OPTIMIZERS.get(optimizer) if isinstance(optimizer, str) else optimizer
+    if factory is None:  # an unknown name; the error for that is better
+        return
+    try:
+        known = inspect.signature(factory).parameters
+    except ValueError:  # a builtin that does not tell
+        return
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        return
+    for name in settings:
+        if name not in known:
+            taken = ", ".join(key for key in known if key not in ("params", "lr"))
+            remedy = remedies.get(name, f"optimizer {optimizer!r} takes {taken}")
+            raise TypeError(f"{owner}: there is no argument {name!r}; {remedy}")
+
+
 def check_base(base: Any) -> None:
     """Refuse what cannot be a base optimizer, with the reason."""
     if not isinstance(base, Optimizer):
@@ -108,6 +150,6 @@ def check_base(base: Any) -> None:
             raise TypeError("OptEx: base has sparse parameters; use dense ones (parameter.to_dense())")
     if any(group.get("differentiable") for group in base.param_groups):
         raise ValueError(
-            "OptEx: base was built with differentiable=True; drafted steps are taken back, so there is nothing to "
-            "differentiate through. Build it without"
+            "OptEx: base was built with differentiable=True; drafted steps are taken back, so there is nothing "
+            "to differentiate through. Build it without"
         )

@@ -92,7 +92,8 @@ class Buffers:
     @classmethod
     def of(cls, model: nn.Module) -> Buffers:
         """Those of the model's state dict: buffers that are not saved hold data, not what was learned."""
-        # Looked up every round, so not through state_dict(), whose hooks (gathering, converting) are for saving.
+        # Looked up every round, so not through state_dict(), whose hooks (gathering, converting) are for
+        # saving.
         found = {
             id(buffer): buffer
             for module in model.modules()

@@ -1,0 +1,73 @@
+"""What ``OptEx`` is built from: checked, and made as the paper has it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from optex.checks import check_kind
+from optex.estimators import Estimator, SeparableEstimator
+from optex.estimators.kernels import Kernel
+from optex.evaluators import Evaluator
+from optex.round.acceptance import SELECTIONS, Acceptance, Last, LowestLoss
+
+__all__ = ["check_choices", "check_parts", "published_parts"]
+
+
+def published_parts(
+    kernel: Kernel | str,
+    lengthscale: float | Literal["median", "leave-one-out"],
+    noise_variance: float | Literal["leave-one-out"],
+    selection: str,
+    evaluate: str,
+) -> tuple[Estimator, Acceptance]:
+    """Estimator and acceptance of Algorithm 1; arguments and errors as in ``OptEx.from_paper``."""
+    if selection not in SELECTIONS:
+        raise ValueError(
+            f"OptEx.from_paper: selection must be one of {', '.join(SELECTIONS)}, got {selection!r}"
+        )
+    if evaluate not in ("all", "last"):
+        raise ValueError(f"OptEx.from_paper: evaluate must be 'all' or 'last', got {evaluate!r}")
+    if evaluate == "last" and selection != "last":
+        raise ValueError(
+            f"OptEx.from_paper: selection {selection!r} compares all proxies; it needs evaluate='all'"
+        )
+    estimator = SeparableEstimator(kernel, lengthscale, noise_variance, prior_mean="zero")
+    return estimator, Last(evaluate) if selection == "last" else SELECTIONS[selection]()
+
+
+def check_parts(
+    base: Optimizer, estimator: Any, acceptance: Any, evaluator: Any, scheduler: Any, model: Any
+) -> None:
+    """Refuse parts that are of another kind, or that do not go with the base optimizer."""
+    check_kind("OptEx", "estimator", estimator, Estimator, "an optex.estimators.Estimator")
+    check_kind("OptEx", "acceptance", acceptance, Acceptance, "an optex.Acceptance")
+    check_kind("OptEx", "evaluator", evaluator, Evaluator, "an optex.evaluators.Evaluator")
+    check_kind("OptEx", "scheduler", scheduler, LRScheduler, "a torch.optim.lr_scheduler.LRScheduler")
+    check_kind("OptEx", "model", model, nn.Module, "the torch.nn.Module whose buffers follow the steps taken")
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise TypeError(
+            "OptEx: scheduler cannot be ReduceLROnPlateau, whose tick needs a metric; tick it yourself "
+            "between rounds"
+        )
+    if isinstance(acceptance, LowestLoss) and any(group.get("maximize") for group in base.param_groups):
+        raise ValueError("OptEx: acceptance keeps the lowest loss, but base was built with maximize=True")
+
+
+def check_choices(deterministic: Any, gradient_hook: Any, on_nonfinite: Any) -> None:
+    """Refuse settings that are none of those to choose from."""
+    if not isinstance(deterministic, bool):
+        raise TypeError(
+            "OptEx: deterministic must be True (the same answer whenever it is asked at a point) or False, got "
+            f"{deterministic!r}"
+        )
+    if gradient_hook is not None and not callable(gradient_hook):
+        raise TypeError(
+            "OptEx: gradient_hook must be a function without arguments, as "
+            f"lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0), got {gradient_hook!r}"
+        )
+    if on_nonfinite not in ("raise", "skip"):
+        raise ValueError(f"OptEx: on_nonfinite must be 'raise' or 'skip', got {on_nonfinite!r}")
