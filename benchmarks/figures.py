@@ -9,15 +9,16 @@ Writes results/demo, results/functions and results/overhead (JSON and PNG), and 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import overhead
 import torch
-from tables import fill
 
 from optex.studies.comparison import Comparison, Row, describe, run_case, summarise, write_json
 from optex.studies.plots import plot_comparison, write_plot
+from optex.studies.tables import fill, markdown_table
 
 ROOT = Path(__file__).parent.parent
 THREADS = 2
@@ -45,43 +46,44 @@ def compare(name: str, comparison: Comparison) -> list[Row]:
 def acceleration_table(rows: list[Row]) -> str:
     """Methods down, problems across: acceleration, mean ± standard deviation over the seeds."""
     problems = list(dict.fromkeys(row.problem for row in rows))
-    lines = [f"| method | {' | '.join(problems)} |", f"|---|{'---|' * len(problems)}"]
+    lines = []
     for method in dict.fromkeys(row.method for row in rows):
         cells = [
             f"{row.acceleration.mean:.2f} ± {row.acceleration.deviation:.2f}"
             for row in rows
             if row.method == method
         ]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([method, *cells])
+    return markdown_table(["method", *problems], lines)
 
 
 def full_table(rows: list[Row]) -> str:
     """Every number of a comparison."""
+    head = ("problem", "method", "final loss", "acceleration", "steps a round", "gradients", "seconds")
     lines = [
-        "| problem | method | final loss | acceleration | steps a round | gradients | seconds | overhead, ms |",
-        "|---|---|---|---|---|---|---|---|",
+        (
+            row.problem,
+            row.method,
+            f"{row.final_loss.mean:.4g} ± {row.final_loss.deviation:.1g}",
+            f"{row.acceleration.mean:.2f} ± {row.acceleration.deviation:.2f}",
+            f"{row.accepted:.2f}",
+            f"{row.gradients:.0f}",
+            f"{row.seconds:.2f}",
+            "–" if math.isnan(row.overhead_seconds) else f"{1e3 * row.overhead_seconds:.1f}",
+        )
+        for row in rows
     ]
-    for row in rows:
-        milliseconds = (
-            f"{1e3 * row.overhead_seconds:.1f}" if row.overhead_seconds == row.overhead_seconds else "–"
-        )
-        lines.append(
-            f"| {row.problem} | {row.method} | {row.final_loss.mean:.4g} ± {row.final_loss.deviation:.1g} "
-            f"| {row.acceleration.mean:.2f} ± {row.acceleration.deviation:.2f} | {row.accepted:.2f} "
-            f"| {row.gradients:.0f} | {row.seconds:.2f} | {milliseconds} |"
-        )
-    return "\n".join(lines)
+    return markdown_table((*head, "overhead, ms"), lines)
 
 
 def overhead_table(result: dict[str, Any]) -> str:
     """Milliseconds a round by method, for every size measured."""
-    lines = ["| d | N | T0 | method | ms a round beyond the gradients |", "|---|---|---|---|---|"]
+    lines = []
     for size in result["sizes"]:
-        head = f"| {size['dimension']:,} | {size['parallelism']} | {size['history']} |"
-        lines += [f"{head} {name} | {times['median']:.1f} |" for name, times in size["milliseconds"].items()]
-        lines.append(f"{head} *reading the history N times* | {size['read']:.1f} |")
-    return "\n".join(lines)
+        first = (f"{size['dimension']:,}", str(size["parallelism"]), str(size["history"]))
+        lines += [(*first, name, f"{times['median']:.1f}") for name, times in size["milliseconds"].items()]
+        lines.append((*first, "*reading the history N times*", f"{size['read']:.1f}"))
+    return markdown_table(("d", "N", "T0", "method", "ms a round beyond the gradients"), lines)
 
 
 def main() -> None:

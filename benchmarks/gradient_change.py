@@ -16,6 +16,7 @@ import torch
 from optex.stepping.bases import base_optimizer
 from optex.stepping.parameters import ParameterVector
 from optex.studies.problems import make_problem
+from optex.studies.tables import markdown_table
 
 CASES = [("adam", 1e-3), ("adam", 1e-2), ("adam", 0.1), ("sgd", 0.1), ("momentum", 0.05)]
 LATER = (1, 4, 15)
@@ -46,13 +47,12 @@ def changes(optimizer: str, lr: float, batch_size: int, seed: int, steps: int = 
 def main() -> None:
     """Print the table."""
     torch.set_num_threads(1)
-    print("| base | batch | " + " | ".join(f"{k} steps later" for k in LATER) + " |\n|---|---|---|---|---|")
+    rows = []
     for optimizer, lr in CASES:
         for batch_size in (32, 512):
             means = np.mean([changes(optimizer, lr, batch_size, seed) for seed in range(3)], axis=0)
-            print(
-                f"| {optimizer} {lr:g} | {batch_size} | " + " | ".join(f"{value:.2f}" for value in means) + " |"
-            )
+            rows.append([f"{optimizer} {lr:g}", str(batch_size), *(f"{value:.2f}" for value in means)])
+    print(markdown_table(["base", "batch", *(f"{k} steps later" for k in LATER)], rows))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from optex.stepping.bases import base_optimizer
 from optex.studies import cli, reproduce
 from optex.studies.baselines import METHODS, Setting
 from optex.studies.comparison import Case as ComparisonCase
-from optex.studies.comparison import Comparison, acceleration, run_case
+from optex.studies.comparison import Comparison, run_case
+from optex.studies.measures import acceleration
 from optex.studies.plots import Line, Panel, bootstrap_interval, plot_panels
 from optex.studies.problems import make_problem
 from optex.studies.reproduce import Case, Choice, make_figure, run_curve
@@ -89,7 +90,7 @@ class TestCommand:
 
     def test_runs_are_those_of_compare(self, made):
         runs = document(made[0], "fig2")["runs"]
-        comparison = Comparison(("ackley",), lr=0.1, rounds=5, seeds=2, dim=12)
+        comparison = Comparison(("ackley",), lr=0.1, rounds=5, seeds=2, dim=12, history_size=20)
         for method in ("vanilla", "target", "data-parallel", "optex-paper", "optex"):
             trace = run_case(comparison, ComparisonCase("ackley", method, 1)).trace
             (found,) = (
@@ -121,11 +122,11 @@ class TestCommand:
         assert len(rows) == 6 * 5
         for section, label, last, rounds, share, gained, *_ in rows:
             own = [run for run in runs if (run["section"], run["label"]) == (section, label)]
-            rulers = [run for run in runs if (run["section"], run["label"]) == (section, "vanilla")]
+            vanilla = [run for run in runs if (run["section"], run["label"]) == (section, "vanilla")]
             reached, accelerations = [], []
-            for one, ruler in zip(own, rulers, strict=True):
-                reached += [r for r in range(len(one["loss"])) if one["loss"][r] <= ruler["loss"][5]][:1]
-                accelerations.append(acceleration(one["loss"][:6], ruler["loss"]))
+            for one, its in zip(own, vanilla, strict=True):
+                reached += [r for r in range(len(one["loss"])) if one["loss"][r] <= its["loss"][5]][:1]
+                accelerations.append(acceleration(one["loss"][:6], its["loss"], one["parallelism"]))
             assert last.split()[0] == f"{np.mean([one['loss'][5] for one in own]):.4g}"
             note = " (1 of 2 seeds)" * (len(reached) == 1)
             assert rounds == (f"{np.mean(reached):.1f}" if reached else "–")
@@ -221,7 +222,7 @@ def test_what_is_no_record_is_not_gone_on_with(content, tmp_path):
     (tmp_path / "fig6.json").write_text(content)
     result = run("fig6", *SMALL, "--out", tmp_path, "--resume")
     assert result.exit_code == 2
-    assert "is not a record of this command" in result.stderr
+    assert "is not a record of a figure" in result.stderr
     assert (tmp_path / "fig6.json").read_text() == content
 
 
@@ -235,7 +236,7 @@ def test_missing_data_says_how_to_get_it(tmp_path, monkeypatch):
 class TestFigures:
     @pytest.mark.parametrize("scale", reproduce.SCALES)
     @pytest.mark.parametrize("name", reproduce.FIGURES)
-    def test_vanilla_is_the_ruler_and_every_view_shows_what_is_run(self, name, scale):
+    def test_vanilla_comes_first_and_every_view_shows_what_is_run(self, name, scale):
         figure = make_figure(name, Choice(scale))
         for section in figure.sections:
             labels = [curve.label for curve in section.curves]
@@ -402,19 +403,19 @@ def test_figures_with_data_are_drawn_and_described_from_their_record(name, drawn
     picture = reproduce.draw(figure, meta, runs)
     assert len(picture.axes) == len(figure.views)
     assert picture.axes[0].get_ylabel() == drawn
-    reproduce.write_page(tmp_path / "page.md", figure.title, meta, runs)
+    reproduce.write_page(tmp_path / "page.md", figure, meta, runs)
     page = (tmp_path / "page.md").read_text()
     assert len(cells(page, "numbers")) == len(runs) / 2
     assert len(cells(page, "checks")) == len(reproduce.checks(meta, runs)) > 5
     if name == "fig3":
-        own, rulers = (
+        own, vanilla = (
             np.array([-run["loss"][-1] for run in runs if (run["section"], run["label"]) == ("acrobot", label)])
             for label in ("optex", "vanilla")
         )
         (row,) = (row for row in cells(page, "numbers") if row[:2] == ["acrobot", "optex"])
         assert row[2].startswith(f"{own.mean():.4g} (")
-        assert row[3].startswith(f"{(own - rulers).mean():.4g} (")
-        assert row[4] == f"{(own >= rulers).sum()} of 2"
+        assert row[3].startswith(f"{(own - vanilla).mean():.4g} (")
+        assert row[4] == f"{(own >= vanilla).sum()} of 2"
 
 
 def test_long_runs_are_recorded_at_some_rounds_the_last_among_them():

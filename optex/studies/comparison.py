@@ -18,24 +18,21 @@ import torch
 
 from optex.stepping.bases import OPTIMIZERS, base_optimizer
 from optex.studies.baselines import Setting, Trace, make_method
+from optex.studies.measures import VANILLA, Spread, acceleration, rounds_to_level
 from optex.studies.problems import PROBLEMS, Problem, make_problem
+from optex.studies.records import finite_or_null
 
 __all__ = [
-    "RULER",
     "Case",
     "Comparison",
     "Row",
     "Run",
-    "Spread",
-    "acceleration",
     "default_rate",
     "describe",
     "run_case",
     "summarise",
     "write_json",
 ]
-
-RULER: Final = "vanilla"
 
 _LEARNING_RATES: Final[dict[str, float]] = {
     "sgd": 0.1,
@@ -68,12 +65,12 @@ class Comparison:
 
     Args:
         problems: names of ``optex.studies.problems.PROBLEMS``.
-        methods: names of ``optex.studies.baselines.METHODS``; vanilla is added first where it is missing, being the
-            ruler that the others are measured by.
+        methods: names of ``optex.studies.baselines.METHODS``; vanilla, which the others are measured against,
+            is added first where it is missing.
         optimizer: name of the base optimizer, of ``optex.stepping.bases.OPTIMIZERS``.
         lr: its learning rate; None is ``default_rate(optimizer)``.
         parallelism: N.
-        history_size: T0; None is 20 up to N = 8, else 32.
+        history_size: T0 of every method that has a history; None is each method's own default.
         rounds: of every method but vanilla, which runs ``parallelism · rounds`` of its own.
         seeds: how many starts of each problem, 0, 1, ...
         dim, noise: of the problems that are functions.
@@ -99,11 +96,9 @@ class Comparison:
     problem_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.history_size is None:
-            object.__setattr__(self, "history_size", 20 if self.parallelism <= 8 else 32)
         for name in ("parallelism", "history_size", "rounds", "seeds", "dim", "batch_size"):
             value = getattr(self, name)
-            if name == "batch_size" and value is None:
+            if name in ("history_size", "batch_size") and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: must be an integer of at least 1, got {value!r}")
@@ -125,15 +120,14 @@ class Comparison:
         if not 0 <= self.noise < math.inf:
             raise ValueError(f"noise: must be finite and not negative, got {self.noise}")
         object.__setattr__(self, "problems", tuple(dict.fromkeys(self.problems)))
-        object.__setattr__(self, "methods", tuple(dict.fromkeys((RULER, *self.methods))))
+        object.__setattr__(self, "methods", tuple(dict.fromkeys((VANILLA, *self.methods))))
 
     def _check_option(self, option: str) -> None:
         if option in ("dim", "noise", "batch_size"):
-            flag = f"--{option.replace('_', '-')}"
-            raise ValueError(f"problem_options (--set): {option} has a place of its own, {option} ({flag})")
+            raise ValueError(f"problem_options: {option} is an argument of its own; set {option}= instead")
         if not any(option in PROBLEMS[name].options for name in self.problems):
             choices = [f"{name} takes {', '.join(PROBLEMS[name].options) or 'none'}" for name in self.problems]
-            raise ValueError(f"problem_options (--set): nothing here has {option}; {'; '.join(choices)}")
+            raise ValueError(f"problem_options: nothing here has {option}; {'; '.join(choices)}")
 
     @property
     def learning_rate(self) -> float:
@@ -153,8 +147,8 @@ class Comparison:
         def base(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
             return base_optimizer(self.optimizer, parameters, lr=self.learning_rate)
 
-        rounds = self.rounds * self.parallelism if method == RULER else self.rounds
-        return Setting(base, self.parallelism, self.history_size or 0, rounds)
+        rounds = self.rounds * self.parallelism if method == VANILLA else self.rounds
+        return Setting(base, self.parallelism, self.history_size, rounds)
 
     def check(self) -> None:
         """Build every problem and base optimizer once, so that no mistake shows up after hours of runs.
@@ -165,7 +159,7 @@ class Comparison:
         for name in self.problems:
             start = self.problem(name, seed=0)
             try:
-                self.setting(RULER).base_optimizer(start)
+                self.setting(VANILLA).base_optimizer(start)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"optimizer: {self.optimizer} cannot optimise {name}: {error}") from error
 
@@ -201,8 +195,8 @@ class Run:
 
     @property
     def rounds(self) -> int:
-        """Rounds that the run is compared over; the ruler's lists go on ``parallelism`` times as far."""
-        return self.trace.rounds // self.parallelism if self.method == RULER else self.trace.rounds
+        """Rounds that the run is compared over; vanilla's lists go on ``parallelism`` times as far."""
+        return self.trace.rounds // self.parallelism if self.method == VANILLA else self.trace.rounds
 
     def record(self) -> dict[str, Any]:
         """The run as compare's JSON has it."""
@@ -228,54 +222,6 @@ def run_case(comparison: Comparison, case: Case) -> Run:
         seed=case.seed,
         trace=trace,
     )
-
-
-def acceleration(
-    loss: Sequence[float],  # [rounds + 1]
-    ruler: Sequence[float],  # [parallelism · rounds + 1]
-) -> float:
-    """How many rounds of vanilla one round of the method is worth.
-
-    At round r: (first vanilla round whose best loss so far is at most the method's best by r) / r. The
-    run's acceleration is the mean of that at a third, two thirds and all of the rounds. It cannot be more
-    than the ruler is long; a method that diverges keeps its best loss and falls behind by standing still.
-
-    >>> ruler = [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0]
-    >>> acceleration([8.0, 6.0, 4.0, 2.0], ruler)     # two of vanilla's steps a round
-    2.0
-    >>> acceleration([8.0, math.nan, math.nan, math.nan], ruler)
-    0.0
-    """
-    best, best_of_ruler = np.fmin.accumulate(loss), np.fmin.accumulate(ruler)
-    last = len(best) - 1
-    rounds = [max(1, last // 3), max(1, 2 * last // 3), last]
-    reached = np.searchsorted(-best_of_ruler, -best[rounds]).clip(max=len(best_of_ruler) - 1)
-    return float(np.mean(reached / rounds))
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean and sample standard deviation over those seeds that have a value.
-
-    Attributes:
-        mean: NaN where no seed has one.
-        deviation: NaN where fewer than two have one.
-        count: how many have one.
-    """
-
-    mean: float
-    deviation: float
-    count: int
-
-    @classmethod
-    def over(cls, values: Iterable[float]) -> Spread:
-        """Of the values that are not NaN."""
-        known = [value for value in values if not math.isnan(value)]
-        return cls(
-            mean=float(np.mean(known)) if known else math.nan,
-            deviation=float(np.std(known, ddof=1)) if len(known) > 1 else math.nan,
-            count=len(known),
-        )
 
 
 @dataclass(frozen=True)
@@ -321,26 +267,25 @@ def summarise(runs: Iterable[Run]) -> list[Row]:
         ValueError: a start has no vanilla run to measure by.
     """
     groups: dict[tuple[str, str], list[Run]] = {}
-    rulers: dict[tuple[str, int], Run] = {}
+    vanilla: dict[tuple[str, int], Run] = {}
     for run in runs:
         groups.setdefault((run.problem, run.method), []).append(run)
-        if run.method == RULER:
-            rulers[run.problem, run.seed] = run
+        if run.method == VANILLA:
+            vanilla[run.problem, run.seed] = run
     for group in groups.values():
         for run in group:
-            if (run.problem, run.seed) not in rulers:
+            if (run.problem, run.seed) not in vanilla:
                 raise ValueError(f"summarise: no vanilla run of {run.problem}, seed {run.seed}, to measure by")
-    return [_row(group, rulers) for group in groups.values()]
+    return [_row(group, vanilla) for group in groups.values()]
 
 
-def _row(group: Sequence[Run], rulers: dict[tuple[str, int], Run]) -> Row:
+def _row(group: Sequence[Run], vanilla: dict[tuple[str, int], Run]) -> Row:
     finals, reached, accelerations = [], [], []
     for run in group:
-        ruler = rulers[run.problem, run.seed].trace.loss
-        loss = run.trace.loss[: run.rounds + 1]
+        loss, its_vanilla = run.trace.loss[: run.rounds + 1], vanilla[run.problem, run.seed].trace.loss
         finals.append(loss[-1])
-        reached.append(_first_round_at(loss, ruler[len(loss) - 1]))
-        accelerations.append(acceleration(loss, ruler))
+        reached.append(rounds_to_level(loss, its_vanilla[run.rounds]))
+        accelerations.append(acceleration(loss, its_vanilla, run.parallelism))
     gained = Spread.over(accelerations)
     overhead = Spread.over(run.trace.overhead_seconds for run in group).mean
     return Row(
@@ -358,10 +303,6 @@ def _row(group: Sequence[Run], rulers: dict[tuple[str, int], Run]) -> Row:
         break_even_seconds=_break_even(overhead, gained.mean),
         stopped=sum(run.trace.stopped is not None for run in group),
     )
-
-
-def _first_round_at(loss: Sequence[float], level: float) -> float:
-    return next((float(r) for r, value in enumerate(loss) if value <= level), math.nan)
 
 
 def _break_even(overhead_seconds: float, gained: float) -> float:
@@ -405,12 +346,4 @@ def write_json(path: Path, meta: dict[str, Any], runs: Sequence[Run]) -> None:
     summary = [asdict(row) for row in summarise(runs)]
     document = {"meta": {**meta, "summary": summary}, "runs": [run.record() for run in runs]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_finite_or_null(document), allow_nan=False) + "\n")
-
-
-def _finite_or_null(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite_or_null(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite_or_null(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    path.write_text(json.dumps(finite_or_null(document), allow_nan=False) + "\n")

@@ -31,7 +31,7 @@ class MethodEntry:
 
 
 METHODS: Final[dict[str, MethodEntry]] = {
-    "vanilla": MethodEntry(vanilla, "the base optimizer, one step a round: the ruler"),
+    "vanilla": MethodEntry(vanilla, "the base optimizer, one step a round"),
     "target": MethodEntry(target, "the base optimizer, N steps a round in turn: the ideal"),
     "data-parallel": MethodEntry(tuned_data_parallel, "one step with N gradients' mean; best lr of × 1, √N, N"),
     "hold-last": MethodEntry(hold_last, "N - 1 steps with the last gradient, then a true one"),

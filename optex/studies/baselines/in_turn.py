@@ -1,4 +1,4 @@
-"""The base optimizer run in turn: vanilla, the ruler, and target, the ideal."""
+"""The base optimizer run in turn: vanilla, which all else is measured against, and target, the ideal."""
 
 from __future__ import annotations
 

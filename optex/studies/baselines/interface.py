@@ -27,13 +27,13 @@ class Setting:
     Attributes:
         base: makes the base optimizer of the parameters handed to it.
         parallelism: N, gradients evaluated at once, at least 1.
-        history_size: T0, pairs to predict from, at least 1.
+        history_size: T0, pairs to predict from, at least 1; None is each method's own default.
         rounds: how many to run, at least 1.
     """
 
     base: BaseFactory
     parallelism: int
-    history_size: int
+    history_size: int | None
     rounds: int
 
     def base_optimizer(self, problem: Problem) -> Optimizer:

@@ -27,12 +27,10 @@ def lbfgs(problem: Problem, setting: Setting) -> Trace:
     """
     with Recorder(problem, setting.rounds) as recorder:
         batches = problem.batches()
-        batch = next(batches)
-        deterministic = batch is None
         optimizer = torch.optim.LBFGS(
             problem.parameters(),
             lr=1.0,
-            max_iter=setting.rounds + 1 if deterministic else 1,
+            max_iter=setting.rounds + 1 if problem.deterministic else 1,
             max_eval=sys.maxsize,
             tolerance_grad=0.0,
             tolerance_change=0.0,
@@ -41,9 +39,8 @@ def lbfgs(problem: Problem, setting: Setting) -> Trace:
         closure = _RecordingClosure(problem, optimizer, recorder)
         try:
             while True:
-                closure.batch = batch
+                closure.batch = next(batches)
                 optimizer.step(closure)
-                batch = next(batches)
         except _RoundsUsedUpError:
             pass
     return recorder.trace(lr=1.0)

@@ -182,7 +182,7 @@ def _needed(module: str) -> Any:
         return import_module(module)
     except ImportError as error:
         raise ModuleNotFoundError(
-            f"data sets: {module.partition('.')[0]} is not installed; pip install optex[data]", name=module
+            f"data sets: {module.partition('.')[0]} is not installed; pip install optex[studies]", name=module
         ) from error
 
 

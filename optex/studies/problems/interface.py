@@ -71,6 +71,11 @@ class Problem(nn.Module, ABC):
         """
 
     @property
+    def deterministic(self) -> bool:
+        """Whether the gradient at a point is always the same, whatever the batch; False by default."""
+        return False
+
+    @property
     def minimum(self) -> float | None:
         """The objective's least value; None where it is not known."""
         return None

@@ -76,6 +76,10 @@ class Function(Problem):
         return torch.zeros_like(self.theta.detach())
 
     @property
+    def deterministic(self) -> bool:
+        return self.noise == 0
+
+    @property
     def minimum(self) -> float:
         return 0.0
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from optex.studies.comparison import RULER
+from optex.studies.measures import VANILLA, rounds_behind
 from optex.studies.reproduce.numbers import (
     CurveSummary,
     interval,
@@ -87,14 +87,11 @@ def _fig2(about: dict[str, Any], runs: Sequence[Record], lines: _Lines) -> Itera
 
 
 def _behind(runs: Sequence[Record], section: str) -> tuple[int, int]:
-    """After how many of all seeds' rounds `optex` has the higher loss, and how many those are."""
-    rulers = {run["seed"]: losses_of(run) for run in runs_of(runs, section, RULER)}
-    later = [
-        not ours <= vanilla  # a run that stopped is behind
-        for run in runs_of(runs, section, "optex")
-        for ours, vanilla in zip(losses_of(run)[1:], rulers[run["seed"]][1:], strict=False)
-    ]
-    return sum(later), len(later)
+    """After how many of all seeds' rounds `optex` is behind vanilla, and how many rounds those are of."""
+    vanilla = {run["seed"]: losses_of(run) for run in runs_of(runs, section, VANILLA)}
+    ours = {run["seed"]: losses_of(run) for run in runs_of(runs, section, "optex")}
+    behind = sum(rounds_behind(loss, vanilla[seed]) for seed, loss in ours.items())
+    return behind, sum(len(loss) - 1 for loss in ours.values())
 
 
 def _fig3(about: dict[str, Any], runs: Sequence[Record], _: _Lines) -> Iterator[Check]:
@@ -104,7 +101,7 @@ def _fig3(about: dict[str, Any], runs: Sequence[Record], _: _Lines) -> Iterator[
             (FITTED, f"paper: `{FITTED}` ends with a higher reward than vanilla"),
             ("optex", "ours: `optex` ends with no lower reward than vanilla"),
         ):
-            gain = last_rewards(runs, name, label) - last_rewards(runs, name, RULER)
+            gain = last_rewards(runs, name, label) - last_rewards(runs, name, VANILLA)
             holds = gain.mean() >= 0 if label == "optex" else gain.mean() > 0
             yield Check(name, claim, f"difference {interval(gain)}", bool(holds))
 

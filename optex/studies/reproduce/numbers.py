@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from optex.studies.comparison import RULER, Spread, acceleration
+from optex.studies.measures import VANILLA, Spread, acceleration, rounds_to_level
 from optex.studies.plots import bootstrap_interval
+from optex.studies.records import null_to_nan
 from optex.studies.reproduce.record import Record, rounds_of
 
 __all__ = ["CurveSummary", "interval", "last_rewards", "losses_of", "numbers", "percent", "runs_of"]
@@ -27,7 +27,7 @@ class CurveSummary:
         loss: after the section's last round; NaN for runs that stopped are left out.
         rounds: to vanilla's loss at the section's level round, over the runs that got there.
         share: of vanilla's rounds that this is, over the same runs.
-        acceleration: as ``optex.studies.comparison.acceleration``; none where vanilla is not run far enough.
+        acceleration: as ``optex.studies.measures.acceleration``; none where vanilla is not run far enough.
         test: the last test error.
         steps: kept a round, mean.
         gradients, seconds: of a run, mean.
@@ -59,44 +59,34 @@ def numbers(about: dict[str, Any], runs: Sequence[Record]) -> list[CurveSummary]
     for name, part in about["sections"].items():
         for label in part["curves"]:
             group = runs_of(runs, name, label)
-            rulers = {run["seed"]: run for run in runs_of(runs, name, RULER)}
-            lines.append(_line(part, group, [rulers[run["seed"]] for run in group]))
+            vanilla = {run["seed"]: run for run in runs_of(runs, name, VANILLA)}
+            lines.append(_line(part, group, [vanilla[run["seed"]] for run in group]))
     return lines
 
 
-def _line(part: dict[str, Any], group: Sequence[Record], rulers: Sequence[Record]) -> CurveSummary:
+def _line(part: dict[str, Any], group: Sequence[Record], vanilla: Sequence[Record]) -> CurveSummary:
     last = rounds_of(group[0]).index(part["rounds"])
-    rounds = [
-        _rounds_to(run, losses_of(ruler)[rounds_of(ruler).index(part["level_round"])])
-        for run, ruler in zip(group, rulers, strict=True)
-    ]
+    pairs = [(run, losses_of(run), losses_of(its)) for run, its in zip(group, vanilla, strict=True)]
+    level = rounds_of(vanilla[0]).index(part["level_round"])
+    rounds = [rounds_to_level(loss, its[level], rounds_of(run)) for run, loss, its in pairs]
     return CurveSummary(
         section=group[0]["section"],
         label=group[0]["label"],
         seeds=len(group),
-        loss=Spread.over(losses_of(run)[last] for run in group),
+        loss=Spread.over(loss[last] for _, loss, _ in pairs),
         rounds=Spread.over(rounds),
         share=Spread.over(value / part["level_round"] for value in rounds),
         acceleration=Spread.over(
-            acceleration(losses_of(run)[: last + 1], losses_of(ruler))
-            for run, ruler in zip(group, rulers, strict=True)
+            acceleration(loss[: last + 1], its, run["parallelism"])
+            for run, loss, its in pairs
             if part["vanilla_rounds"] >= run["parallelism"] * part["rounds"]
         ),
-        test=Spread.over(_known(run["test"].get(str(run["rounds"]))) for run in group),
+        test=Spread.over(null_to_nan(run["test"].get(str(run["rounds"])) for run in group)),
         steps=float(np.mean([run["steps"][last] / part["rounds"] for run in group])),
         gradients=float(np.mean([run["gradients"][last] for run in group])),
         seconds=float(np.mean([run["seconds"] for run in group])),
         stopped=sum(run["stopped"] is not None for run in group),
     )
-
-
-def _known(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def _rounds_to(run: Record, level: float) -> float:
-    both = zip(rounds_of(run), losses_of(run), strict=True)
-    return next((float(i) for i, loss in both if loss <= level), math.nan)
 
 
 def runs_of(runs: Sequence[Record], section: str, label: str) -> list[Record]:
@@ -106,7 +96,7 @@ def runs_of(runs: Sequence[Record], section: str, label: str) -> list[Record]:
 
 def losses_of(run: Record) -> list[float]:
     """Its losses, NaN after it stopped."""
-    return [_known(loss) for loss in run["loss"]]
+    return null_to_nan(run["loss"])
 
 
 def last_rewards(runs: Sequence[Record], section: str, label: str) -> NDArray[np.float64]:  # [seeds]

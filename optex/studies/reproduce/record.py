@@ -20,6 +20,7 @@ from torch import Tensor
 from optex.studies.baselines import Trace
 from optex.studies.comparison import describe
 from optex.studies.problems import Problem
+from optex.studies.records import significant
 from optex.studies.reproduce.studies import Choice, Figure, Section, make_figure
 
 __all__ = [
@@ -84,11 +85,11 @@ def run_curve(name: str, choice: Choice, case: Case) -> Record:
         "parallelism": setting.parallelism,
         "history_size": setting.history_size,
         "lr": trace.lr,
-        "seconds": _rounded(trace.seconds[-1]),
+        "seconds": significant(trace.seconds[-1], _DIGITS),
         "stopped": trace.stopped,
         "warnings": dict(Counter(warning.category.__name__ for warning in caught)),
         "rounds": setting.rounds,
-        "loss": [_rounded(trace.loss[i]) for i in places],
+        "loss": [significant(trace.loss[i], _DIGITS) for i in places],
         "gradients": [trace.gradients[i] for i in places],
         "steps": [sum(trace.accepted[: i + 1]) for i in places],
         "test": {} if watched is None else watched.errors_of(trace),
@@ -138,10 +139,6 @@ def rounds_of(run: Record) -> list[int]:
     return _spread(run["rounds"], len(run["loss"]))
 
 
-def _rounded(value: float) -> float | None:
-    return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
-
-
 class WithTestError(Problem):
     """A problem that also measures its test error, at some of the rounds at which it is evaluated.
 
@@ -169,12 +166,16 @@ class WithTestError(Problem):
     def evaluate(self) -> float:
         losses, errors = self._tries[-1]
         if len(losses) in self._due:
-            errors[str(len(losses))] = _rounded(self.problem.test_error())  # type: ignore[operator]
+            errors[str(len(losses))] = significant(self.problem.test_error(), _DIGITS)  # type: ignore[operator]
         losses.append(self.problem.evaluate())
         return losses[-1]
 
     def between_rounds(self) -> None:
         self.problem.between_rounds()
+
+    @property
+    def deterministic(self) -> bool:
+        return self.problem.deterministic
 
     def reset(self) -> None:
         self._tries.append(([], {}))
@@ -247,13 +248,13 @@ def read_record(path: Path, about: dict[str, Any]) -> tuple[dict[str, Any], list
         there, runs = document["meta"], document["runs"]
         before = {name: dict(part) for name, part in there["sections"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"resume: {path} is not a record of this command; move it away") from error
+        raise ValueError(f"resume: {path} is not a record of a figure; move it away") from error
     wanted = json.loads(json.dumps(about["sections"]))
     if before.keys() != wanted.keys() or any(_fixed(before[name]) != _fixed(wanted[name]) for name in wanted):
-        raise ValueError(f"resume: {path} was made with other settings; choose them, or another --out")
+        raise ValueError(f"resume: {path} was made with other settings; choose those, or another folder")
     for name, part in before.items():
         if part["seeds"] > wanted[name]["seeds"] or not set(part["curves"]) <= set(wanted[name]["curves"]):
-            raise ValueError(f"resume: {path} has more seeds or curves; choose as many, or another --out")
+            raise ValueError(f"resume: {path} has more seeds or curves; choose as many, or another folder")
     whole = len(runs) == sum(part["seeds"] * len(part["curves"]) for part in wanted.values())
     return (there if whole else about), runs
 
