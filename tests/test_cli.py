@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 import optex
+from optex.__main__ import main
 from optex.stepping.bases import OPTIMIZERS
 from optex.studies import cli
 from optex.studies.baselines import METHODS
@@ -180,6 +183,42 @@ def test_list_names_everything_with_one_line_each():
     for name in (*PROBLEMS, *METHODS, *OPTIMIZERS):
         assert sum(line.split()[:1] == [name] and len(line.split()) > 2 for line in lines) == 1, name
     assert max(map(len, lines)) <= 80
+
+
+class TestEntryPoint:
+    @staticmethod
+    def in_a_new_process(*arguments, missing=None):
+        """``python -m optex``, as if a package were not installed: a None in sys.modules fails its import."""
+        hide = f"sys.modules[{missing!r}] = None; " if missing else ""
+        code = f"import runpy, sys; {hide}sys.argv[1:] = {list(arguments)!r}; "
+        code += "runpy.run_module('optex', run_name='__main__', alter_sys=True)"
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+    def test_runs_the_command_line(self):
+        result = self.in_a_new_process("--version")
+        assert (result.returncode, result.stdout) == (0, f"optex {optex.__version__}\n")
+
+    @pytest.mark.parametrize("missing", ["typer", "rich", "matplotlib"])
+    def test_a_missing_package_is_one_line_and_exit_code_two(self, missing):
+        result = self.in_a_new_process("list", missing=missing)
+        assert result.returncode == 2
+        assert result.stdout == ""
+        needed = f'optex: the command line needs {missing}: pip install "optex[studies]"\n'
+        assert result.stderr == needed
+
+    def test_another_missing_module_is_a_fault_of_ours_and_shown(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "optex.studies.cli", None)
+        with pytest.raises(ModuleNotFoundError, match=r"optex\.studies\.cli"):
+            main()
+
+    def test_the_library_does_without_the_packages_of_the_studies(self):
+        hidden = "".join(
+            f"sys.modules[{name!r}] = None; " for name in ("matplotlib", "rich", "typer", "sklearn")
+        )
+        code = f"import sys; {hidden}import optex; import torch; optex.OptEx(torch.optim.SGD([torch.ones(2, "
+        code += "requires_grad=True)], lr=0.1))"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_version():
