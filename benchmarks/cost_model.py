@@ -131,6 +131,16 @@ def validation_table(rows: list[dict[str, Any]]) -> str:
     return markdown_table([*head, "messages (model)", "ms a round", "model", "ratio"], lines)
 
 
+def agreement(rows: list[dict[str, Any]], within: float = 0.15) -> str:
+    """How many rounds of several ranks the model foretells, in words."""
+    ratios = [r["seconds"] / r["predicted"] for r in rows if r["ranks"] > 1]
+    near = sum(abs(ratio - 1) <= within for ratio in ratios)
+    return (
+        f"Seconds on several ranks are within {100 * within:.0f} % of the model in {near} rows of "
+        f"{len(ratios)}, and at most {100 * (max(ratios) - 1):.0f} % above it."
+    )
+
+
 # ---------------------------------------------------------------------- many GPUs
 
 
@@ -280,6 +290,7 @@ def main() -> None:
     predicted = predictions(cluster, gains)
     tables = {
         "validation": validation_table(rows),
+        "agreement": agreement(rows),
         "accelerations": acceleration_table(gains),
         "predictions": prediction_table(predicted),
     }
