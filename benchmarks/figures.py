@@ -49,7 +49,7 @@ def acceleration_table(rows: list[Row]) -> str:
     lines = []
     for method in dict.fromkeys(row.method for row in rows):
         cells = [
-            f"{row.acceleration.mean:.2f} ± {row.acceleration.deviation:.2f}"
+            f"{row.summary.acceleration.mean:.2f} ± {row.summary.acceleration.deviation:.2f}"
             for row in rows
             if row.method == method
         ]
@@ -64,11 +64,11 @@ def full_table(rows: list[Row]) -> str:
         (
             row.problem,
             row.method,
-            f"{row.final_loss.mean:.4g} ± {row.final_loss.deviation:.1g}",
-            f"{row.acceleration.mean:.2f} ± {row.acceleration.deviation:.2f}",
-            f"{row.accepted:.2f}",
-            f"{row.gradients:.0f}",
-            f"{row.seconds:.2f}",
+            f"{row.summary.final_loss.mean:.4g} ± {row.summary.final_loss.deviation:.1g}",
+            f"{row.summary.acceleration.mean:.2f} ± {row.summary.acceleration.deviation:.2f}",
+            f"{row.summary.accepted:.2f}",
+            f"{row.summary.gradients:.0f}",
+            f"{row.summary.seconds:.2f}",
             "–" if math.isnan(row.overhead_seconds) else f"{1e3 * row.overhead_seconds:.1f}",
         )
         for row in rows

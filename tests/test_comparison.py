@@ -203,35 +203,35 @@ class TestSummary:
         )
         vanilla, fast = rows
         assert (vanilla.method, fast.method) == ("vanilla", "fast")
-        assert vanilla.final_loss.mean == 5.0
-        assert vanilla.rounds_to_vanilla.mean == 3.0
-        assert vanilla.acceleration == Spread(1.0, 0.0, 2)
-        assert (vanilla.gradients, vanilla.seconds) == (3.0, 1.5)
+        assert vanilla.summary.final_loss.mean == 5.0
+        assert vanilla.summary.rounds_to_vanilla.mean == 3.0
+        assert vanilla.summary.acceleration == Spread(1.0, 0.0, 2)
+        assert (vanilla.summary.gradients, vanilla.summary.seconds) == (3.0, 1.5)
         assert math.isnan(vanilla.break_even_seconds)
         second = (1 / 1 + 2 / 2 + 4 / 3) / 3
-        assert fast.final_loss.mean == 3.0
-        assert fast.rounds_to_vanilla == Spread(2.5, pytest.approx(math.sqrt(0.5)), 2)
-        assert fast.acceleration.mean == pytest.approx((2 + second) / 2)
-        assert fast.acceleration.deviation == pytest.approx((2 - second) / math.sqrt(2))
+        assert fast.summary.final_loss.mean == 3.0
+        assert fast.summary.rounds_to_vanilla == Spread(2.5, pytest.approx(math.sqrt(0.5)), 2)
+        assert fast.summary.acceleration.mean == pytest.approx((2 + second) / 2)
+        assert fast.summary.acceleration.deviation == pytest.approx((2 - second) / math.sqrt(2))
         assert fast.overhead_seconds == pytest.approx(0.3)
         assert fast.break_even_seconds == pytest.approx(0.3 / ((2 + second) / 2 - 1))
-        assert fast.accepted == 1.0
+        assert fast.summary.accepted == 1.0
 
     def test_a_method_that_gains_nothing_never_pays(self):
         vanilla = [3.0, 2.0, 1.0]
         _, slow = summarise([made_up("vanilla", vanilla), made_up("slow", [3.0, 2.5], overhead=0.1)])
         assert slow.break_even_seconds == math.inf
-        assert math.isnan(slow.rounds_to_vanilla.mean)
-        assert slow.rounds_to_vanilla.count == 0
+        assert math.isnan(slow.summary.rounds_to_vanilla.mean)
+        assert slow.summary.rounds_to_vanilla.count == 0
 
     def test_seeds_that_diverged_are_counted_and_left_out_of_the_loss(self):
         vanilla = [3.0, 2.0, 1.0]
         runs = [made_up("vanilla", vanilla, seed) for seed in (0, 1)]
         runs += [made_up("m", [3.0, 2.0], 0), made_up("m", [3.0, math.nan], 1, stopped="too far")]
         row = summarise(runs)[1]
-        assert row.stopped == 1
-        assert row.final_loss == Spread(2.0, pytest.approx(math.nan, nan_ok=True), 1)
-        assert row.acceleration.mean == 0.5
+        assert row.summary.stopped == 1
+        assert row.summary.final_loss == Spread(2.0, pytest.approx(math.nan, nan_ok=True), 1)
+        assert row.summary.acceleration.mean == 0.5
 
     def test_needs_vanilla(self):
         with pytest.raises(ValueError, match="no vanilla run of sphere, seed 0"):

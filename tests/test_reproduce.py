@@ -16,12 +16,11 @@ from optex import OptEx
 from optex.stepping.bases import base_optimizer
 from optex.studies import cli, reproduce
 from optex.studies.baselines import METHODS, Setting
-from optex.studies.comparison import Case as ComparisonCase
-from optex.studies.comparison import Comparison, run_case
+from optex.studies.comparison import Case, Comparison, run_case
 from optex.studies.measures import acceleration
 from optex.studies.plots import Line, Panel, bootstrap_interval, plot_panels
 from optex.studies.problems import make_problem
-from optex.studies.reproduce import Case, Choice, make_figure, run_curve
+from optex.studies.reproduce import Choice, PlannedRun, make_figure, run_curve
 from optex.studies.reproduce.record import WithTestError, rounds_of
 from optex.studies.reproduce.studies import FITTED, LAST_ONLY
 from tests import datasets
@@ -92,7 +91,7 @@ class TestCommand:
         runs = document(made[0], "fig2")["runs"]
         comparison = Comparison(("ackley",), lr=0.1, rounds=5, seeds=2, dim=12, history_size=20)
         for method in ("vanilla", "target", "data-parallel", "optex-paper", "optex"):
-            trace = run_case(comparison, ComparisonCase("ackley", method, 1)).trace
+            trace = run_case(comparison, Case("ackley", method, 1)).trace
             (found,) = (
                 run
                 for run in runs
@@ -258,7 +257,7 @@ class TestNetworks:
     CHOICE = Choice(seeds=1, rounds=6)
 
     def test_test_errors_are_those_of_the_rounds_they_stand_at(self):
-        found = run_curve("fig4", self.CHOICE, Case("cifar10", "vanilla", 0))
+        found = run_curve("fig4", self.CHOICE, PlannedRun("cifar10", "vanilla", 0))
         assert found["rounds"] == 10
         assert list(found["test"]) == ["0", "2", "3", "5", "7", "8", "10"]
         problem = make_problem("cifar10", seed=0)
@@ -325,12 +324,15 @@ class TestClaims:
             made_up("a", "optex", 1, [5.0, 3.0, None], test={"0": 0.9}, steps=[0, 1, 1]),
         ]
         vanilla, ours = reproduce.numbers(meta, runs)
-        assert (vanilla.rounds.mean, vanilla.share.mean, vanilla.loss.mean) == (4.0, 1.0, 3.0)
-        assert (ours.loss.mean, ours.loss.count, ours.stopped, ours.seeds) == (0.5, 1, 1, 2)
-        assert (ours.rounds.mean, ours.rounds.count, ours.share.mean) == (2.0, 1, 0.5)
-        assert ours.steps == 2.0
+        reached = vanilla.summary.rounds_to_vanilla
+        assert (reached.mean, vanilla.share.mean, vanilla.summary.final_loss.mean) == (4.0, 1.0, 3.0)
+        loss = ours.summary.final_loss
+        assert (loss.mean, loss.count, ours.summary.stopped, ours.summary.seeds) == (0.5, 1, 1, 2)
+        reached = ours.summary.rounds_to_vanilla
+        assert (reached.mean, reached.count, ours.share.mean) == (2.0, 1, 0.5)
+        assert ours.summary.accepted == 2.0
         assert (ours.test.mean, ours.test.count) == (0.2, 1), "a run that stopped has no last test"
-        assert ours.acceleration.count == 0, "vanilla was not run for N times as many rounds"
+        assert ours.summary.acceleration.count == 0, "vanilla was not run for N times as many rounds"
 
     def networks(self, ours, target_test=0.3, ours_test=0.3):
         curves = ["vanilla", "target", "optex-paper", "optex", FITTED]
@@ -420,11 +422,11 @@ def test_figures_with_data_are_drawn_and_described_from_their_record(name, drawn
 
 def test_long_runs_are_recorded_at_some_rounds_the_last_among_them():
     choice = Choice(seeds=1, rounds=301, dim=2)
-    found = run_curve("fig2", choice, Case("sphere, lr 0.1", "target", 0))
+    found = run_curve("fig2", choice, PlannedRun("sphere, lr 0.1", "target", 0))
     places = rounds_of(found)
     assert (places[0], places[-1], len(places)) == (0, 301, 61)
     assert set(np.diff(places)) == {5, 6}
-    whole = run_case(Comparison(("sphere",), lr=0.1, rounds=301, dim=2), ComparisonCase("sphere", "target", 0))
+    whole = run_case(Comparison(("sphere",), lr=0.1, rounds=301, dim=2), Case("sphere", "target", 0))
     assert found["loss"] == rounded(whole.trace.loss[i] for i in places)
     assert found["steps"] == [5 * i for i in places]
 

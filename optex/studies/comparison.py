@@ -18,7 +18,7 @@ import torch
 
 from optex.stepping.bases import OPTIMIZERS, base_optimizer
 from optex.studies.baselines import Setting, Trace, make_method
-from optex.studies.measures import VANILLA, Spread, acceleration, rounds_to_level
+from optex.studies.measures import VANILLA, Outcome, Spread, Summary, acceleration, rounds_to_level
 from optex.studies.problems import PROBLEMS, Problem, make_problem
 from optex.studies.records import finite_or_null
 
@@ -230,34 +230,24 @@ class Row:
 
     Attributes:
         problem, method: names.
-        seeds: runs made.
         lr: learning rates of the runs, each once.
-        final_loss: after the last round; over the runs that came so far.
-        rounds_to_vanilla: first round that is as good as vanilla after the same number of rounds; over the
-            runs that got there.
-        acceleration: over all runs.
-        accepted: mean steps kept a round.
-        gradients: evaluated in a run, mean.
-        seconds: of a run, mean.
+        summary: of the runs; ``rounds_to_vanilla`` is to vanilla's loss after the same number of rounds.
         overhead_seconds: per round beyond the gradients, mean; NaN where a method does not measure it.
         break_even_seconds: a gradient has to be slower than this for the method to pay where N of them at
             once take the time of one: overhead / (acceleration - 1); infinite at acceleration ≤ 1.
-        stopped: runs that ended early because something was not finite.
     """
 
     problem: str
     method: str
-    seeds: int
     lr: tuple[float, ...]
-    final_loss: Spread
-    rounds_to_vanilla: Spread
-    acceleration: Spread
-    accepted: float
-    gradients: float
-    seconds: float
+    summary: Summary
     overhead_seconds: float
     break_even_seconds: float
-    stopped: int
+
+    def record(self) -> dict[str, Any]:
+        """The row as compare's JSON has it, the summary's numbers beside the others."""
+        row = asdict(self)
+        return {**row, **row.pop("summary")}
 
 
 def summarise(runs: Iterable[Run]) -> list[Row]:
@@ -280,28 +270,28 @@ def summarise(runs: Iterable[Run]) -> list[Row]:
 
 
 def _row(group: Sequence[Run], vanilla: dict[tuple[str, int], Run]) -> Row:
-    finals, reached, accelerations = [], [], []
-    for run in group:
-        loss, its_vanilla = run.trace.loss[: run.rounds + 1], vanilla[run.problem, run.seed].trace.loss
-        finals.append(loss[-1])
-        reached.append(rounds_to_level(loss, its_vanilla[run.rounds]))
-        accelerations.append(acceleration(loss, its_vanilla, run.parallelism))
-    gained = Spread.over(accelerations)
+    summary = Summary.over([_outcome(run, vanilla[run.problem, run.seed].trace.loss) for run in group])
     overhead = Spread.over(run.trace.overhead_seconds for run in group).mean
     return Row(
         problem=group[0].problem,
         method=group[0].method,
-        seeds=len(group),
         lr=tuple(sorted({run.lr for run in group})),
-        final_loss=Spread.over(finals),
-        rounds_to_vanilla=Spread.over(reached),
-        acceleration=gained,
-        accepted=float(np.mean([np.mean(run.trace.accepted[1 : run.rounds + 1]) for run in group])),
-        gradients=float(np.mean([run.trace.gradients[run.rounds] for run in group])),
-        seconds=float(np.mean([run.trace.seconds[run.rounds] for run in group])),
+        summary=summary,
         overhead_seconds=overhead,
-        break_even_seconds=_break_even(overhead, gained.mean),
-        stopped=sum(run.trace.stopped is not None for run in group),
+        break_even_seconds=_break_even(overhead, summary.acceleration.mean),
+    )
+
+
+def _outcome(run: Run, vanilla: Sequence[float]) -> Outcome:
+    loss = run.trace.loss[: run.rounds + 1]
+    return Outcome(
+        final_loss=loss[-1],
+        rounds_to_vanilla=rounds_to_level(loss, vanilla[run.rounds]),
+        acceleration=acceleration(loss, vanilla, run.parallelism),
+        accepted=float(np.mean(run.trace.accepted[1 : run.rounds + 1])),
+        gradients=run.trace.gradients[run.rounds],
+        seconds=run.trace.seconds[run.rounds],
+        stopped=run.trace.stopped is not None,
     )
 
 
@@ -343,7 +333,7 @@ def _cpu_name() -> str:
 
 def write_json(path: Path, meta: dict[str, Any], runs: Sequence[Run]) -> None:
     """Write meta, the summary in it, and the runs; what is not finite, JSON having no word for it, is null."""
-    summary = [asdict(row) for row in summarise(runs)]
+    summary = [row.record() for row in summarise(runs)]
     document = {"meta": {**meta, "summary": summary}, "runs": [run.record() for run in runs]}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(finite_or_null(document), allow_nan=False) + "\n")

@@ -12,7 +12,9 @@ from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
     "VANILLA",
+    "Outcome",
     "Spread",
+    "Summary",
     "acceleration",
     "best_so_far",
     "geometric_mean",
@@ -46,6 +48,67 @@ class Spread:
             mean=float(np.mean(known)) if known else math.nan,
             deviation=float(np.std(known, ddof=1)) if len(known) > 1 else math.nan,
             count=len(known),
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run came to.
+
+    Attributes:
+        final_loss: after its last round; NaN where it stopped before.
+        rounds_to_vanilla: first round that is as good as vanilla is after a number of rounds that the study
+            names; NaN where it did not get there.
+        acceleration: as the function of that name has it; NaN where vanilla was not run far enough.
+        accepted: mean steps kept a round.
+        gradients: evaluated.
+        seconds: it took.
+        stopped: whether it ended early because something was not finite.
+    """
+
+    final_loss: float
+    rounds_to_vanilla: float
+    acceleration: float
+    accepted: float
+    gradients: int
+    seconds: float
+    stopped: bool
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A method's outcomes over the seeds.
+
+    Attributes:
+        seeds: runs made.
+        final_loss: over the runs that came so far.
+        rounds_to_vanilla: over the runs that got there.
+        acceleration: over the runs that have one.
+        accepted, gradients, seconds: means over all runs.
+        stopped: how many runs ended early.
+    """
+
+    seeds: int
+    final_loss: Spread
+    rounds_to_vanilla: Spread
+    acceleration: Spread
+    accepted: float
+    gradients: float
+    seconds: float
+    stopped: int
+
+    @classmethod
+    def over(cls, outcomes: Sequence[Outcome]) -> Summary:
+        """Of one method's runs, at least one."""
+        return cls(
+            seeds=len(outcomes),
+            final_loss=Spread.over(run.final_loss for run in outcomes),
+            rounds_to_vanilla=Spread.over(run.rounds_to_vanilla for run in outcomes),
+            acceleration=Spread.over(run.acceleration for run in outcomes),
+            accepted=float(np.mean([run.accepted for run in outcomes])),
+            gradients=float(np.mean([run.gradients for run in outcomes])),
+            seconds=float(np.mean([run.seconds for run in outcomes])),
+            stopped=sum(run.stopped for run in outcomes),
         )
 
 

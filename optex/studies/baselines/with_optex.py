@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from optex.estimators import HoldLast
 from optex.optimizer import OptEx
 from optex.round.acceptance import Last, WithinTolerance
@@ -51,7 +53,7 @@ def picard(problem: Problem, setting: Setting) -> Trace:
     )
 
 
-def history_choice(setting: Setting) -> dict[str, int]:
+def history_choice(setting: Setting) -> dict[str, Any]:
     """The setting's T0 as a keyword argument; none where each method is to take its own default."""
     return {} if setting.history_size is None else {"history_size": setting.history_size}
 

@@ -14,19 +14,19 @@ from rich.table import Table
 
 from optex.studies.cli.app import app, make_folder, progress_bar, refuse
 from optex.studies.cli.table import figures as significant_figures
-from optex.studies.cli.table import only
+from optex.studies.cli.table import rounds_cell
 from optex.studies.plots import write_plot
 from optex.studies.reproduce import (
     FIGURES,
     Choice,
     Figure,
     Record,
-    cases,
     checks,
     draw,
     make_figure,
     meta,
     numbers,
+    planned_runs,
     read_record,
     run_missing,
     write_page,
@@ -98,7 +98,7 @@ def _reproduce(
     """All runs of a figure, the record written after each."""
     runs = list(kept)
     with progress_bar() as progress:
-        task = progress.add_task(plan.name, total=len(cases(plan)), completed=len(runs))
+        task = progress.add_task(plan.name, total=len(planned_runs(plan)), completed=len(runs))
         for run in run_missing(plan, choice, runs, workers):
             progress.update(
                 task, description=f"{run['section']}, seed {run['seed']}: {run['label']}", advance=1
@@ -115,13 +115,14 @@ def _print_figure(plan: Figure, about: dict[str, Any], runs: Sequence[Record], o
     for header in ("section", "method", "last loss", "as good\nat round", "steps\na round", "gradients"):
         table.add_column(header, justify="left" if header in ("section", "method") else "right", no_wrap=True)
     for line in numbers(about, runs):
+        loss = line.summary.final_loss
         table.add_row(
             line.section,
             line.label,
-            significant_figures(line.loss.mean, 4) if line.loss.count else "diverged",
-            f"{line.rounds.mean:.1f}{only(line.rounds, line.seeds)}" if line.rounds.count else "–",
-            f"{line.steps:.2f}",
-            f"{line.gradients:.0f}",
+            significant_figures(loss.mean, 4) if loss.count else "diverged",
+            rounds_cell(line.summary),
+            f"{line.summary.accepted:.2f}",
+            f"{line.summary.gradients:.0f}",
         )
     console.print(table)
     console.print()

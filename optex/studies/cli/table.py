@@ -9,11 +9,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from optex.studies.baselines import METHODS
 from optex.studies.comparison import Comparison, Row
-from optex.studies.measures import Spread, largest_acceleration
+from optex.studies.measures import Spread, Summary, largest_acceleration
 from optex.studies.problems import PROBLEMS
 
-__all__ = ["figures", "only", "print_result"]
+__all__ = ["figures", "print_result", "rounds_cell"]
 
 
 def print_result(
@@ -58,34 +59,36 @@ def _table(comparison: Comparison, rows: Sequence[Row], gap: int) -> Table:
         table.add_column(header, justify="right", no_wrap=True)
     ceiling = largest_acceleration(comparison.rounds, comparison.parallelism)
     for row in rows:
+        summary = row.summary
         table.add_row(
             row.method,
-            _loss_cell(row),
-            _round_cell(row),
-            _acceleration_cell(row.acceleration, ceiling),
-            f"{row.gradients:.0f}",
-            f"{row.seconds:.2f}",
+            _loss_cell(summary),
+            rounds_cell(summary),
+            _acceleration_cell(summary.acceleration, ceiling),
+            f"{summary.gradients:.0f}",
+            f"{summary.seconds:.2f}",
             _duration(row.break_even_seconds),
         )
     return table
 
 
-def _loss_cell(row: Row) -> str:
-    if row.final_loss.count == 0:
+def _loss_cell(summary: Summary) -> str:
+    loss = summary.final_loss
+    if loss.count == 0:
         return "diverged"
-    if row.final_loss.count < row.seeds:
-        return figures(row.final_loss.mean, 3) + only(row.final_loss, row.seeds)
-    mean, deviation = figures(row.final_loss.mean, 3), row.final_loss.deviation
-    return mean if math.isnan(deviation) else f"{mean} ± {figures(deviation, 1)}"
+    if loss.count < summary.seeds:
+        return figures(loss.mean, 3) + _only(loss, summary.seeds)
+    mean = figures(loss.mean, 3)
+    return mean if math.isnan(loss.deviation) else f"{mean} ± {figures(loss.deviation, 1)}"
 
 
-def _round_cell(row: Row) -> str:
-    reached = row.rounds_to_vanilla
-    return f"{reached.mean:.1f}{only(reached, row.seeds)}" if reached.count else "–"
+def rounds_cell(summary: Summary) -> str:
+    """Rounds to vanilla's loss, and how many of the seeds got there where not all did."""
+    reached = summary.rounds_to_vanilla
+    return f"{reached.mean:.1f}{_only(reached, summary.seeds)}" if reached.count else "–"
 
 
-def only(spread: Spread, seeds: int) -> str:
-    """`` (n)`` where only n of the seeds have a value."""
+def _only(spread: Spread, seeds: int) -> str:
     return f" ({spread.count})" if 0 < spread.count < seeds else ""
 
 
@@ -119,13 +122,14 @@ def _footnotes(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
         "pays above: where N gradients at once take the time of one, the method pays if a",
         "    gradient takes longer than this: overhead of a round / (acceleration - 1)",
     ]
-    if any(0 < spread.count < row.seeds for row in rows for spread in (row.final_loss, row.rounds_to_vanilla)):
+    summaries = [row.summary for row in rows]
+    if any(0 < s.count < all_.seeds for all_ in summaries for s in (all_.final_loss, all_.rounds_to_vanilla)):
         lines.append("(n): only n of the seeds came that far")
     ceiling = largest_acceleration(comparison.rounds, comparison.parallelism)
-    if any(_is_at_ceiling(row.acceleration.mean, ceiling) for row in rows):
+    if any(_is_at_ceiling(summary.acceleration.mean, ceiling) for summary in summaries):
         lines.append("≥: better than vanilla ever gets; more cannot be measured")
-    tuned = [row for row in rows if row.method == "data-parallel"]
-    if tuned:
+    for method in dict.fromkeys(row.method for row in rows if METHODS[row.method].tunes_rate):
+        tuned = [row for row in rows if row.method == method]
         rates = ", ".join(f"{row.problem} {' or '.join(f'{lr:.3g}' for lr in row.lr)}" for row in tuned)
-        lines.append(f"data-parallel took the best lr of × 1, √N, N for each seed: {rates}")
+        lines.append(f"{method} took the best lr of × 1, √N, N for each seed: {rates}")
     return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from optex.studies.measures import VANILLA, Spread, acceleration, rounds_to_level
+from optex.studies.measures import VANILLA, Outcome, Spread, Summary, acceleration, rounds_to_level
 from optex.studies.plots import bootstrap_interval
 from optex.studies.records import null_to_nan
 from optex.studies.reproduce.record import Record, rounds_of
@@ -23,29 +24,17 @@ class CurveSummary:
 
     Attributes:
         section, label: names.
-        seeds: runs made.
-        loss: after the section's last round; NaN for runs that stopped are left out.
-        rounds: to vanilla's loss at the section's level round, over the runs that got there.
+        summary: of the runs; the final loss is that after the section's last round, ``rounds_to_vanilla`` is to
+            vanilla's loss at the section's level round.
         share: of vanilla's rounds that this is, over the same runs.
-        acceleration: as ``optex.studies.measures.acceleration``; none where vanilla is not run far enough.
         test: the last test error.
-        steps: kept a round, mean.
-        gradients, seconds: of a run, mean.
-        stopped: runs that ended early.
     """
 
     section: str
     label: str
-    seeds: int
-    loss: Spread
-    rounds: Spread
+    summary: Summary
     share: Spread
-    acceleration: Spread
     test: Spread
-    steps: float
-    gradients: float
-    seconds: float
-    stopped: int
 
 
 def numbers(about: dict[str, Any], runs: Sequence[Record]) -> list[CurveSummary]:
@@ -65,27 +54,29 @@ def numbers(about: dict[str, Any], runs: Sequence[Record]) -> list[CurveSummary]
 
 
 def _line(part: dict[str, Any], group: Sequence[Record], vanilla: Sequence[Record]) -> CurveSummary:
-    last = rounds_of(group[0]).index(part["rounds"])
-    pairs = [(run, losses_of(run), losses_of(its)) for run, its in zip(group, vanilla, strict=True)]
-    level = rounds_of(vanilla[0]).index(part["level_round"])
-    rounds = [rounds_to_level(loss, its[level], rounds_of(run)) for run, loss, its in pairs]
+    outcomes = [_outcome(part, run, its_vanilla) for run, its_vanilla in zip(group, vanilla, strict=True)]
     return CurveSummary(
         section=group[0]["section"],
         label=group[0]["label"],
-        seeds=len(group),
-        loss=Spread.over(loss[last] for _, loss, _ in pairs),
-        rounds=Spread.over(rounds),
-        share=Spread.over(value / part["level_round"] for value in rounds),
-        acceleration=Spread.over(
-            acceleration(loss[: last + 1], its, run["parallelism"])
-            for run, loss, its in pairs
-            if part["vanilla_rounds"] >= run["parallelism"] * part["rounds"]
-        ),
+        summary=Summary.over(outcomes),
+        share=Spread.over(outcome.rounds_to_vanilla / part["level_round"] for outcome in outcomes),
         test=Spread.over(null_to_nan(run["test"].get(str(run["rounds"])) for run in group)),
-        steps=float(np.mean([run["steps"][last] / part["rounds"] for run in group])),
-        gradients=float(np.mean([run["gradients"][last] for run in group])),
-        seconds=float(np.mean([run["seconds"] for run in group])),
-        stopped=sum(run["stopped"] is not None for run in group),
+    )
+
+
+def _outcome(part: dict[str, Any], run: Record, vanilla: Record) -> Outcome:
+    last = rounds_of(run).index(part["rounds"])
+    loss, of_vanilla = losses_of(run), losses_of(vanilla)
+    level = of_vanilla[rounds_of(vanilla).index(part["level_round"])]
+    comparable = part["vanilla_rounds"] >= run["parallelism"] * part["rounds"]
+    return Outcome(
+        final_loss=loss[last],
+        rounds_to_vanilla=rounds_to_level(loss, level, rounds_of(run)),
+        acceleration=acceleration(loss[: last + 1], of_vanilla, run["parallelism"]) if comparable else math.nan,
+        accepted=run["steps"][last] / part["rounds"],
+        gradients=run["gradients"][last],
+        seconds=run["seconds"],
+        stopped=run["stopped"] is not None,
     )
 
 
@@ -107,9 +98,10 @@ def last_rewards(runs: Sequence[Record], section: str, label: str) -> NDArray[np
 
 def percent(line: CurveSummary) -> str:
     """The share of vanilla's rounds, in words."""
-    if line.rounds.count == 0:
+    if line.share.count == 0:
         return "not reached"
-    reached = f" ({line.rounds.count} of {line.seeds} seeds)" if line.rounds.count < line.seeds else ""
+    seeds = line.summary.seeds
+    reached = f" ({line.share.count} of {seeds} seeds)" if line.share.count < seeds else ""
     return f"{100 * line.share.mean:.1f} %{reached}"
 
 

@@ -85,20 +85,18 @@ def _run_table(about: dict[str, Any], runs: Sequence[Record]) -> str:
 def _numbers_table(about: dict[str, Any], runs: Sequence[Record]) -> str:
     lines = numbers(about, runs)
     tested = any(line.test.count for line in lines)
-    timed = any(line.acceleration.count for line in lines)
+    timed = any(line.summary.acceleration.count for line in lines)
     head = ["section", "method", "last loss", "rounds to vanilla's", "of its rounds"]
-    head += (
-        ["acceleration"] * timed + ["last test"] * tested + ["steps a round", "gradients", "seconds of the run"]
-    )
+    head += ["acceleration"] * timed + ["last test"] * tested
     rows = []
     for line in lines:
-        rounds = f"{line.rounds.mean:.1f}" if line.rounds.count else "–"
-        cells = [line.section, line.label, _spread(line.loss, line.seeds), rounds, percent(line)]
-        cells += [_spread(line.acceleration, line.seeds, ".2f")] * timed + [
-            _spread(line.test, line.seeds)
-        ] * tested
-        rows.append([*cells, f"{line.steps:.2f}", f"{line.gradients:.0f}", f"{line.seconds:.1f}"])
-    return markdown_table(head, rows)
+        summary = line.summary
+        rounds = f"{summary.rounds_to_vanilla.mean:.1f}" if summary.rounds_to_vanilla.count else "–"
+        cells = [line.section, line.label, _spread(summary.final_loss, summary.seeds), rounds, percent(line)]
+        cells += [_spread(summary.acceleration, summary.seeds, ".2f")] * timed
+        cells += [_spread(line.test, summary.seeds)] * tested
+        rows.append([*cells, f"{summary.accepted:.2f}", f"{summary.gradients:.0f}", f"{summary.seconds:.1f}"])
+    return markdown_table([*head, "steps a round", "gradients", "seconds of the run"], rows)
 
 
 def _spread(spread: Spread, seeds: int, form: str = ".4g") -> str:

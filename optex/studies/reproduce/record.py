@@ -24,10 +24,10 @@ from optex.studies.records import significant
 from optex.studies.reproduce.studies import Choice, Figure, Section, make_figure
 
 __all__ = [
-    "Case",
+    "PlannedRun",
     "Record",
     "WithTestError",
-    "cases",
+    "planned_runs",
     "meta",
     "read_record",
     "rounds_of",
@@ -46,19 +46,19 @@ _LONG: Final = 240  # where a section has more rounds, a quarter of this are rec
 
 
 @dataclass(frozen=True)
-class Case:
-    """One run to make."""
+class PlannedRun:
+    """One run of a figure to make."""
 
     section: str
     label: str
     seed: int
 
 
-def cases(figure: Figure) -> list[Case]:
+def planned_runs(figure: Figure) -> list[PlannedRun]:
     """The runs to make; seed by seed, so that what is interrupted has whole seeds."""
     most = max(section.comparison.seeds for section in figure.sections)
     return [
-        Case(section.name, curve.label, seed)
+        PlannedRun(section.name, curve.label, seed)
         for seed in range(most)
         for section in figure.sections
         if seed < section.comparison.seeds
@@ -66,22 +66,22 @@ def cases(figure: Figure) -> list[Case]:
     ]
 
 
-def run_curve(name: str, choice: Choice, case: Case) -> Record:
+def run_curve(name: str, choice: Choice, planned: PlannedRun) -> Record:
     """Make one run of a figure; a method that diverges leaves a run that stopped, not an error.
 
     Takes the figure by name, so that another process can be asked.
     """
-    section = make_figure(name, choice).section(case.section)
-    curve = next(curve for curve in section.curves if curve.label == case.label)
+    section = make_figure(name, choice).section(planned.section)
+    curve = next(curve for curve in section.curves if curve.label == planned.label)
     setting = section.setting(curve)
-    problem = section.comparison.problem(section.problem, case.seed)
+    problem = section.comparison.problem(section.problem, planned.seed)
     watched = WithTestError(problem, setting.rounds, section.tests) if section.tests else None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trace = curve.run(watched or problem, setting)
     places = _recorded(setting.rounds, section)
     return {
-        **asdict(case),
+        **asdict(planned),
         "parallelism": setting.parallelism,
         "history_size": setting.history_size,
         "lr": trace.lr,
@@ -106,15 +106,15 @@ def run_missing(figure: Figure, choice: Choice, made: Sequence[Record], workers:
         workers: runs made at once; with more than 1, each in a process of its own with one thread.
     """
     there = {(run["section"], run["label"], run["seed"]) for run in made}
-    missing = [case for case in cases(figure) if (case.section, case.label, case.seed) not in there]
+    missing = [run for run in planned_runs(figure) if (run.section, run.label, run.seed) not in there]
     if workers == 1:
-        yield from (run_curve(figure.name, choice, case) for case in missing)
+        yield from (run_curve(figure.name, choice, run) for run in missing)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
         yield from (
             future.result()
-            for future in as_completed(pool.submit(run_curve, figure.name, choice, case) for case in missing)
+            for future in as_completed(pool.submit(run_curve, figure.name, choice, run) for run in missing)
         )
 
 
