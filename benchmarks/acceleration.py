@@ -218,7 +218,7 @@ def record(
 
 
 def run(seeds: int, workers: int, redo: Sequence[str] | None, prefix: str) -> None:
-    """Run the jobs that are not there yet, or the methods named in all of them anew, seed by seed."""
+    """Run the jobs that are not there yet, or the named methods in all of them again, seed by seed."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     done = set() if redo else {(r["case"], r["seed"]) for r in read_lines(RUNS, KEYS)}
     chosen = [case for case in cases() if case.name.startswith(prefix)]

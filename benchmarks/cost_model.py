@@ -1,4 +1,4 @@
-"""How long a round takes on R ranks, and when it beats data parallelism: a model, and what it was held to.
+"""How long a round takes on R ranks, and when it beats data parallelism: a model, checked against measurements.
 
     python benchmarks/ranks.py --json results/distributed/measured.json
     python benchmarks/cost_model.py --measured results/distributed/measured.json --out results/distributed
@@ -62,7 +62,7 @@ def round_seconds(
     return rows * gradient + sent * costs.byte + messages * costs.message + arithmetic + costs.algebra
 
 
-# ---------------------------------------------------------------------- held to what was measured
+# ---------------------------------------------------------------------- checked against measurements
 
 
 def fitted(measured: dict[str, Any]) -> tuple[dict[str, float], dict[int, float]]:
@@ -81,7 +81,7 @@ def fitted(measured: dict[str, Any]) -> tuple[dict[str, float], dict[int, float]
 
 
 def validated(measured: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every run beside the model's word."""
+    """Every run beside the model's prediction."""
     constants, algebra = fitted(measured)
     rows = []
     for job in measured["jobs"]:
@@ -132,7 +132,7 @@ def validation_table(rows: list[dict[str, Any]]) -> str:
 
 
 def agreement(rows: list[dict[str, Any]], within: float = 0.15) -> str:
-    """How many rounds of several ranks the model foretells, in words."""
+    """In how many of the measurements on several ranks the model is right, in words."""
     ratios = [r["seconds"] / r["predicted"] for r in rows if r["ranks"] > 1]
     near = sum(abs(ratio - 1) <= within for ratio in ratios)
     return (
@@ -252,7 +252,7 @@ def predictions(cluster: Cluster, gains: dict[str, dict[int, float]]) -> list[di
 
 
 def prediction_table(rows: list[dict[str, Any]]) -> str:
-    """Seconds, and who wins."""
+    """Seconds, break-even steps and speed-ups."""
     head = ("d", "sequences", "GPUs", "data-parallel step, ms", "round at N = 4, ms", "N = 16, ms")
     head += ("break-even steps at N = 4", "N = 16", "best N, speed-up (steady)", "(rough)")
     lines = []
@@ -267,7 +267,7 @@ def prediction_table(rows: list[dict[str, Any]]) -> str:
 
 
 def acceleration_table(gains: dict[str, dict[int, float]]) -> str:
-    """The accelerations that the speed-ups are reckoned with."""
+    """The accelerations that the speed-ups assume."""
     sizes = sorted(next(iter(gains.values())))
     rows = [
         [base, *(f"{gains[name][n]:.2f}" for n in sizes)]

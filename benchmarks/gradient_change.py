@@ -4,8 +4,8 @@
 
 For digits-mlp prints, by base optimizer and batch size, the mean over 240 steps and 3 seeds of
 ‖g_i(θ_{i+k}) - g_i(θ_i)‖ / ‖g_i(θ_i)‖ for the minibatch of step i, k = 1, 4 and 15 steps later. Where it
-nears 1 after a few steps, a gradient measured there says nothing of the one that is needed, and what a round
-can keep is bounded by what the estimator adds.
+nears 1 after a few steps, a gradient measured there says nothing about the one that is needed, and the
+estimator alone decides how many steps a round can keep.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the history costs in memory, and what saving on it costs in accuracy.
+"""What the history costs in memory, and what a smaller history costs in accuracy.
 
     python benchmarks/memory.py --problem shakespeare --seeds 3
 

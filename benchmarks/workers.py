@@ -1,4 +1,4 @@
-"""What worker processes cost, stand, and save.
+"""What worker processes cost, survive and save.
 
     python benchmarks/workers.py sleep  --json results/workers/sleep.json
     python benchmarks/workers.py killed --json results/workers/killed.json
@@ -148,7 +148,7 @@ def sleep(kinds: list[str]) -> dict[str, Any]:
 
 
 def fatal_rosenbrock(x: np.ndarray, marker: str) -> tuple[float, np.ndarray]:
-    """Rosenbrock's function; the worker that finds the marker takes it away and kills itself."""
+    """Rosenbrock's function; the worker that finds the marker file removes it and kills itself."""
     time.sleep(0.01)
     try:
         Path(marker).unlink()

@@ -46,7 +46,7 @@ _LEARNING_RATES: Final[dict[str, float]] = {
 
 
 def default_rate(optimizer: str) -> float:
-    """The learning rate of a comparison that names none; 0.01 where the steps are about that long."""
+    """The learning rate of a comparison that names none; 0.01 where the optimizer normalises the gradient."""
     return _LEARNING_RATES.get(optimizer, 0.01)
 
 
@@ -135,7 +135,7 @@ class Comparison:
         return self.lr if self.lr is not None else math.nan
 
     def problem(self, name: str, seed: int) -> Problem:
-        """A start of a problem, with those of the options that it has."""
+        """A start of a problem, with the options that apply to it."""
         choices = {"dim": self.dim, "noise": self.noise, "batch_size": self.batch_size, **self.problem_options}
         return make_problem(
             name, seed=seed, **{key: choices[key] for key in choices if key in PROBLEMS[name].options}
@@ -332,7 +332,7 @@ def _cpu_name() -> str:
 
 
 def write_json(path: Path, meta: dict[str, Any], runs: Sequence[Run]) -> None:
-    """Write meta, the summary in it, and the runs; what is not finite, JSON having no word for it, is null."""
+    """Write meta with the summary in it, and the runs; numbers that are not finite become null."""
     summary = [row.record() for row in summarise(runs)]
     document = {"meta": {**meta, "summary": summary}, "runs": [run.record() for run in runs]}
     path.parent.mkdir(parents=True, exist_ok=True)

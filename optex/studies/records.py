@@ -1,4 +1,4 @@
-"""Records of runs as JSON keeps them: numbers it has no word for, and lines of which the latest counts."""
+"""Records of runs in JSON: numbers it cannot write, and files in which a later record replaces an earlier."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def significant(value: float, digits: int) -> float | None:
 
 
 def null_to_nan(values: Iterable[float | None]) -> list[float]:
-    """The way back: NaN where JSON has null.
+    """NaN where JSON has null: the inverse of ``significant``.
 
     >>> null_to_nan([1.0, None])
     [1.0, nan]
@@ -30,7 +30,7 @@ def null_to_nan(values: Iterable[float | None]) -> list[float]:
 
 
 def finite_or_null(value: Any) -> Any:
-    """A document in which every float that is not finite, for which JSON has no word, is None.
+    """The document with None in place of every float that is not finite, which JSON cannot write.
 
     >>> finite_or_null({"loss": [1.0, math.inf]})
     {'loss': [1.0, None]}
@@ -43,7 +43,7 @@ def finite_or_null(value: Any) -> Any:
 
 
 def latest(records: Iterable[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
-    """Of records that agree in ``keys`` the last one: a run that was made again replaces the earlier.
+    """The last of all records that agree in ``keys``: a run that was made again replaces the earlier one.
 
     >>> latest([{"seed": 0, "loss": 2.0}, {"seed": 1, "loss": 3.0}, {"seed": 0, "loss": 1.0}], ["seed"])
     [{'seed': 0, 'loss': 1.0}, {'seed': 1, 'loss': 3.0}]

@@ -1,4 +1,4 @@
-"""Baselines: the methods that OptEx is compared with, and OptEx itself, each under a name."""
+"""Baselines: the methods that OptEx is compared with, and OptEx itself, by name."""
 
 from __future__ import annotations
 

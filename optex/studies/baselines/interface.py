@@ -120,7 +120,7 @@ class Recorder:
         return len(self._loss) > self._rounds
 
     def round(self, *, gradients: int, accepted: int, overhead_seconds: float | None = None) -> None:
-        """A round has ended, and the parameters stand where it led; then ``problem.between_rounds()``.
+        """Record a round that ended at the present parameters; calls ``problem.between_rounds()`` first.
 
         Args:
             gradients: evaluated in it.

@@ -1,4 +1,4 @@
-"""Methods that are one OptEx or another: its default, the paper's, and what is left without a model."""
+"""Methods that are configurations of OptEx: its defaults, the paper's, two without a gradient model."""
 
 from __future__ import annotations
 

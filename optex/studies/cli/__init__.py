@@ -1,4 +1,4 @@
-"""The command line: compare methods, make the paper's figures again, list what there is, fetch data."""
+"""The command line: compare methods, reproduce the paper's figures, list what there is, fetch data."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ def _check_before_running(
 
 
 def _run_all(comparison: Comparison) -> tuple[list[Run], list[str]]:
-    """All runs, and the warnings that came up in them, each kind once with its count."""
+    """All runs, and the warnings raised in them, each kind once with its count."""
     runs: list[Run] = []
     with warnings.catch_warnings(record=True) as caught, progress_bar() as progress:
         warnings.simplefilter("always")

@@ -1,4 +1,4 @@
-"""``optex fetch``: public data sets, downloaded."""
+"""``optex fetch``: download public data sets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["fetch_data"]
 def fetch_data(
     names: Annotated[list[str], typer.Argument(metavar="NAME", help=f"Of {', '.join(DATA_SETS)}.")],
 ) -> None:
-    """Download public data sets into the user's cache, and check that they came whole."""
+    """Download public data sets into the user's cache, and verify their checksums."""
     for name in names:
         try:
             paths = fetch(name)

@@ -1,4 +1,4 @@
-"""``optex reproduce``: figures of the paper, made again."""
+"""``optex reproduce``: the paper's figures."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ def reproduce(
     resume: _Resume = False,
     out: _Out = Path("out"),
 ) -> None:
-    """Make figures of the OptEx paper again: run, print, draw, and hold to its claims.
+    """Reproduce figures of the OptEx paper: run, print, draw, and check its claims.
 
-    The JSON has every run; picture and page are made from it. A page that is there keeps its words and gets
-    new tables. An interrupted command goes on with --resume.
+    The JSON has every run; picture and page are made from it. An existing page keeps its text and gets new
+    tables. An interrupted command continues with --resume.
     """
     try:
         choice = Choice(scale, seeds, rounds, dim)

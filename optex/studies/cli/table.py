@@ -20,7 +20,7 @@ __all__ = ["figures", "print_result", "rounds_cell"]
 def print_result(
     comparison: Comparison, meta: dict[str, Any], rows: Sequence[Row], notes: Sequence[str]
 ) -> None:
-    """A heading, a table for every problem, footnotes, and the warnings that came up in the runs."""
+    """A heading, a table for every problem, footnotes, and the warnings raised in the runs."""
     console = Console(highlight=False)
     seeds = f"{comparison.seeds} seed" + "s" * (comparison.seeds > 1)
     history = "each method's own T0" if comparison.history_size is None else f"T0 = {comparison.history_size}"
@@ -102,7 +102,7 @@ def _is_at_ceiling(gained: float, ceiling: float) -> bool:
 
 
 def figures(value: float, digits: int) -> str:
-    """So many significant figures, and an exponent only where the number is far from 1."""
+    """Rounded to so many significant digits, with an exponent only for very large or small numbers."""
     return f"{float(f'{value:.{digits}g}'):g}"
 
 

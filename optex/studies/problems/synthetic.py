@@ -1,4 +1,4 @@
-"""Functions in closed form, of any dimension, with Gaussian gradient noise on request."""
+"""Functions in closed form, of any dimension, with optional Gaussian noise in the gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the paper says of a figure, and what we promise of it, held to the record."""
+"""The paper's claims about a figure, and ours, checked against the record."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Check:
 
 
 def checks(about: dict[str, Any], runs: Sequence[Record]) -> list[Check]:
-    """What the paper says of this figure, and what we promise of it, held to the record."""
+    """The paper's claims about this figure, and ours, checked against the record."""
     lines = {(line.section, line.label): line for line in numbers(about, runs)}
     return list(_CHECKS[about["figure"]](about, runs, lines))
 

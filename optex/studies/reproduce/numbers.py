@@ -81,7 +81,7 @@ def _outcome(part: dict[str, Any], run: Record, vanilla: Record) -> Outcome:
 
 
 def runs_of(runs: Sequence[Record], section: str, label: str) -> list[Record]:
-    """Those of one curve, all its seeds."""
+    """The runs of one curve, all its seeds."""
     return [run for run in runs if (run["section"], run["label"]) == (section, label)]
 
 

@@ -55,7 +55,7 @@ class PlannedRun:
 
 
 def planned_runs(figure: Figure) -> list[PlannedRun]:
-    """The runs to make; seed by seed, so that what is interrupted has whole seeds."""
+    """The runs to make, seed by seed, so that an interrupted command leaves whole seeds."""
     most = max(section.comparison.seeds for section in figure.sections)
     return [
         PlannedRun(section.name, curve.label, seed)
@@ -69,7 +69,7 @@ def planned_runs(figure: Figure) -> list[PlannedRun]:
 def run_curve(name: str, choice: Choice, planned: PlannedRun) -> Record:
     """Make one run of a figure; a method that diverges leaves a run that stopped, not an error.
 
-    Takes the figure by name, so that another process can be asked.
+    Takes the figure's name, which can be sent to another process.
     """
     section = make_figure(name, choice).section(planned.section)
     curve = next(curve for curve in section.curves if curve.label == planned.label)
@@ -154,7 +154,7 @@ class WithTestError(Problem):
         super().__init__(problem.seed)
         self.problem = problem
         self._due = {0} | {round(rounds * i / tests) for i in range(1, tests + 1)}
-        # A method that tries several settings starts anew with each: losses, and errors by round, of every try.
+        # A method that tries several settings resets the problem for each: losses and errors by round, by try.
         self._tries: list[tuple[list[float], dict[str, float | None]]] = []
 
     def forward(self, batch: Any) -> Tensor:
@@ -182,7 +182,7 @@ class WithTestError(Problem):
         self.problem.reset()
 
     def errors_of(self, trace: Trace) -> dict[str, float | None]:
-        """Those of the try that left this trace."""
+        """The test errors of the try that this trace is of."""
         kept = [loss for loss in trace.loss if math.isfinite(loss)]
         return next(errors for losses, errors in self._tries if losses[: len(kept)] == kept)
 
@@ -219,7 +219,7 @@ def _section_meta(section: Section, described: dict[str, Any]) -> dict[str, Any]
 
 
 def write_record(path: Path, about: dict[str, Any], runs: Sequence[Record]) -> None:
-    """Write what was run, and one line for each run; the old file stays until the new one is whole."""
+    """Write what was run, and a line for each run; the old file is replaced when the new one is complete."""
     lines = ",\n".join(json.dumps(run, separators=(",", ":"), allow_nan=False) for run in runs)
     whole = f'{{"meta": {json.dumps(about, allow_nan=False)},\n"runs": [\n{lines}\n]}}\n'
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -229,7 +229,7 @@ def write_record(path: Path, about: dict[str, Any], runs: Sequence[Record]) -> N
 
 
 def read_record(path: Path, about: dict[str, Any]) -> tuple[dict[str, Any], list[Record]]:
-    """The runs of a record written before, to go on with; none where there is no file.
+    """The runs of an earlier record, to continue with; none where there is no file.
 
     Args:
         path: of the record.
@@ -260,5 +260,5 @@ def read_record(path: Path, about: dict[str, Any]) -> tuple[dict[str, Any], list
 
 
 def _fixed(part: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a section, without what a record may get more of."""
+    """The settings of a section without its seeds and curves, of which a record may get more."""
     return {name: value for name, value in part.items() if name not in ("seeds", "curves")}

@@ -1,4 +1,4 @@
-"""What each figure of the paper runs and draws, at a small scale and at the paper's."""
+"""What each figure of the paper runs and draws, at a small scale and at the paper's own."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a figure: a method, and what it has otherwise than its section.
+    """A line of a figure: a method, and its settings where they differ from the section's.
 
     Attributes:
         label: names it; unique in its section.
@@ -188,7 +188,7 @@ def _labels(curves: Iterable[Curve]) -> tuple[str, ...]:
 def _paper(
     label: str, *, parallelism: int | None = None, history_size: int | None = None, **choices: Any
 ) -> Curve:
-    """Algorithm 1 with one thing otherwise."""
+    """Algorithm 1 with one setting changed."""
 
     def run(problem: Problem, setting: Setting) -> Trace:
         base = setting.base_optimizer(problem)
@@ -277,7 +277,7 @@ def _fig4(choice: Choice) -> Figure:
             tests=0 if parallelism == 16 else 6,
         )
 
-    # Vanilla's last loss is looked for in up to 60 % of its rounds.
+    # Methods get 60 % of vanilla's rounds to reach its last loss.
     rounds = choice.rounds or (144 if small else 3_000)
     sixteen = _usual(VANILLA, "target", "optex-paper", "optex")
     short = min(rounds, 30 if small else 240)
@@ -286,18 +286,20 @@ def _fig4(choice: Choice) -> Figure:
         section("shakespeare", "shakespeare", 4, rounds, 3, (*_usual(), _FITTED)),
         section("shakespeare, N = 16", "shakespeare", 16, short, 3, (*sixteen, _FITTED)),
     )
+    return Figure("fig4", "Neural networks", sections, _network_views(*sections), columns=3)
+
+
+def _network_views(images: Section, text: Section, many: Section) -> tuple[View, ...]:
+    """A row for each section: against rounds, test error or steps kept, against gradients."""
     views = []
-    for part in sections[:2]:
-        test = PROBLEMS[part.problem].test_measure
+    for part in (images, text, many):
         shown = (part.name, _labels(part.curves))
+        test = PROBLEMS[part.problem].test_measure
+        middle = View(f"{part.name}: steps", *shown, "steps")
         views.append(View(f"{part.name}: training loss", *shown))
-        views.append(View(f"{part.name}: {test}", *shown, "test"))
+        views.append(View(f"{part.name}: {test}", *shown, "test") if part.tests else middle)
         views.append(View(f"{part.name}: training loss", *shown, "loss", "gradients"))
-    shown = (sections[2].name, _labels(sections[2].curves))
-    views.append(View("shakespeare, N = 16: training loss", *shown))
-    views.append(View("shakespeare, N = 16: steps", *shown, "steps"))
-    views.append(View("shakespeare, N = 16: training loss", *shown, "loss", "gradients"))
-    return Figure("fig4", "Neural networks", sections, tuple(views), columns=3)
+    return tuple(views)
 
 
 def _fig6(choice: Choice) -> Figure:
@@ -332,25 +334,18 @@ def _fig6(choice: Choice) -> Figure:
     def view(title: str, *labels: str, family: str | None = None) -> View:
         return View(title, section.name, labels, last_round=rounds, family=family)
 
+    def in_order(own: str, others: tuple[Curve, ...], before: int) -> tuple[str, ...]:
+        """Vanilla, then the section's own value among the others, with so many of them before it."""
+        return (VANILLA, *_labels(others[:before]), own, *_labels(others[before:]))
+
+    own_history, own_width = f"T0 = {_HISTORY} (optex-paper)", "N = 5 (optex-paper)"
     views = (
         view("(a) which proxies are evaluated", *_labels((*usual, last))),
         view("(b) which result is kept", VANILLA, "optex-paper", *_labels(selections)),
-        view(
-            "(c) history T0",
-            *(VANILLA, *_labels(histories[:3]), "optex-paper", *_labels(histories[3:])),
-            family=f"T0 = {_HISTORY} (optex-paper)",
-        ),
-        view(
-            "(d) parallelism N",
-            *(VANILLA, *_labels(parallel[:1]), "optex-paper", *_labels(parallel[1:])),
-            family="N = 5 (optex-paper)",
-        ),
+        view("(c) history T0", *in_order("optex-paper", histories, 3), family=own_history),
+        view("(d) parallelism N", *in_order("optex-paper", parallel, 1), family=own_width),
         view("(e) kernel", VANILLA, "optex-paper", *_labels(kernels)),
-        view(
-            "(f) parallelism N, verified",
-            *(VANILLA, *_labels(ours[:1]), "optex", *_labels(ours[1:])),
-            family="optex, N = 5",
-        ),
+        view("(f) parallelism N, verified", *in_order("optex", ours, 1), family="optex, N = 5"),
     )
     return Figure("fig6", "Ablations on Rosenbrock's function", (section,), views, columns=3)
 
