@@ -92,6 +92,13 @@ class TestCompare:
         result = run("compare", "sphere", *SMALL, "--seeds", "1", "--history", "7", "--methods", "optex")
         assert ", T0 = 7, " in result.stdout
 
+    def test_more_than_can_be_measured_is_marked(self):
+        slow = ["--optimizer", "sgd", "--lr", "1e-4", "--methods", "lbfgs", "--rounds", "9"]
+        result = run("compare", "quadratic", *SMALL, *slow)
+        assert re.search(r"^lbfgs .* ≥ ", result.stdout, re.MULTILINE), result.stdout
+        assert "\n≥: better than vanilla in all of its 27 rounds; more cannot be measured\n" in result.stdout
+        assert "≥" not in run("compare", "quadratic", *SMALL, "--methods", "target").stdout
+
     def test_one_seed_has_no_spread(self):
         result = run("compare", "sphere", *SMALL, "--seeds", "1")
         assert "1 seed\n" in result.stdout

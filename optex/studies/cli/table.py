@@ -127,7 +127,8 @@ def _footnotes(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
         lines.append("(n): only n of the seeds came that far")
     ceiling = largest_acceleration(comparison.rounds, comparison.parallelism)
     if any(_is_at_ceiling(summary.acceleration.mean, ceiling) for summary in summaries):
-        lines.append("≥: better than vanilla ever gets; more cannot be measured")
+        length = comparison.parallelism * comparison.rounds
+        lines.append(f"≥: better than vanilla in all of its {length} rounds; more cannot be measured")
     for method in dict.fromkeys(row.method for row in rows if METHODS[row.method].tunes_rate):
         tuned = [row for row in rows if row.method == method]
         rates = ", ".join(f"{row.problem} {' or '.join(f'{lr:.3g}' for lr in row.lr)}" for row in tuned)
