@@ -14,7 +14,8 @@ most memory allocated, the device's utilisation (where nvidia-ml-py tells), and
     cost of a round   seconds of its N gradients, in units of one vanilla step
     break-even        how slow one gradient must be for the method to pay, if N at once take the time of one
 
-Methods of a workload run in turn, in one process.
+Methods of a workload run in turn, in one process. ``--report`` runs nothing, and puts the tables of the JSON
+into results/README.md.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from torch.func import replace_all_batch_norm_modules_
 
 import optex
 from optex.studies.problems import Problem, make_problem
-from optex.studies.tables import markdown_table
+from optex.studies.tables import fill, markdown_table
 
 
 @dataclass(frozen=True)
@@ -207,9 +208,18 @@ def table(name: str, result: dict[str, Any]) -> str:
                 _cell(r["utilisation"], ""),
             )
         )
-    heading = f"{name}: d = {result['dimension']:,}, loss to reach {result['goal']:.4f}"
+    heading = f"**{name}**: d = {result['dimension']:,}, loss to reach {result['goal']:.4f}"
     head += ("overhead ms", "break-even ms", "accepted", "MB", "busy %")
-    return f"{heading}\n\n{markdown_table(head, rows)}"
+    shown = [i for i in range(len(head)) if any(row[i] != "–" for row in rows)]  # a CPU tells no MB and busy %
+    cells = [[row[i] for i in shown] for row in rows]
+    return f"{heading}\n\n{markdown_table([head[i] for i in shown], cells)}"
+
+
+def report(documents: Path, page: Path) -> None:
+    """The tables of one device's JSON, put where the page has a place named for it."""
+    workloads = json.loads(documents.read_text())["workloads"]
+    tables = [table(name, result) for name, result in workloads.items()]
+    fill(page, {f"seconds-{documents.stem}": "\n\n".join(tables)})
 
 
 def _cell(value: float | None, form: str) -> str:
@@ -224,7 +234,13 @@ def main() -> None:
     parser.add_argument("--workloads", default="digits-mlp,fashion-mlp,resnet-20,transformer-10m")
     parser.add_argument("--parallelism", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--report", action="store_true", help="only fill results/README.md from the JSON")
     options = parser.parse_args()
+    if options.report:
+        if options.json is None:
+            parser.error("--report needs --json")
+        report(options.json, Path(__file__).parents[2] / "results" / "README.md")
+        return
     torch.set_num_threads(options.threads)
     cuda = options.device.startswith("cuda")
     document: dict[str, Any] = {
