@@ -33,7 +33,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 		|| { echo "optex needs Python 3.11 or later; name one with: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install "$$(grep '^torch==' constraints.txt)"
-	$(PIP) install -c constraints.txt -e ".[data,test]"
+	$(PIP) install -c constraints.txt -e ".[studies,test]"
 	touch $@
 
 clean:

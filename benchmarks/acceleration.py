@@ -23,19 +23,21 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from tables import fill
 
 import optex
 from optex.round.acceptance import WithinTolerance
 from optex.stepping.bases import base_optimizer
 from optex.studies.baselines import METHODS, Setting, Trace
 from optex.studies.baselines.with_optex import run_rounds
-from optex.studies.comparison import acceleration
+from optex.studies.measures import VANILLA, acceleration, geometric_mean, rounds_behind
 from optex.studies.plots import METHOD_STYLES
 from optex.studies.problems import Problem, make_problem
+from optex.studies.records import read_lines, significant
+from optex.studies.tables import fill, markdown_table
 
 FOLDER = Path(__file__).parent.parent / "results" / "acceleration"
 RUNS = FOLDER / "runs.jsonl"
+KEYS = ("case", "seed", "N", "method")  # of records that agree in these the latest counts
 ROUNDS = 60
 PARALLELISM = (5, 8, 16, 32)
 FUNCTIONS = ("sphere", "ackley", "rosenbrock", "quadratic")
@@ -161,7 +163,7 @@ def run_method(name: str, problem: Problem, setting: Setting) -> Trace:
 
 
 def run_job(job: tuple[Case, int, Sequence[str] | None]) -> list[dict[str, Any]]:
-    """All N and methods (or those named) of one case at one seed; one ruler serves them all."""
+    """All N and methods (or those named) of one case at one seed; one run of vanilla serves them all."""
     case, seed, only = job
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", RuntimeWarning)
@@ -173,18 +175,18 @@ def run_job(job: tuple[Case, int, Sequence[str] | None]) -> list[dict[str, Any]]
             lambda parameters: base_optimizer(case.optimizer, parameters, lr=rate), parallelism, history, rounds
         )
 
-    ruler = run_method("vanilla", problem, setting(1, ROUNDS * max(case.parallelisms()))).loss
-    records = [record(case, rate, seed, 1, "vanilla", ruler[: ROUNDS + 1], ruler, None)]
+    vanilla = run_method(VANILLA, problem, setting(1, ROUNDS * max(case.parallelisms()))).loss
+    records = [record(case, rate, seed, 1, VANILLA, vanilla[: ROUNDS + 1], vanilla, None)]
     for parallelism in case.parallelisms():
         for name in methods_for(case, parallelism):
             if only is not None and name not in only:
                 continue
             if name == "target":
-                loss, trace = ruler[: ROUNDS * parallelism + 1 : parallelism], None
+                loss, trace = vanilla[: ROUNDS * parallelism + 1 : parallelism], None
             else:
                 trace = run_method(name, problem, setting(parallelism, ROUNDS))
                 loss = trace.loss
-            records.append(record(case, rate, seed, parallelism, name, loss, ruler, trace))
+            records.append(record(case, rate, seed, parallelism, name, loss, vanilla, trace))
     return records
 
 
@@ -195,22 +197,20 @@ def record(
     parallelism: int,
     method: str,
     loss: Sequence[float],
-    ruler: Sequence[float],
+    vanilla: Sequence[float],
     trace: Trace | None,
 ) -> dict[str, Any]:
     """What is kept of a run."""
-    best = np.fmin.accumulate(np.where(np.isnan(loss), np.inf, loss))
-    vanilla = np.fmin.accumulate(np.where(np.isnan(ruler), np.inf, ruler))[: len(loss)]
     return {
         "case": case.name,
-        "lr": float(f"{rate:.4g}"),
+        "lr": significant(rate, 4),
         "seed": seed,
         "N": parallelism,
         "method": method,
-        "acceleration": round(acceleration(loss, ruler[: ROUNDS * parallelism + 1]), 3),
-        "behind": int((best > vanilla * (1 + 1e-9)).sum()),
+        "acceleration": round(acceleration(loss, vanilla, parallelism), 3),
+        "behind": rounds_behind(loss, vanilla),
         "diverged": bool(not math.isfinite(loss[-1]) or loss[-1] > 2 * loss[0]),
-        "loss": [float(f"{value:.5g}") if math.isfinite(value) else None for value in loss[::10]],
+        "loss": [significant(value, 5) for value in loss[::10]],
         "accepted": None if trace is None else round(float(np.mean(trace.accepted[1:])), 2),
         "gradients": None if trace is None else trace.gradients[-1],
         "overhead_ms": None if trace is None else round(1e3 * trace.overhead_seconds, 3),
@@ -218,9 +218,9 @@ def record(
 
 
 def run(seeds: int, workers: int, redo: Sequence[str] | None, prefix: str) -> None:
-    """Run the jobs that are not there yet, or the methods named in all of them anew, seed by seed."""
+    """Run the jobs that are not there yet, or the named methods in all of them again, seed by seed."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    done = set() if redo else {(r["case"], r["seed"]) for r in read()}
+    done = set() if redo else {(r["case"], r["seed"]) for r in read_lines(RUNS, KEYS)}
     chosen = [case for case in cases() if case.name.startswith(prefix)]
     jobs = [(case, seed, redo) for seed in range(seeds) for case in chosen if (case.name, seed) not in done]
     context = multiprocessing.get_context("spawn")
@@ -231,20 +231,7 @@ def run(seeds: int, workers: int, redo: Sequence[str] | None, prefix: str) -> No
             print(f"{number}/{len(jobs)}  {records[0]['case']}, seed {records[0]['seed']}", flush=True)
 
 
-def read() -> list[dict[str, Any]]:
-    """All records so far; of a run made twice the later one."""
-    if not RUNS.exists():
-        return []
-    records = [record for line in RUNS.read_text().splitlines() for record in json.loads(line)]
-    return list({(r["case"], r["seed"], r["N"], r["method"]): r for r in records}.values())
-
-
 # ------------------------------------------------------------------ report
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    """With a floor, so that one run that fails does not turn everything to zero."""
-    return float(np.exp(np.mean(np.log(np.maximum(values, 0.05)))))
 
 
 def by_case(records: list[dict[str, Any]], field: str = "acceleration") -> dict[tuple[str, str], float]:
@@ -258,7 +245,7 @@ def by_case(records: list[dict[str, Any]], field: str = "acceleration") -> dict[
 def summary_table(records: list[dict[str, Any]], names: list[str], methods: Sequence[str]) -> str:
     """Geometric mean / worst over the cases, by method and N; capped at N in brackets."""
     sizes = sorted({entry["N"] for entry in records if entry["case"] in names and entry["N"] > 1})
-    lines = [f"| method | {' | '.join(f'N = {n}' for n in sizes)} |", f"|---|{'---|' * len(sizes)}"]
+    rows = []
     for method in methods:
         cells = []
         for n in sizes:
@@ -271,13 +258,13 @@ def summary_table(records: list[dict[str, Any]], names: list[str], methods: Sequ
                 continue
             capped = geometric_mean([min(value, n) for value in values])
             cells.append(f"{geometric_mean(values):.2f} ({capped:.2f}) / {min(values):.2f}")
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([method, *cells])
+    return markdown_table(["method", *(f"N = {n}" for n in sizes)], rows)
 
 
 def case_table(records: list[dict[str, Any]], sizes: Sequence[int], methods: Sequence[str]) -> str:
     """Acceleration of every case; in brackets the rounds behind vanilla, summed over the seeds."""
-    lines = [f"| case | lr | {' | '.join(methods)} |", f"|---|---|{'---|' * len(methods)}"]
+    rows = []
     for case in cases():
         mine = [r for r in records if r["case"] == case.name and r["N"] in sizes]
         if not mine:
@@ -287,13 +274,13 @@ def case_table(records: list[dict[str, Any]], sizes: Sequence[int], methods: Seq
             behind = sum(r["behind"] for r in mine if r["method"] == method)
             value = means.get((case.name, method), math.nan)
             cells.append(f"{value:.2f}" + (f" ({behind})" if behind else ""))
-        lines.append(f"| {case.name} | {mine[0]['lr']:g} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([case.name, f"{mine[0]['lr']:g}", *cells])
+    return markdown_table(["case", "lr", *methods], rows)
 
 
 def network_table(records: list[dict[str, Any]]) -> str:
     """Loss over target's at every tenth round, N = 4, mean over seeds."""
-    lines = ["| case | round 10 | 20 | 30 | 40 | 50 | 60 |", "|---|---|---|---|---|---|---|"]
+    rows = []
     for case in cases():
         if case.problem not in NETWORKS:
             continue
@@ -306,16 +293,15 @@ def network_table(records: list[dict[str, Any]]) -> str:
         ]
         if ratios:
             cells = [f"{100 * value:+.1f} %" for value in np.mean(ratios, axis=0)[1:]]
-            lines.append(f"| {case.name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            rows.append([case.name, *cells])
+    return markdown_table(["case", "round 10", "20", "30", "40", "50", "60"], rows)
 
 
 def safety_table(records: list[dict[str, Any]]) -> str:
     """Runs that diverge where vanilla does not, and rounds behind vanilla, by method and N."""
-    lost = {(r["case"], r["seed"]) for r in records if r["method"] == "vanilla" and r["diverged"]}
+    lost = {(r["case"], r["seed"]) for r in records if r["method"] == VANILLA and r["diverged"]}
     kept = [r for r in records if (r["case"], r["seed"]) not in lost and r["N"] > 1]
-    sizes = (4, 5, 8, 16, 32)
-    lines = [f"| method | {' | '.join(f'N = {n}' for n in sizes)} |", f"|---|{'---|' * len(sizes)}"]
+    sizes, rows = (4, 5, 8, 16, 32), []
     for method in ("target", "hold-last", "picard", "optex-paper", "optex"):
         cells = []
         for n in sizes:
@@ -324,8 +310,8 @@ def safety_table(records: list[dict[str, Any]]) -> str:
             where = sum(r["behind"] > 0 for r in mine)
             diverged = sum(r["diverged"] for r in mine)
             cells.append(f"{diverged} of {len(mine)}; {where} runs, {behind} rounds")
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append([method, *cells])
+    return markdown_table(["method", *(f"N = {n}" for n in sizes)], rows)
 
 
 def draw_profiles(records: list[dict[str, Any]]) -> Figure:
@@ -390,7 +376,7 @@ def draw_acceleration(records: list[dict[str, Any]]) -> Figure:
 
 def report() -> None:
     """Tables into the README, pictures beside it."""
-    records = read()
+    records = read_lines(RUNS, KEYS)
     nine = [case.name for case in NINE]
     ablated = ("optex", "curl-free", "separable", *ABLATIONS)
     nets = [c.name for c in cases() if c.problem in NETWORKS and c.optimizer == "adam" and c.lr <= 0.01]

@@ -1,4 +1,4 @@
-"""How long a round takes on R ranks, and when it beats data parallelism: a model, and what it was held to.
+"""How long a round takes on R ranks, and when it beats data parallelism: a model, checked against measurements.
 
     python benchmarks/ranks.py --json results/distributed/measured.json
     python benchmarks/cost_model.py --measured results/distributed/measured.json --out results/distributed
@@ -24,7 +24,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tables import fill
+from acceleration import KEYS
+
+from optex.studies.records import read_lines
+from optex.studies.tables import fill, markdown_table
 
 FIXED_MESSAGES, MESSAGES_A_STEP = 15, 3
 
@@ -59,7 +62,7 @@ def round_seconds(
     return rows * gradient + sent * costs.byte + messages * costs.message + arithmetic + costs.algebra
 
 
-# ---------------------------------------------------------------------- held to what was measured
+# ---------------------------------------------------------------------- checked against measurements
 
 
 def fitted(measured: dict[str, Any]) -> tuple[dict[str, float], dict[int, float]]:
@@ -78,7 +81,7 @@ def fitted(measured: dict[str, Any]) -> tuple[dict[str, float], dict[int, float]
 
 
 def validated(measured: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every run beside the model's word."""
+    """Every run beside the model's prediction."""
     constants, algebra = fitted(measured)
     rows = []
     for job in measured["jobs"]:
@@ -108,25 +111,34 @@ def validated(measured: dict[str, Any]) -> list[dict[str, Any]]:
 
 def validation_table(rows: list[dict[str, Any]]) -> str:
     """Bytes and seconds of every run, measured and by formula."""
-    lines = [
-        "| ranks | d | N | bytes sent, measured / formula | sums and headers, % | loopback / sent "
-        "| messages (model) | ms a round | model | ratio |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = ("ranks", "d", "N", "bytes sent, measured / formula", "sums and headers, %", "loopback / sent")
+    lines = []
     for r in rows:
-        alone = r["ranks"] == 1
         messages = FIXED_MESSAGES + MESSAGES_A_STEP * (r["parallelism"] - 1)
         traffic = (
-            "– | – | – | –"
-            if alone
-            else f"{r['sent'] / r['formula']:.3f} | {100 * r['small'] / r['sent']:.2g} | "
-            f"{r['loopback'] / r['all ranks sent']:.2f} | {r['messages']:.0f} ({messages})"
-        )
-        lines.append(
-            f"| {r['ranks']} | {r['dimension']:,} | {r['parallelism']} | {traffic} "
-            f"| {1e3 * r['seconds']:.0f} | {1e3 * r['predicted']:.0f} | {r['predicted'] / r['seconds']:.2f} |"
-        )
-    return "\n".join(lines)
+            [
+                f"{r['sent'] / r['formula']:.3f}",
+                f"{100 * r['small'] / r['sent']:.2g}",
+                f"{r['loopback'] / r['all ranks sent']:.2f}",
+                f"{r['messages']:.0f} ({messages})",
+            ]
+            if r["ranks"] > 1
+            else ["–"] * 4
+        )  # one rank sends nothing
+        seconds = [f"{1e3 * r['seconds']:.0f}", f"{1e3 * r['predicted']:.0f}"]
+        ratio = f"{r['predicted'] / r['seconds']:.2f}"
+        lines.append([str(r["ranks"]), f"{r['dimension']:,}", str(r["parallelism"]), *traffic, *seconds, ratio])
+    return markdown_table([*head, "messages (model)", "ms a round", "model", "ratio"], lines)
+
+
+def agreement(rows: list[dict[str, Any]], within: float = 0.15) -> str:
+    """In how many of the measurements on several ranks the model is right, in words."""
+    ratios = [r["seconds"] / r["predicted"] for r in rows if r["ranks"] > 1]
+    near = sum(abs(ratio - 1) <= within for ratio in ratios)
+    return (
+        f"Seconds on several ranks are within {100 * within:.0f} % of the model in {near} rows of "
+        f"{len(ratios)}, and at most {100 * (max(ratios) - 1):.0f} % above it."
+    )
 
 
 # ---------------------------------------------------------------------- many GPUs
@@ -207,11 +219,10 @@ CASES = {"adam 0.001": "steady", "adam 0.01": "rough"}
 def accelerations(runs: Path) -> dict[str, dict[int, float]]:
     """Mean acceleration of ``optex`` by N for the two cases; at N = 2 on a line from 1 to that at N = 4."""
     found: dict[str, dict[int, list[float]]] = {name: {} for name in CASES.values()}
-    for text in runs.read_text().splitlines():
-        for run in json.loads(text):
-            case, _, base = run["case"].partition(", ")
-            if case == "digits-mlp-32" and base in CASES and run["method"] == "optex":
-                found[CASES[base]].setdefault(run["N"], []).append(run["acceleration"])
+    for run in read_lines(runs, KEYS):
+        case, _, base = run["case"].partition(", ")
+        if case == "digits-mlp-32" and base in CASES and run["method"] == "optex":
+            found[CASES[base]].setdefault(run["N"], []).append(run["acceleration"])
     means = {name: {n: sum(a) / len(a) for n, a in by_n.items()} for name, by_n in found.items()}
     for by_n in means.values():
         by_n[2] = 1 + (by_n[4] - 1) / 3
@@ -241,21 +252,28 @@ def predictions(cluster: Cluster, gains: dict[str, dict[int, float]]) -> list[di
 
 
 def prediction_table(rows: list[dict[str, Any]]) -> str:
-    """Seconds, and who wins."""
-    lines = [
-        "| d | sequences | GPUs | data-parallel step, ms | round at N = 4, ms | N = 16, ms "
-        "| break-even steps at N = 4 | N = 16 | best N, speed-up (steady) | (rough) |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    """Seconds, break-even steps and speed-ups."""
+    head = ("d", "sequences", "GPUs", "data-parallel step, ms", "round at N = 4, ms", "N = 16, ms")
+    head += ("break-even steps at N = 4", "N = 16", "best N, speed-up (steady)", "(rough)")
+    lines = []
     for r in rows:
+        size = [f"{r['dimension']:.0e}", str(r["sequences"]), str(r["gpus"])]
+        step = f"{1e3 * r['data-parallel step']:.0f}"
         rounds = [f"{1e3 * r['rounds'][p]:.0f}" if p in r["rounds"] else "–" for p in (4, 16)]
         even = [f"{r['break-even'][p]:.1f}" if p in r["break-even"] else "–" for p in (4, 16)]
         best = [f"{r[name]['N']}, {r[name]['speed-up']:.2f}" for name in CASES.values()]
-        lines.append(
-            f"| {r['dimension']:.0e} | {r['sequences']} | {r['gpus']} | {1e3 * r['data-parallel step']:.0f} | "
-            f"{' | '.join([*rounds, *even, *best])} |"
-        )
-    return "\n".join(lines)
+        lines.append([*size, step, *rounds, *even, *best])
+    return markdown_table(head, lines)
+
+
+def acceleration_table(gains: dict[str, dict[int, float]]) -> str:
+    """The accelerations that the speed-ups assume."""
+    sizes = sorted(next(iter(gains.values())))
+    rows = [
+        [base, *(f"{gains[name][n]:.2f}" for n in sizes)]
+        for base, name in ((f"{base} (*{name}*)", name) for base, name in CASES.items())
+    ]
+    return markdown_table(["acceleration measured", *(f"N = {n}" for n in sizes)], rows)
 
 
 def main() -> None:
@@ -270,7 +288,12 @@ def main() -> None:
     rows, cluster = validated(measured), Cluster()
     gains = accelerations(options.runs)
     predicted = predictions(cluster, gains)
-    tables = {"validation": validation_table(rows), "predictions": prediction_table(predicted)}
+    tables = {
+        "validation": validation_table(rows),
+        "agreement": agreement(rows),
+        "accelerations": acceleration_table(gains),
+        "predictions": prediction_table(predicted),
+    }
     print("\n\n".join(tables.values()))
     written = {
         "assumptions": asdict(cluster),

@@ -1,6 +1,7 @@
 """Make every number and picture that the README shows, and write its tables.
 
     python benchmarks/figures.py            about two minutes on 2 cores
+    python benchmarks/figures.py report     the tables alone, from the JSON that is there
 
 Writes results/demo, results/functions and results/overhead (JSON and PNG), and puts the tables between the
 `<!-- table:NAME -->` and `<!-- end -->` lines of README.md and results/README.md.
@@ -8,16 +9,17 @@ Writes results/demo, results/functions and results/overhead (JSON and PNG), and 
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import overhead
 import torch
-from tables import fill
 
-from optex.studies.comparison import Comparison, Row, describe, run_case, summarise, write_json
+from optex.studies.comparison import Comparison, describe, run_case, write_json
 from optex.studies.plots import plot_comparison, write_plot
+from optex.studies.tables import fill, markdown_table
 
 ROOT = Path(__file__).parent.parent
 THREADS = 2
@@ -31,78 +33,98 @@ COMPARISONS = {
 }
 
 
-def compare(name: str, comparison: Comparison) -> list[Row]:
+def run() -> None:
+    """Run everything and keep its JSON and pictures."""
+    for name, comparison in COMPARISONS.items():
+        compare(name, comparison)
+    cost = overhead.measure([(100_000, 5, 20), (100_000, 5, 50)], rounds=40, threads=THREADS)
+    path = document_path("overhead")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(cost, indent=1) + "\n")
+
+
+def compare(name: str, comparison: Comparison) -> None:
     """Run a comparison, one thread as its problems are small, and keep its JSON and picture."""
     torch.set_num_threads(1)
     runs = [run_case(comparison, case) for case in comparison.cases()]
     meta = describe(comparison)
-    folder = ROOT / "results" / name
-    write_json(folder / f"{name}.json", meta, runs)
-    write_plot(folder / f"{name}.png", plot_comparison(runs, meta["minimum"]))
-    return summarise(runs)
+    path = document_path(name)
+    write_json(path, meta, runs)
+    write_plot(path.with_suffix(".png"), plot_comparison(runs, meta["minimum"]))
 
 
-def acceleration_table(rows: list[Row]) -> str:
+def document_path(name: str) -> Path:
+    """Where the JSON of a run stands, with its picture beside it."""
+    return ROOT / "results" / name / f"{name}.json"
+
+
+def report() -> None:
+    """Write the tables from the JSON."""
+    documents = {name: json.loads(document_path(name).read_text()) for name in (*COMPARISONS, "overhead")}
+    demo, functions = (documents[name]["meta"] for name in COMPARISONS)
+    cost = overhead_table(documents["overhead"])
+    fill(ROOT / "README.md", {"functions": acceleration_table(functions), "overhead": cost})
+    tables = {"demo": full_table(demo), "functions": full_table(functions), "overhead": cost}
+    fill(ROOT / "results" / "README.md", tables)
+
+
+def acceleration_table(meta: dict[str, Any]) -> str:
     """Methods down, problems across: acceleration, mean ± standard deviation over the seeds."""
-    problems = list(dict.fromkeys(row.problem for row in rows))
-    lines = [f"| method | {' | '.join(problems)} |", f"|---|{'---|' * len(problems)}"]
-    for method in dict.fromkeys(row.method for row in rows):
-        cells = [
-            f"{row.acceleration.mean:.2f} ± {row.acceleration.deviation:.2f}"
-            for row in rows
-            if row.method == method
-        ]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def full_table(rows: list[Row]) -> str:
-    """Every number of a comparison."""
+    rows = meta["summary"]
     lines = [
-        "| problem | method | final loss | acceleration | steps a round | gradients | seconds | overhead, ms |",
-        "|---|---|---|---|---|---|---|---|",
+        [method, *(_spread(row["acceleration"], ".2f", ".2f") for row in rows if row["method"] == method)]
+        for method in dict.fromkeys(row["method"] for row in rows)
     ]
-    for row in rows:
-        milliseconds = (
-            f"{1e3 * row.overhead_seconds:.1f}" if row.overhead_seconds == row.overhead_seconds else "–"
+    return markdown_table(["method", *dict.fromkeys(row["problem"] for row in rows)], lines)
+
+
+def full_table(meta: dict[str, Any]) -> str:
+    """The settings and every number of a comparison."""
+    chosen = meta["options"]
+    history = "each method's own T0" if meta["history_size"] is None else f"T0 = {meta['history_size']}"
+    settings = (
+        f"{chosen['optimizer'].capitalize()}, lr {chosen['lr']:g}, N = {chosen['parallelism']}, {history}, "
+        f"{chosen['rounds']} rounds, {chosen['seeds']} seeds; dimension: "
+        + ", ".join(f"{problem} {dimension:,}" for problem, dimension in meta["dimension"].items())
+    )
+    head = ("problem", "method", "final loss", "acceleration", "steps a round", "gradients", "seconds")
+    lines = [
+        (
+            row["problem"],
+            row["method"],
+            _spread(row["final_loss"], ".4g", ".1g"),
+            _spread(row["acceleration"], ".2f", ".2f"),
+            f"{row['accepted']:.2f}",
+            f"{row['gradients']:.0f}",
+            f"{row['seconds']:.2f}",
+            "–" if row["overhead_seconds"] is None else f"{1e3 * row['overhead_seconds']:.1f}",
         )
-        lines.append(
-            f"| {row.problem} | {row.method} | {row.final_loss.mean:.4g} ± {row.final_loss.deviation:.1g} "
-            f"| {row.acceleration.mean:.2f} ± {row.acceleration.deviation:.2f} | {row.accepted:.2f} "
-            f"| {row.gradients:.0f} | {row.seconds:.2f} | {milliseconds} |"
-        )
-    return "\n".join(lines)
+        for row in meta["summary"]
+    ]
+    return f"{settings}.\n\n{markdown_table((*head, 'overhead, ms'), lines)}"
+
+
+def _spread(spread: dict[str, float], form: str, deviation_form: str) -> str:
+    return f"{spread['mean']:{form}} ± {spread['deviation']:{deviation_form}}"
 
 
 def overhead_table(result: dict[str, Any]) -> str:
     """Milliseconds a round by method, for every size measured."""
-    lines = ["| d | N | T0 | method | ms a round beyond the gradients |", "|---|---|---|---|---|"]
+    lines = []
     for size in result["sizes"]:
-        head = f"| {size['dimension']:,} | {size['parallelism']} | {size['history']} |"
-        lines += [f"{head} {name} | {times['median']:.1f} |" for name, times in size["milliseconds"].items()]
-        lines.append(f"{head} *reading the history N times* | {size['read']:.1f} |")
-    return "\n".join(lines)
+        first = (f"{size['dimension']:,}", str(size["parallelism"]), str(size["history"]))
+        lines += [(*first, name, f"{times['median']:.1f}") for name, times in size["milliseconds"].items()]
+        lines.append((*first, "*reading the history N times*", f"{size['read']:.1f}"))
+    return markdown_table(("d", "N", "T0", "method", "ms a round beyond the gradients"), lines)
 
 
 def main() -> None:
-    """Run everything."""
-    rows = {name: compare(name, comparison) for name, comparison in COMPARISONS.items()}
-    cost = overhead.measure([(100_000, 5, 20), (100_000, 5, 50)], rounds=40, threads=THREADS)
-    folder = ROOT / "results" / "overhead"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "overhead.json").write_text(json.dumps(cost, indent=1) + "\n")
-    fill(
-        ROOT / "README.md",
-        {"functions": acceleration_table(rows["functions"]), "overhead": overhead_table(cost)},
-    )
-    fill(
-        ROOT / "results" / "README.md",
-        {
-            "demo": full_table(rows["demo"]),
-            "functions": full_table(rows["functions"]),
-            "overhead": overhead_table(cost),
-        },
-    )
+    """Run everything unless only the report is asked for, and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["run", "report"], default="run")
+    if parser.parse_args().what == "run":
+        run()
+    report()
 
 
 if __name__ == "__main__":

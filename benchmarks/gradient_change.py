@@ -4,8 +4,8 @@
 
 For digits-mlp prints, by base optimizer and batch size, the mean over 240 steps and 3 seeds of
 ‖g_i(θ_{i+k}) - g_i(θ_i)‖ / ‖g_i(θ_i)‖ for the minibatch of step i, k = 1, 4 and 15 steps later. Where it
-nears 1 after a few steps, a gradient measured there says nothing of the one that is needed, and what a round
-can keep is bounded by what the estimator adds.
+nears 1 after a few steps, a gradient measured there says nothing about the one that is needed, and the
+estimator alone decides how many steps a round can keep.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from optex.stepping.bases import base_optimizer
 from optex.stepping.parameters import ParameterVector
 from optex.studies.problems import make_problem
+from optex.studies.tables import markdown_table
 
 CASES = [("adam", 1e-3), ("adam", 1e-2), ("adam", 0.1), ("sgd", 0.1), ("momentum", 0.05)]
 LATER = (1, 4, 15)
@@ -46,13 +47,12 @@ def changes(optimizer: str, lr: float, batch_size: int, seed: int, steps: int = 
 def main() -> None:
     """Print the table."""
     torch.set_num_threads(1)
-    print("| base | batch | " + " | ".join(f"{k} steps later" for k in LATER) + " |\n|---|---|---|---|---|")
+    rows = []
     for optimizer, lr in CASES:
         for batch_size in (32, 512):
             means = np.mean([changes(optimizer, lr, batch_size, seed) for seed in range(3)], axis=0)
-            print(
-                f"| {optimizer} {lr:g} | {batch_size} | " + " | ".join(f"{value:.2f}" for value in means) + " |"
-            )
+            rows.append([f"{optimizer} {lr:g}", str(batch_size), *(f"{value:.2f}" for value in means)])
+    print(markdown_table(["base", "batch", *(f"{k} steps later" for k in LATER)], rows))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the history costs in memory, and what saving on it costs in accuracy.
+"""What the history costs in memory, and what a smaller history costs in accuracy.
 
     python benchmarks/memory.py --problem shakespeare --seeds 3
 
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tables import fill
 
 import optex
 from optex.studies.problems import Problem, make_problem
+from optex.studies.tables import fill, markdown_table
 
 FOLDER = Path(__file__).parent.parent / "results"
 ROUNDS = (20, 40, 60)
@@ -82,6 +82,28 @@ def plain(problem: Problem, steps: int) -> list[float]:
     return losses
 
 
+def table(references: dict[str, list[list[float]]], results: dict[str, list[dict[str, Any]]]) -> str:
+    """A row for each way to keep the history, below vanilla and target; means over the seeds."""
+    head = ("history", "bytes, models", "by formula", "loss at 20", "40", "60", "steps a round")
+    rows = [(name, "0", "0", *_means(runs), "–", "–") for name, runs in references.items()]
+    for name, runs in results.items():
+        rows.append(
+            (
+                name,
+                f"{runs[0]['bytes']:.1f}",
+                f"{runs[0]['formula']:.1f}",
+                *_means([run["loss"] for run in runs]),
+                f"{statistics.mean(run['accepted'] for run in runs):.2f}",
+                f"{statistics.mean(run['error'] for run in runs):.2f}",
+            )
+        )
+    return markdown_table((*head, "prediction error"), rows)
+
+
+def _means(losses: list[list[float]]) -> list[str]:
+    return [f"{statistics.mean(values):.3f}" for values in zip(*losses, strict=True)]
+
+
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -98,23 +120,9 @@ def main() -> None:
             problem = make_problem(options.problem, seed=seed)
             results[name].append(train(problem, choose(problem)))
             print(seed, name, results[name][-1], flush=True)
-    lines = [
-        "| history | bytes, models | by formula | loss at 20 | 40 | 60 | steps a round | prediction error |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, runs in references.items():
-        means = [statistics.mean(values) for values in zip(*runs, strict=True)]
-        lines.append(f"| {name} | 0 | 0 | {' | '.join(f'{m:.3f}' for m in means)} | – | – |")
-    for name, runs in results.items():
-        means = [statistics.mean(values) for values in zip(*(r["loss"] for r in runs), strict=True)]
-        lines.append(
-            f"| {name} | {runs[0]['bytes']:.1f} | {runs[0]['formula']:.1f} | "
-            f"{' | '.join(f'{m:.3f}' for m in means)} | {statistics.mean(r['accepted'] for r in runs):.2f} | "
-            f"{statistics.mean(r['error'] for r in runs):.2f} |"
-        )
     document = {"problem": options.problem, "seeds": options.seeds, "references": references, "runs": results}
     (FOLDER / "memory.json").write_text(json.dumps(document, indent=1) + "\n")
-    fill(FOLDER / "README.md", {"memory": "\n".join(lines)})
+    fill(FOLDER / "README.md", {"memory": table(references, results)})
 
 
 if __name__ == "__main__":

@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from acceleration import NINE, ROUNDS, Case, geometric_mean, run_method
+from acceleration import NINE, ROUNDS, Case, run_method
 
 import optex
 from optex.stepping.bases import base_optimizer
 from optex.studies.baselines import Setting
 from optex.studies.baselines.with_optex import run_rounds
-from optex.studies.comparison import acceleration
+from optex.studies.measures import VANILLA, acceleration, geometric_mean
+from optex.studies.tables import markdown_table
 
 
 class NearestHistory(optex.OptEx):
@@ -52,11 +53,11 @@ def accelerations(kind: type[optex.OptEx], case: Case, parallelism: int, seeds: 
             base = lambda parameters: base_optimizer(case.optimizer, parameters, lr=rate)  # noqa: E731
             return Setting(base, n, 16, rounds)
 
-        ruler = run_method("vanilla", problem, setting(1, ROUNDS * parallelism)).loss
+        vanilla = run_method(VANILLA, problem, setting(1, ROUNDS * parallelism)).loss
         problem.reset()
         shared = setting(parallelism, ROUNDS)
         trace = run_rounds(problem, shared, kind(shared.base_optimizer(problem), parallelism=parallelism))
-        values.append(acceleration(trace.loss, ruler))
+        values.append(acceleration(trace.loss, vanilla, parallelism))
     return float(np.mean(values))
 
 
@@ -69,14 +70,14 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", RuntimeWarning)
     kinds = {"the newest": optex.OptEx, "the nearest": NearestHistory}
-    print(f"| history of | {' | '.join(f'N = {n}' for n in options.parallelism)} |")
-    print(f"|---|{'---|' * len(options.parallelism)}")
+    rows = []
     for name, kind in kinds.items():
         cells = []
         for n in options.parallelism:
             values = [accelerations(kind, case, n, options.seeds) for case in NINE]
             cells.append(f"{geometric_mean(values):.2f} / {min(values):.2f}")
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        rows.append([name, *cells])
+    print(markdown_table(["history of", *(f"N = {n}" for n in options.parallelism)], rows))
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def read_milliseconds(dimension: int, parallelism: int, history: int, repeats: i
 
 
 def measure(sizes: list[tuple[int, int, int]], *, rounds: int, threads: int) -> dict[str, Any]:
-    """Overheads for each (d, N, T0), with what is needed to read them."""
+    """Overheads for each (d, N, T0), and what they were measured with."""
     torch.set_num_threads(threads)
     return {
         "meta": {

@@ -7,8 +7,8 @@ costs its arithmetic and a pause of --pause seconds, in which a rank does not ho
 
 - the bytes that each rank hands to collectives in a round, beside the formula, 2 d (N / ranks) (1 - 1 / ranks)
   numbers, and what the kernel counted on the loopback device in these rounds, of all ranks and everyone else;
-- messages and seconds a round: of the fastest two in a row, for other work on the machine can only slow them
-  down and every other round judges the estimators, and of the slowest rank;
+- messages and seconds a round: of the fastest two in a row, because other work on the machine can only slow
+  them down and every other round compares the estimators, and of the slowest rank;
 - what a message, a byte and a round's arithmetic cost here, for ``cost_model.py``: a sum of 40 numbers, an
   all-to-all of d numbers, and rounds on one rank.
 """
@@ -81,7 +81,7 @@ def message_seconds(repeats: int) -> float:
     values, times = torch.zeros(40, dtype=torch.float64), []
     for _ in range(repeats):
         started = time.perf_counter()
-        for _ in range(25):  # about a round's; it waits for the slow ones, too
+        for _ in range(25):  # about as many as in a round; the slow ones count, too
             dist.all_reduce(values)
         times.append((time.perf_counter() - started) / 25)
     return min(times)

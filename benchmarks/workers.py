@@ -1,13 +1,15 @@
-"""What worker processes cost, stand, and save.
+"""What worker processes cost, survive and save.
 
     python benchmarks/workers.py sleep  --json results/workers/sleep.json
     python benchmarks/workers.py killed --json results/workers/killed.json
     python benchmarks/workers.py heat   --json results/workers/heat.json
+    python benchmarks/workers.py report
 
 ``sleep``: a gradient that sleeps 0.2 s, N = 8, eight workers of each kind: seconds a round. ``killed``: 200
-rounds, in every tenth of which a worker is killed while it evaluates, against the same rounds in peace.
+rounds, in every tenth of which a worker is killed while it evaluates, against the same rounds undisturbed.
 ``heat``: the inverse problem of ``examples/heat.py`` with two workers at N = 4 until J is as low as vanilla
-Adam's after 150 rounds; vanilla and optex take turns, so that whatever else the machine does meets both.
+Adam's after 150 rounds; vanilla and optex take turns, so that whatever else the machine does slows both.
+``report``: the three JSON files put into docs/workers.md and results/README.md.
 
 Every process computes in one thread. MPI has its own launcher: ``mpiexec -n 9 python -m mpi4py.futures
 benchmarks/workers.py sleep --kinds mpi``.
@@ -37,8 +39,10 @@ import torch
 from threadpoolctl import threadpool_limits
 
 import optex
+from optex.studies.tables import fill, markdown_table
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results" / "workers"
 sys.path.insert(0, str(ROOT / "examples"))
 
 import heat  # noqa: E402  # pyright: ignore[reportMissingImports]  (an example, no part of the package)
@@ -144,7 +148,7 @@ def sleep(kinds: list[str]) -> dict[str, Any]:
 
 
 def fatal_rosenbrock(x: np.ndarray, marker: str) -> tuple[float, np.ndarray]:
-    """Rosenbrock's function; the worker that finds the marker takes it away and kills itself."""
+    """Rosenbrock's function; the worker that finds the marker file removes it and kills itself."""
     time.sleep(0.01)
     try:
         Path(marker).unlink()
@@ -209,7 +213,7 @@ def killed() -> dict[str, Any]:
 
 
 def heat_conduction(kinds: list[str], repeats: int, size: int, rates: list[float]) -> dict[str, Any]:
-    """Seconds until vanilla's final J, against vanilla's own; workers start before, at a price told apart."""
+    """Seconds until vanilla's final J, against vanilla's own; starting the workers is timed apart."""
     rounds, workers, parallelism = 150, 2, 4
     misfit = heat.Misfit(heat.Plate(size=size))
     gradient = min(_timed(lambda: misfit(np.zeros(size**2)))[0] for _ in range(5))
@@ -264,19 +268,93 @@ def _timed(function: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - started, answer
 
 
+# ---------------------------------------------------------------------- the pages
+
+NAMES = {
+    "processes": "processes of our own",
+    "threads": "threads",
+    "process_pool": "`ProcessPoolExecutor`",
+    "loky": "loky",
+    "dask": "Dask",
+    "ray": "Ray",
+    "mpi": "MPI",
+}
+
+
+def report() -> None:
+    """Fill the pages from what was measured."""
+    slept, ended, solved = (
+        json.loads((RESULTS / f"{name}.json").read_text()) for name in ("sleep", "killed", "heat")
+    )
+    fill(ROOT / "docs" / "workers.md", {"sleep": sleep_table(slept, "../results/workers")})
+    parts = (heat_words(solved, "workers"), sleep_table(slept, "workers"), killed_words(ended, "workers"))
+    fill(ROOT / "results" / "README.md", {"workers": "\n\n".join(parts)})
+
+
+def machine(result: dict[str, Any]) -> str:
+    """What a measurement ran on."""
+    before, after = result["meta"]["load"]
+    return f"{result['meta']['machine']}, load {before:.1f} before and {after:.1f} after"
+
+
+def sleep_table(result: dict[str, Any], folder: str) -> str:
+    """What was run, and a row for each kind of workers; ``folder`` is where the page finds the JSON."""
+    rows = [
+        (NAMES[kind], f"{seconds['median']:.3f}", f"{seconds['slowest']:.3f}", f"{seconds['first rounds']:.1f}")
+        for kind, seconds in result["kinds"].items()
+    ]
+    head = ("workers", "seconds a round, median", "slowest", "the first four rounds, start included")
+    return (
+        f"A gradient that sleeps {result['nap']:g} s, N = {result['parallelism']}, as many workers, "
+        f"{result['rounds']} rounds ([sleep.json]({folder}/sleep.json); {machine(result)}):\n\n"
+        + markdown_table(head, rows)
+    )
+
+
+def killed_words(result: dict[str, Any], folder: str) -> str:
+    """Whether killed workers changed the result."""
+    same = "the same bits as" if result["same"] else "**another result than**"
+    return (
+        f"{result['rounds']} rounds in which {result['killed']} workers are killed end with {same} those in "
+        f"which none is ([killed.json]({folder}/killed.json); {machine(result)})."
+    )
+
+
+def heat_words(result: dict[str, Any], folder: str) -> str:
+    """Rounds and seconds of optex against vanilla's, over all repeats."""
+    lines = []
+    for kind, lr in dict.fromkeys((run["kind"], run["lr"]) for run in result["runs"]):
+        runs = [run for run in result["runs"] if (run["kind"], run["lr"]) == (kind, lr)]
+        ratios = ", ".join(f"{ratio:.2f}" for ratio in sorted(run["ratio"] for run in runs))
+        plain, ours = (statistics.median(run["rounds"][i] for run in runs) for i in (0, 1))
+        lines.append(
+            f"On {NAMES[kind]}, with lr {lr:g}, `optex` reaches the loss of vanilla Adam after {plain:.0f} "
+            f"rounds in {ours:.0f}; its seconds over vanilla's, run by run: {ratios}."
+        )
+    return (
+        "The inverse heat-conduction problem of [`examples/heat.py`](../examples/heat.py), "
+        f"{result['size'] ** 2:,} unknowns, a gradient of {1e3 * result['gradient']:.0f} ms on one thread, "
+        f"N = {result['parallelism']}, {result['workers']} workers ([heat.json]({folder}/heat.json); "
+        f"{machine(result)}). {' '.join(lines)}"
+    )
+
+
 # ---------------------------------------------------------------------- the command line
 
 
 def main() -> None:
-    """Measure, print and write."""
+    """Measure, print and write; or report what was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["sleep", "killed", "heat"])
+    parser.add_argument("what", choices=["sleep", "killed", "heat", "report"])
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), help="of workers")
     parser.add_argument("--repeats", type=int, default=3, help="of heat")
     parser.add_argument("--size", type=int, default=128, help="of heat: cells along each side")
     parser.add_argument("--lr", type=float, nargs="+", default=[0.05], help="of heat")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.what == "report":
+        report()
+        return
     torch.set_num_threads(1)
     threadpool_limits(1)
     before = os.getloadavg()

@@ -14,7 +14,7 @@ from optex.round.acceptance import Last
 from optex.studies.baselines import METHODS, Recorder, Setting, make_method
 from optex.studies.baselines.data_parallel import data_parallel, tuned_data_parallel
 from optex.studies.baselines.line_search import line_search, step_factors
-from optex.studies.comparison import acceleration
+from optex.studies.measures import acceleration
 from optex.studies.problems import Problem, Quadratic, Rosenbrock, Sphere, make_problem
 
 PROBLEMS = {
@@ -105,10 +105,10 @@ class TestInTurn:
     @pytest.mark.parametrize("parallelism", [1, 2, 5, 16])
     def test_acceleration_of_target_is_n_and_of_vanilla_one(self, parallelism):
         problem, rounds = Sphere(dim=50), 12
-        ruler = METHODS["vanilla"].run(problem, setting("sgd", parallelism, parallelism * rounds)).loss
+        vanilla = METHODS["vanilla"].run(problem, setting("sgd", parallelism, parallelism * rounds)).loss
         target = METHODS["target"].run(problem, setting("sgd", parallelism, rounds)).loss
-        assert acceleration(target, ruler) == parallelism
-        assert acceleration(ruler[: rounds + 1], ruler) == 1
+        assert acceleration(target, vanilla, parallelism) == parallelism
+        assert acceleration(vanilla[: rounds + 1], vanilla, parallelism) == 1
 
 
 class TestOneAtATime:

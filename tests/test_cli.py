@@ -2,15 +2,20 @@
 
 import json
 import re
+import subprocess
+import sys
+import warnings
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 import optex
+from optex.__main__ import main
 from optex.stepping.bases import OPTIMIZERS
 from optex.studies import cli
 from optex.studies.baselines import METHODS
+from optex.studies.comparison import run_case
 from optex.studies.problems import PROBLEMS
 from tests import datasets
 
@@ -48,7 +53,7 @@ class TestCompare:
         assert max(map(len, result.stdout.splitlines())) <= 80
 
     def test_says_what_was_run_and_what_the_columns_mean(self, result):
-        assert result.stdout.startswith("adam, lr 0.05, N = 3, T0 = 20, 4 rounds, 2 seeds")
+        assert result.stdout.startswith("adam, lr 0.05, N = 3, each method's own T0, 4 rounds, 2 seeds\n")
         for column in ("as good at round", "seconds", "pays above"):
             assert f"\n{column}: " in result.stdout
 
@@ -83,6 +88,17 @@ class TestCompare:
         assert result.exit_code == 0, result.output
         assert re.search(r"^optex .*diverged", result.stdout, re.MULTILINE)
 
+    def test_a_history_that_is_given_is_shown(self):
+        result = run("compare", "sphere", *SMALL, "--seeds", "1", "--history", "7", "--methods", "optex")
+        assert ", T0 = 7, " in result.stdout
+
+    def test_more_than_can_be_measured_is_marked(self):
+        slow = ["--optimizer", "sgd", "--lr", "1e-4", "--methods", "lbfgs", "--rounds", "9"]
+        result = run("compare", "quadratic", *SMALL, *slow)
+        assert re.search(r"^lbfgs .* ≥ ", result.stdout, re.MULTILINE), result.stdout
+        assert "\n≥: better than vanilla in all of its 27 rounds; more cannot be measured\n" in result.stdout
+        assert "≥" not in run("compare", "quadratic", *SMALL, "--methods", "target").stdout
+
     def test_one_seed_has_no_spread(self):
         result = run("compare", "sphere", *SMALL, "--seeds", "1")
         assert "1 seed\n" in result.stdout
@@ -93,11 +109,11 @@ class TestCompare:
         assert torch.get_num_threads() == 1
 
     def test_warnings_are_gathered_under_the_table(self, monkeypatch):
-        def warned(comparison, case, run_case=cli.run_case):
-            cli.warnings.warn("a bit of jitter", optex.JitterWarning, stacklevel=1)
+        def warned(comparison, case, run_case=run_case):
+            warnings.warn("a bit of jitter", optex.JitterWarning, stacklevel=1)
             return run_case(comparison, case)
 
-        monkeypatch.setattr(cli, "run_case", warned)
+        monkeypatch.setattr("optex.studies.cli.compare.run_case", warned)
         result = run("compare", "sphere", *SMALL, "--seeds", "1", "--methods", "target")
         assert "2 × JitterWarning, the first: a bit of jitter" in result.stdout
 
@@ -105,28 +121,31 @@ class TestCompare:
 REFUSALS = {
     "problem": (["nope"], "problem: 'nope' is not one of sphere, ackley"),
     "method": (["sphere", "--methods", "vanilla,nope"], "method: 'nope' is not one of vanilla"),
-    "optimizer": (["sphere", "--optimizer", "nope"], "optimizer: 'nope' is not one of sgd"),
-    "rounds": (["sphere", "--rounds", "0"], "rounds: must be an integer of at least 1, got 0"),
-    "seeds": (["sphere", "--seeds", "0"], "seeds: must be an integer of at least 1, got 0"),
-    "parallelism": (["sphere", "--parallelism", "0"], "parallelism: must be an integer of at least 1"),
-    "history": (["sphere", "--history", "0"], "history_size: must be an integer of at least 1"),
-    "learning rate": (["sphere", "--lr", "0"], "lr: must be positive and finite, got 0.0"),
-    "negative rate": (["sphere", "--lr", "-1"], "lr: must be positive and finite, got -1.0"),
-    "noise": (["sphere", "--noise", "-1"], "noise: must be finite and not negative, got -1.0"),
+    "optimizer": (["sphere", "--optimizer", "nope"], "--optimizer: 'nope' is not one of sgd"),
+    "rounds": (["sphere", "--rounds", "0"], "--rounds: must be an integer of at least 1, got 0"),
+    "seeds": (["sphere", "--seeds", "0"], "--seeds: must be an integer of at least 1, got 0"),
+    "parallelism": (["sphere", "--parallelism", "0"], "--parallelism: must be an integer of at least 1"),
+    "history": (["sphere", "--history", "0"], "--history: must be an integer of at least 1"),
+    "learning rate": (["sphere", "--lr", "0"], "--lr: must be positive and finite, got 0.0"),
+    "negative rate": (["sphere", "--lr", "-1"], "--lr: must be positive and finite, got -1.0"),
+    "noise": (["sphere", "--noise", "-1"], "--noise: must be finite and not negative, got -1.0"),
     "dimension": (["rosenbrock", "--dim", "1"], "Rosenbrock: dim must be at least 2, got 1"),
     "batch size": (["digits-mlp", "--batch-size", "5000"], "batch_size must be between 1 and 1437, got 5000"),
-    "no value": (["digits-mlp", "--set", "model"], "set: 'model' must be KEY=VALUE"),
-    "value of another type": (["cifar10", "--set", "width=a"], "set: width must be of type int, got 'a'"),
+    "no value": (["digits-mlp", "--set", "model"], "--set: 'model' must be KEY=VALUE"),
+    "value of another type": (["cifar10", "--set", "width=a"], "--set: width must be of type int, got 'a'"),
     "neither true nor false": (["cifar10", "--set", "augment=2"], "augment must be true or false, got '2'"),
-    "option of no problem": (["digits-mlp", "--set", "model=cnn"], "has model; digits-mlp takes batch_size"),
-    "option of its own": (["sphere", "--set", "dim=3"], "dim has a place of its own, dim (--dim)"),
-    "threads": (["sphere", "--threads", "0"], "threads: must be at least 1, got 0"),
-    "plot format": (["sphere", "--plot", "out.foo"], "plot: 'out.foo' must end in one of"),
-    "folder": (["sphere", "--json", "."], "json: . is a folder; name a file in it"),
-    "no such place": (["sphere", "--json", "/dev/null/out.json"], "json: cannot make the folder /dev/null"),
+    "option of no problem": (
+        ["digits-mlp", "--set", "model=cnn"],
+        "--set: nothing here has model; digits-mlp takes batch_size",
+    ),
+    "option of its own": (["sphere", "--set", "dim=3"], "--set: dim has an option of its own, --dim"),
+    "threads": (["sphere", "--threads", "0"], "--threads: must be at least 1, got 0"),
+    "plot format": (["sphere", "--plot", "out.foo"], "--plot: 'out.foo' must end in one of"),
+    "folder": (["sphere", "--json", "."], "--json: . is a folder; name a file in it"),
+    "no such place": (["sphere", "--json", "/dev/null/out.json"], "--json: cannot make the folder /dev/null"),
 }
 if "muon" in OPTIMIZERS:
-    REFUSALS["shape"] = (["sphere", "--optimizer", "muon"], "optimizer: muon cannot optimise sphere")
+    REFUSALS["shape"] = (["sphere", "--optimizer", "muon"], "--optimizer: muon cannot optimise sphere")
 
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSALS.values(), ids=REFUSALS.keys())
@@ -148,12 +167,12 @@ def test_what_cannot_be_parsed_exits_with_two_and_no_traceback(arguments):
 
 def test_missing_data_package_says_how_to_get_it(monkeypatch):
     def missing(name, **options):
-        raise ModuleNotFoundError("digits-mlp: pip install optex[data]")
+        raise ModuleNotFoundError("digits-mlp: pip install optex[studies]")
 
     monkeypatch.setattr("optex.studies.comparison.make_problem", missing)
     result = run("compare", "digits-mlp")
     assert result.exit_code == 2
-    assert result.stderr == "optex: digits-mlp: pip install optex[data]\n"
+    assert result.stderr == "optex: digits-mlp: pip install optex[studies]\n"
 
 
 def test_missing_data_says_how_to_get_it(tmp_path, monkeypatch):
@@ -171,6 +190,42 @@ def test_list_names_everything_with_one_line_each():
     for name in (*PROBLEMS, *METHODS, *OPTIMIZERS):
         assert sum(line.split()[:1] == [name] and len(line.split()) > 2 for line in lines) == 1, name
     assert max(map(len, lines)) <= 80
+
+
+class TestEntryPoint:
+    @staticmethod
+    def in_a_new_process(*arguments, missing=None):
+        """``python -m optex``, as if a package were not installed: a None in sys.modules fails its import."""
+        hide = f"sys.modules[{missing!r}] = None; " if missing else ""
+        code = f"import runpy, sys; {hide}sys.argv[1:] = {list(arguments)!r}; "
+        code += "runpy.run_module('optex', run_name='__main__', alter_sys=True)"
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+    def test_runs_the_command_line(self):
+        result = self.in_a_new_process("--version")
+        assert (result.returncode, result.stdout) == (0, f"optex {optex.__version__}\n")
+
+    @pytest.mark.parametrize("missing", ["typer", "rich", "matplotlib"])
+    def test_a_missing_package_is_one_line_and_exit_code_two(self, missing):
+        result = self.in_a_new_process("list", missing=missing)
+        assert result.returncode == 2
+        assert result.stdout == ""
+        needed = f'optex: the command line needs {missing}: pip install "optex[studies]"\n'
+        assert result.stderr == needed
+
+    def test_another_missing_module_is_a_fault_of_ours_and_shown(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "optex.studies.cli", None)
+        with pytest.raises(ModuleNotFoundError, match=r"optex\.studies\.cli"):
+            main()
+
+    def test_the_library_does_without_the_packages_of_the_studies(self):
+        hidden = "".join(
+            f"sys.modules[{name!r}] = None; " for name in ("matplotlib", "rich", "typer", "sklearn")
+        )
+        code = f"import sys; {hidden}import optex; import torch; optex.OptEx(torch.optim.SGD([torch.ones(2, "
+        code += "requires_grad=True)], lr=0.1))"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_version():

@@ -16,16 +16,25 @@ from optex.studies.baselines import METHODS, Trace
 from optex.studies.comparison import (
     Comparison,
     Run,
-    Spread,
-    acceleration,
     default_rate,
     describe,
     run_case,
     summarise,
     write_json,
 )
+from optex.studies.measures import (
+    Spread,
+    acceleration,
+    best_so_far,
+    geometric_mean,
+    largest_acceleration,
+    rounds_behind,
+    rounds_to_level,
+)
 from optex.studies.plots import METHOD_STYLES, check_plot_path, plot_comparison, write_plot
 from optex.studies.problems import PROBLEMS
+from optex.studies.records import read_lines
+from optex.studies.tables import fill, fill_text, markdown_table, places
 
 RUN_KEYS = [
     "problem",
@@ -65,21 +74,23 @@ def made_up(method, loss, seed=0, *, parallelism=2, overhead=math.nan, stopped=N
     return Run(problem, method, "adam", 0.1, parallelism, seed, trace)
 
 
-def prototypes_acceleration(losses, ruler):
+def prototypes_acceleration(losses, vanilla):
     """The evidence prototype's formula, as it stands there."""
-    best, ruler, T = np.fmin.accumulate(losses), np.fmin.accumulate(ruler), len(losses) - 1
+    best, vanilla, T = np.fmin.accumulate(losses), np.fmin.accumulate(vanilla), len(losses) - 1
     return float(
-        np.mean([min(np.searchsorted(-ruler, -best[r]), len(ruler) - 1) / r for r in (T // 3, 2 * T // 3, T)])
+        np.mean(
+            [min(np.searchsorted(-vanilla, -best[r]), len(vanilla) - 1) / r for r in (T // 3, 2 * T // 3, T)]
+        )
     )
 
 
-def literal_acceleration(losses, ruler):
+def literal_acceleration(losses, vanilla):
     """The sentence of the design, word by word."""
     values = []
     for r in ((len(losses) - 1) // 3, 2 * (len(losses) - 1) // 3, len(losses) - 1):
         best = min(loss for loss in losses[: r + 1] if not math.isnan(loss))
-        first = [k for k in range(len(ruler)) if min(ruler[: k + 1]) <= best]
-        values.append((first[0] if first else len(ruler) - 1) / r)
+        first = [k for k in range(len(vanilla)) if min(vanilla[: k + 1]) <= best]
+        values.append((first[0] if first else len(vanilla) - 1) / r)
     return sum(values) / 3
 
 
@@ -89,71 +100,140 @@ def losses(rounds):
 
 class TestAcceleration:
     @given(losses(9), losses(27))
-    def test_is_the_prototypes(self, method, ruler):
-        assert acceleration(method, ruler) == prototypes_acceleration(method, ruler)
+    def test_is_the_prototypes(self, method, vanilla):
+        assert acceleration(method, vanilla, 3) == prototypes_acceleration(method, vanilla)
 
     @given(losses(6), losses(18))
-    def test_is_the_designs_sentence(self, method, ruler):
-        assert acceleration(method, ruler) == pytest.approx(literal_acceleration(method, ruler))
+    def test_is_the_designs_sentence(self, method, vanilla):
+        assert acceleration(method, vanilla, 3) == pytest.approx(literal_acceleration(method, vanilla))
 
     def test_a_method_that_diverges_stands_still(self):
-        ruler = [10.0 - r for r in range(10)]
-        late = acceleration([10.0, 7.0, math.nan, math.nan], ruler)  # 3 rounds' worth after 1, 2 and 3
+        vanilla = [10.0 - r for r in range(10)]
+        late = acceleration([10.0, 7.0, math.nan, math.nan], vanilla, 3)  # 3 rounds' worth after 1, 2 and 3
         assert late == pytest.approx((3 / 1 + 3 / 2 + 3 / 3) / 3)
-        assert acceleration([10.0, math.nan, math.nan, math.nan], ruler) == 0
+        assert acceleration([10.0, math.nan, math.nan, math.nan], vanilla, 3) == 0
 
-    def test_a_ruler_that_diverges_is_beaten_by_its_whole_length(self):
-        assert acceleration([5.0, 4.0, 3.0, 2.0], [5.0] + [math.nan] * 6) == pytest.approx(np.mean([6, 3, 2]))
+    def test_vanilla_that_diverges_is_beaten_by_its_whole_length(self):
+        assert acceleration([5.0, 4.0, 3.0, 2.0], [5.0] + [math.nan] * 6, 2) == pytest.approx(
+            np.mean([6, 3, 2])
+        )
 
     @pytest.mark.parametrize("rounds", [1, 2])
     def test_short_runs_have_one_too(self, rounds):
-        assert acceleration([3.0, 1.0, 1.0][: rounds + 1], [3.0, 2.0, 1.0]) > 0
+        assert acceleration([3.0, 1.0, 1.0][: rounds + 1], [3.0, 2.0, 1.0], 1) > 0
+
+    @given(losses(6), losses(30))
+    def test_does_not_depend_on_how_far_vanilla_was_run(self, method, vanilla):
+        assert acceleration(method, vanilla, 3) == acceleration(method, vanilla[:19], 3)
+
+    def test_is_largest_where_vanilla_never_gets(self):
+        vanilla = [9.0 - r for r in range(9)]
+        best = acceleration([9.0, -1.0, -1.0, -1.0, -1.0], vanilla, 2)
+        assert best == largest_acceleration(4, 2) == pytest.approx((8 / 1 + 8 / 2 + 8 / 4) / 3)
+        assert acceleration([9.0, 2.0, 2.0, 2.0, 2.0], vanilla, 2) < best
+
+    def test_vanilla_must_have_been_run_far_enough(self):
+        with pytest.raises(ValueError, match=r"2 rounds at N = 3 are measured against 6 .* was run for 5"):
+            acceleration([3.0, 2.0, 1.0], [1.0] * 6, 3)
+
+
+class TestOtherMeasures:
+    def test_best_so_far_never_rises(self):
+        assert best_so_far([4.0, 5.0, math.nan, 2.0, 3.0]).tolist() == [4.0, 4.0, 4.0, 2.0, 2.0]
+        assert best_so_far([math.nan, 1.0]).tolist() == [math.inf, 1.0]
+
+    def test_the_level_is_reached_at_the_rounds_of_the_losses(self):
+        assert rounds_to_level([4.0, 3.0, 1.0, 2.0], 2.0) == 2.0
+        assert rounds_to_level([4.0, 3.0, 1.0], 2.0, [0, 5, 10]) == 10.0
+        assert math.isnan(rounds_to_level([4.0, 3.0, math.nan], 2.0))
+
+    def test_rounds_behind_compares_the_best_so_far(self):
+        vanilla = [5.0, 4.0, 4.5, 3.0, 2.0]
+        assert rounds_behind([5.0, 4.2, 4.2, 2.5], vanilla) == 2
+        assert rounds_behind([5.0, math.nan, math.nan, math.nan], vanilla) == 3
+        assert rounds_behind(vanilla[:4], vanilla) == 0
+        assert rounds_behind([-1.0, -1.0], [-1.0, -1.0]) == 0, "minus a reward, too"
+
+    def test_a_geometric_mean_survives_a_zero(self):
+        assert geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
+        assert geometric_mean([0.0, 0.2]) == pytest.approx(0.1)
+
+
+class TestTables:
+    PAGE = "words\n<!-- table:a -->\nold\n<!-- end -->\nmore\n<!-- table:b -->\n<!-- end -->\n"
+
+    def test_a_page_keeps_its_words(self):
+        filled = fill_text(self.PAGE, {"b": r"\1 as it is", "a": "new"})
+        assert filled == self.PAGE.replace("old", "new").replace("b -->\n", "b -->\n\\1 as it is\n")
+        assert places(filled) == {"a", "b"}
+
+    def test_a_page_without_the_place_is_named(self, tmp_path):
+        (tmp_path / "page.md").write_text(self.PAGE)
+        with pytest.raises(ValueError, match=r"page\.md: .* no place for 'c'"):
+            fill(tmp_path / "page.md", {"a": "new", "c": "more"})
+        assert (tmp_path / "page.md").read_text() == self.PAGE
+
+    def test_rows_have_the_heads_columns(self):
+        with pytest.raises(ValueError, match="1 cells under a head of 2"):
+            markdown_table(["a", "b"], [["1"]])
+
+
+class TestLines:
+    def test_of_a_run_made_twice_the_later_counts(self, tmp_path):
+        lines = [[{"case": "a", "seed": 0, "x": 1}, {"case": "a", "seed": 1, "x": 2}]]
+        lines += [[{"case": "a", "seed": 0, "x": 3}]]
+        (tmp_path / "runs.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+        found = read_lines(tmp_path / "runs.jsonl", ["case", "seed"])
+        assert [(record["seed"], record["x"]) for record in found] == [(0, 3), (1, 2)]
+
+    def test_no_file_has_no_records(self, tmp_path):
+        assert read_lines(tmp_path / "none.jsonl", ["case"]) == []
 
 
 class TestSummary:
     def test_by_hand(self):
-        ruler = [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0]  # three rounds at N = 2: its loss to reach is 5
+        vanilla = [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0]  # three rounds at N = 2: its loss to reach is 5
         rows = summarise(
             [
-                made_up("vanilla", ruler, 0),
+                made_up("vanilla", vanilla, 0),
                 made_up("fast", [8.0, 6.0, 4.0, 2.0], 0, overhead=0.2),
-                made_up("vanilla", ruler, 1),
+                made_up("vanilla", vanilla, 1),
                 made_up("fast", [8.0, 7.0, 6.0, 4.0], 1, overhead=0.4),
             ]
         )
         vanilla, fast = rows
         assert (vanilla.method, fast.method) == ("vanilla", "fast")
-        assert vanilla.final_loss.mean == 5.0
-        assert vanilla.rounds_to_vanilla.mean == 3.0
-        assert vanilla.acceleration == Spread(1.0, 0.0, 2)
-        assert (vanilla.gradients, vanilla.seconds) == (3.0, 1.5)
+        assert vanilla.summary.final_loss.mean == 5.0
+        assert vanilla.summary.rounds_to_vanilla.mean == 3.0
+        assert vanilla.summary.acceleration == Spread(1.0, 0.0, 2)
+        assert (vanilla.summary.gradients, vanilla.summary.seconds) == (3.0, 1.5)
         assert math.isnan(vanilla.break_even_seconds)
         second = (1 / 1 + 2 / 2 + 4 / 3) / 3
-        assert fast.final_loss.mean == 3.0
-        assert fast.rounds_to_vanilla == Spread(2.5, pytest.approx(math.sqrt(0.5)), 2)
-        assert fast.acceleration.mean == pytest.approx((2 + second) / 2)
-        assert fast.acceleration.deviation == pytest.approx((2 - second) / math.sqrt(2))
+        assert fast.summary.final_loss.mean == 3.0
+        assert fast.summary.rounds_to_vanilla == Spread(2.5, pytest.approx(math.sqrt(0.5)), 2)
+        assert fast.summary.acceleration.mean == pytest.approx((2 + second) / 2)
+        assert fast.summary.acceleration.deviation == pytest.approx((2 - second) / math.sqrt(2))
         assert fast.overhead_seconds == pytest.approx(0.3)
         assert fast.break_even_seconds == pytest.approx(0.3 / ((2 + second) / 2 - 1))
-        assert fast.accepted == 1.0
+        assert fast.summary.accepted == 1.0
 
     def test_a_method_that_gains_nothing_never_pays(self):
-        ruler = [3.0, 2.0, 1.0]
-        _, slow = summarise([made_up("vanilla", ruler), made_up("slow", [3.0, 2.5], overhead=0.1)])
+        vanilla = [3.0, 2.0, 1.0]
+        _, slow = summarise([made_up("vanilla", vanilla), made_up("slow", [3.0, 2.5], overhead=0.1)])
         assert slow.break_even_seconds == math.inf
-        assert math.isnan(slow.rounds_to_vanilla.mean)
-        assert slow.rounds_to_vanilla.count == 0
+        assert math.isnan(slow.summary.rounds_to_vanilla.mean)
+        assert slow.summary.rounds_to_vanilla.count == 0
 
     def test_seeds_that_diverged_are_counted_and_left_out_of_the_loss(self):
-        ruler = [3.0, 2.0, 1.0]
-        runs = [made_up("vanilla", ruler, seed) for seed in (0, 1)]
+        vanilla = [3.0, 2.0, 1.0]
+        runs = [made_up("vanilla", vanilla, seed) for seed in (0, 1)]
         runs += [made_up("m", [3.0, 2.0], 0), made_up("m", [3.0, math.nan], 1, stopped="too far")]
         row = summarise(runs)[1]
-        assert row.stopped == 1
-        assert row.final_loss == Spread(2.0, pytest.approx(math.nan, nan_ok=True), 1)
-        assert row.acceleration.mean == 0.5
+        assert row.summary.stopped == 1
+        assert row.summary.final_loss == Spread(2.0, pytest.approx(math.nan, nan_ok=True), 1)
+        assert row.summary.acceleration.mean == 0.5
 
-    def test_needs_the_ruler(self):
+    def test_needs_vanilla(self):
         with pytest.raises(ValueError, match="no vanilla run of sphere, seed 0"):
             summarise([made_up("optex", [1.0, 0.5])])
 
@@ -205,7 +285,7 @@ class TestRecords:
         meta = document["meta"]
         assert meta["dimension"] == {"quadratic": 6, "logistic-breast-cancer": 31}
         assert meta["minimum"]["quadratic"] == 0
-        assert meta["history_size"] == comparison.history_size == 20
+        assert meta["history_size"] is comparison.history_size is None
         assert meta["noise"] == 0
         assert meta["torch"] == torch.__version__.partition("+")[0] or meta["torch"] == torch.__version__
         assert meta["threads"] == torch.get_num_threads()
@@ -220,7 +300,7 @@ class TestRecords:
         assert {run["loss"][-1] for run in document["runs"]} == {None}
         assert document["meta"]["summary"][0]["stopped"] == 2
 
-    def test_the_ruler_is_always_run_and_runs_n_times_as_far(self):
+    def test_vanilla_is_always_run_and_runs_n_times_as_far(self):
         comparison = small(methods=("optex",), problems=("sphere", "sphere"))
         assert comparison.methods == ("vanilla", "optex")
         assert comparison.problems == ("sphere",)
@@ -265,7 +345,7 @@ REFUSALS = {
     "option": ({"problem_options": {"model": "cnn"}}, "nothing here has model; quadratic takes dim, noise"),
     "option with a place": (
         {"problem_options": {"dim": 3}},
-        r"dim has a place .* \(--dim\)",
+        "problem_options: dim is an argument of its own; set dim= instead",
     ),
     "zero rate": ({"lr": 0.0}, "lr: must be positive and finite, got 0.0"),
     "no rate": ({"lr": math.nan}, "lr: must be positive and finite, got nan"),
@@ -325,9 +405,12 @@ class TestPlots:
         write_plot(tmp_path / "plot.png", figure)
 
     def test_a_panel_that_touches_its_minimum_can_be_drawn(self, tmp_path):
-        write_plot(
-            tmp_path / "plot.png", plot_comparison([made_up("vanilla", [1.0, 0.0, 0.0])], {"sphere": 0.0})
-        )
+        figure = plot_comparison([made_up("vanilla", [1.0, 0.0, 0.0])], {"sphere": 0.0})
+        write_plot(tmp_path / "plot.png", figure)
+        drawn = figure.axes[0].lines[0].get_ydata()
+        assert drawn[0] == pytest.approx(1.0)
+        np.testing.assert_allclose(drawn[1:], np.finfo(float).eps, err_msg="a gap of 0 is drawn at rounding's")
+        assert figure.axes[0].get_ylim()[0] > 0
 
     def test_the_users_figures_are_left_alone(self):
         before = plt.get_backend()

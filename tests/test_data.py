@@ -218,7 +218,7 @@ class TestCIFAR10:
     def test_what_is_not_installed_is_named(self, folder, module, monkeypatch):
         datasets.write_cifar10(folder / "cifar10")
         without(monkeypatch, module)
-        with pytest.raises(ModuleNotFoundError, match=r"(pyarrow|PIL) is not .*pip install optex\[data\]"):
+        with pytest.raises(ModuleNotFoundError, match=r"(pyarrow|PIL) is not .*pip install optex\[studies\]"):
             data.cifar10("train")
 
 
@@ -316,7 +316,7 @@ class TestFetching:
 
     def test_pooch_is_asked_for(self, folder, monkeypatch):
         without(monkeypatch, "pooch")
-        with pytest.raises(ModuleNotFoundError, match=r"pooch is not installed; pip install optex\[data\]"):
+        with pytest.raises(ModuleNotFoundError, match=r"pooch is not installed; pip install optex\[studies\]"):
             data.fetch("shakespeare")
 
     def test_the_bar_does_what_pooch_does_with_it(self):

@@ -109,6 +109,15 @@ class TestEveryProblem:
         assert math.isfinite(problem.evaluate())
         assert problem.minimum is None or problem.evaluate() > problem.minimum
 
+    def test_a_deterministic_gradient_does_not_depend_on_the_batch(self, name):
+        problem = small(name, **({"noise": 0.0} if "noise" in PROBLEMS[name].options else {}))
+        gradients = []
+        for batch in islice(problem.batches(), 3):
+            found = torch.autograd.grad(problem(batch), list(problem.parameters()))
+            gradients.append(torch.cat([gradient.reshape(-1) for gradient in found]))
+        same = torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])
+        assert problem.deterministic is same
+
     def test_gradient_is_that_of_finite_differences(self, name):
         problem = small(name).double()
         batch = next(problem.batches())
@@ -166,6 +175,10 @@ class TestEveryFunction:
 
     def test_without_noise_batches_are_none(self, build):
         assert list(islice(build(dim=3).batches(), 3)) == [None] * 3
+
+    def test_noise_makes_it_random(self, build):
+        assert build(dim=3).deterministic
+        assert not build(dim=3, noise=0.1).deterministic
 
     def test_noise_is_added_to_the_gradient(self, build):
         problem = build(dim=4000, noise=0.5)
@@ -300,7 +313,7 @@ def test_without_scikit_learn_says_how_to_get_it(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setattr(tabular, "_breast_cancer", tabular._breast_cancer.__wrapped__)
     monkeypatch.setattr(tabular, "_digits", tabular._digits.__wrapped__)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install optex\[data\]") as caught:
+    with pytest.raises(ModuleNotFoundError, match=r"pip install optex\[studies\]") as caught:
         make_problem(name)
     assert "\n" not in str(caught.value)
 

@@ -16,11 +16,11 @@ from optex import OptEx
 from optex.stepping.bases import base_optimizer
 from optex.studies import cli, reproduce
 from optex.studies.baselines import METHODS, Setting
-from optex.studies.comparison import Case as ComparisonCase
-from optex.studies.comparison import Comparison, acceleration, run_case
+from optex.studies.comparison import Case, Comparison, run_case
+from optex.studies.measures import acceleration
 from optex.studies.plots import Line, Panel, bootstrap_interval, plot_panels
 from optex.studies.problems import make_problem
-from optex.studies.reproduce import Case, Choice, make_figure, run_curve
+from optex.studies.reproduce import Choice, PlannedRun, make_figure, run_curve
 from optex.studies.reproduce.record import WithTestError, rounds_of
 from optex.studies.reproduce.studies import FITTED, LAST_ONLY
 from tests import datasets
@@ -89,9 +89,9 @@ class TestCommand:
 
     def test_runs_are_those_of_compare(self, made):
         runs = document(made[0], "fig2")["runs"]
-        comparison = Comparison(("ackley",), lr=0.1, rounds=5, seeds=2, dim=12)
+        comparison = Comparison(("ackley",), lr=0.1, rounds=5, seeds=2, dim=12, history_size=20)
         for method in ("vanilla", "target", "data-parallel", "optex-paper", "optex"):
-            trace = run_case(comparison, ComparisonCase("ackley", method, 1)).trace
+            trace = run_case(comparison, Case("ackley", method, 1)).trace
             (found,) = (
                 run
                 for run in runs
@@ -121,11 +121,11 @@ class TestCommand:
         assert len(rows) == 6 * 5
         for section, label, last, rounds, share, gained, *_ in rows:
             own = [run for run in runs if (run["section"], run["label"]) == (section, label)]
-            rulers = [run for run in runs if (run["section"], run["label"]) == (section, "vanilla")]
+            vanilla = [run for run in runs if (run["section"], run["label"]) == (section, "vanilla")]
             reached, accelerations = [], []
-            for one, ruler in zip(own, rulers, strict=True):
-                reached += [r for r in range(len(one["loss"])) if one["loss"][r] <= ruler["loss"][5]][:1]
-                accelerations.append(acceleration(one["loss"][:6], ruler["loss"]))
+            for one, its in zip(own, vanilla, strict=True):
+                reached += [r for r in range(len(one["loss"])) if one["loss"][r] <= its["loss"][5]][:1]
+                accelerations.append(acceleration(one["loss"][:6], its["loss"], one["parallelism"]))
             assert last.split()[0] == f"{np.mean([one['loss'][5] for one in own]):.4g}"
             note = " (1 of 2 seeds)" * (len(reached) == 1)
             assert rounds == (f"{np.mean(reached):.1f}" if reached else "–")
@@ -221,7 +221,7 @@ def test_what_is_no_record_is_not_gone_on_with(content, tmp_path):
     (tmp_path / "fig6.json").write_text(content)
     result = run("fig6", *SMALL, "--out", tmp_path, "--resume")
     assert result.exit_code == 2
-    assert "is not a record of this command" in result.stderr
+    assert "is not a record of a figure" in result.stderr
     assert (tmp_path / "fig6.json").read_text() == content
 
 
@@ -235,7 +235,7 @@ def test_missing_data_says_how_to_get_it(tmp_path, monkeypatch):
 class TestFigures:
     @pytest.mark.parametrize("scale", reproduce.SCALES)
     @pytest.mark.parametrize("name", reproduce.FIGURES)
-    def test_vanilla_is_the_ruler_and_every_view_shows_what_is_run(self, name, scale):
+    def test_vanilla_comes_first_and_every_view_shows_what_is_run(self, name, scale):
         figure = make_figure(name, Choice(scale))
         for section in figure.sections:
             labels = [curve.label for curve in section.curves]
@@ -257,7 +257,7 @@ class TestNetworks:
     CHOICE = Choice(seeds=1, rounds=6)
 
     def test_test_errors_are_those_of_the_rounds_they_stand_at(self):
-        found = run_curve("fig4", self.CHOICE, Case("cifar10", "vanilla", 0))
+        found = run_curve("fig4", self.CHOICE, PlannedRun("cifar10", "vanilla", 0))
         assert found["rounds"] == 10
         assert list(found["test"]) == ["0", "2", "3", "5", "7", "8", "10"]
         problem = make_problem("cifar10", seed=0)
@@ -324,12 +324,15 @@ class TestClaims:
             made_up("a", "optex", 1, [5.0, 3.0, None], test={"0": 0.9}, steps=[0, 1, 1]),
         ]
         vanilla, ours = reproduce.numbers(meta, runs)
-        assert (vanilla.rounds.mean, vanilla.share.mean, vanilla.loss.mean) == (4.0, 1.0, 3.0)
-        assert (ours.loss.mean, ours.loss.count, ours.stopped, ours.seeds) == (0.5, 1, 1, 2)
-        assert (ours.rounds.mean, ours.rounds.count, ours.share.mean) == (2.0, 1, 0.5)
-        assert ours.steps == 2.0
+        reached = vanilla.summary.rounds_to_vanilla
+        assert (reached.mean, vanilla.share.mean, vanilla.summary.final_loss.mean) == (4.0, 1.0, 3.0)
+        loss = ours.summary.final_loss
+        assert (loss.mean, loss.count, ours.summary.stopped, ours.summary.seeds) == (0.5, 1, 1, 2)
+        reached = ours.summary.rounds_to_vanilla
+        assert (reached.mean, reached.count, ours.share.mean) == (2.0, 1, 0.5)
+        assert ours.summary.accepted == 2.0
         assert (ours.test.mean, ours.test.count) == (0.2, 1), "a run that stopped has no last test"
-        assert ours.acceleration.count == 0, "vanilla was not run for N times as many rounds"
+        assert ours.summary.acceleration.count == 0, "vanilla was not run for N times as many rounds"
 
     def networks(self, ours, target_test=0.3, ours_test=0.3):
         curves = ["vanilla", "target", "optex-paper", "optex", FITTED]
@@ -402,28 +405,28 @@ def test_figures_with_data_are_drawn_and_described_from_their_record(name, drawn
     picture = reproduce.draw(figure, meta, runs)
     assert len(picture.axes) == len(figure.views)
     assert picture.axes[0].get_ylabel() == drawn
-    reproduce.write_page(tmp_path / "page.md", figure.title, meta, runs)
+    reproduce.write_page(tmp_path / "page.md", figure, meta, runs)
     page = (tmp_path / "page.md").read_text()
     assert len(cells(page, "numbers")) == len(runs) / 2
     assert len(cells(page, "checks")) == len(reproduce.checks(meta, runs)) > 5
     if name == "fig3":
-        own, rulers = (
+        own, vanilla = (
             np.array([-run["loss"][-1] for run in runs if (run["section"], run["label"]) == ("acrobot", label)])
             for label in ("optex", "vanilla")
         )
         (row,) = (row for row in cells(page, "numbers") if row[:2] == ["acrobot", "optex"])
         assert row[2].startswith(f"{own.mean():.4g} (")
-        assert row[3].startswith(f"{(own - rulers).mean():.4g} (")
-        assert row[4] == f"{(own >= rulers).sum()} of 2"
+        assert row[3].startswith(f"{(own - vanilla).mean():.4g} (")
+        assert row[4] == f"{(own >= vanilla).sum()} of 2"
 
 
 def test_long_runs_are_recorded_at_some_rounds_the_last_among_them():
     choice = Choice(seeds=1, rounds=301, dim=2)
-    found = run_curve("fig2", choice, Case("sphere, lr 0.1", "target", 0))
+    found = run_curve("fig2", choice, PlannedRun("sphere, lr 0.1", "target", 0))
     places = rounds_of(found)
     assert (places[0], places[-1], len(places)) == (0, 301, 61)
     assert set(np.diff(places)) == {5, 6}
-    whole = run_case(Comparison(("sphere",), lr=0.1, rounds=301, dim=2), ComparisonCase("sphere", "target", 0))
+    whole = run_case(Comparison(("sphere",), lr=0.1, rounds=301, dim=2), Case("sphere", "target", 0))
     assert found["loss"] == rounded(whole.trace.loss[i] for i in places)
     assert found["steps"] == [5 * i for i in places]
 

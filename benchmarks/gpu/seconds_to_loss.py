@@ -14,7 +14,8 @@ most memory allocated, the device's utilisation (where nvidia-ml-py tells), and
     cost of a round   seconds of its N gradients, in units of one vanilla step
     break-even        how slow one gradient must be for the method to pay, if N at once take the time of one
 
-Methods of a workload run in turn, in one process.
+Methods of a workload run in turn, in one process. ``--report`` runs nothing, and puts the tables of the JSON
+into results/README.md.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from torch.func import replace_all_batch_norm_modules_
 
 import optex
 from optex.studies.problems import Problem, make_problem
+from optex.studies.tables import fill, markdown_table
 
 
 @dataclass(frozen=True)
@@ -135,12 +137,8 @@ def run(
         "seconds": round(clock.seconds, 4),
         "loss": round(losses[-1], 5),
         "ms_a_round": round(1e3 * clock.seconds / max(taken, 1), 3),
-        "gradient_ms": round(1e3 * statistics.median(r.gradient_seconds for r in reports), 3)
-        if reports
-        else None,
-        "overhead_ms": round(1e3 * statistics.median(r.overhead_seconds for r in reports), 3)
-        if reports
-        else None,
+        "gradient_ms": median_milliseconds(r.gradient_seconds for r in reports),
+        "overhead_ms": median_milliseconds(r.overhead_seconds for r in reports),
         "accepted": round(statistics.mean(r.accepted for r in reports), 2) if reports else 1,
         "megabytes": torch.cuda.max_memory_allocated() // 2**20 if device.startswith("cuda") else None,
         "utilisation": round(statistics.mean(utilisation), 1) if utilisation else None,
@@ -188,36 +186,44 @@ def measure(name: str, device: str, parallelisms: list[int]) -> dict[str, Any]:
 def table(name: str, result: dict[str, Any]) -> str:
     """As Markdown, with ratios to vanilla."""
     vanilla = result["methods"]["vanilla"]
-    lines = [
-        f"{name}: d = {result['dimension']:,}, loss to reach {result['goal']:.4f}",
-        "",
-        "| method | rounds | of vanilla's | seconds | of vanilla's | ms a round | cost of a round "
-        "| overhead ms | break-even ms | accepted | MB | busy % |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = ("method", "rounds", "of vanilla's", "seconds", "of vanilla's", "ms a round", "cost of a round")
+    rows = []
     for method, r in result["methods"].items():
         rounds, seconds = r["rounds"] / vanilla["rounds"], r["seconds"] / vanilla["seconds"]
-        mark = "" if r["reached"] or method == "vanilla" else " (not reached)"
-        cost = even = "–"
-        if r["gradient_ms"] is not None:
-            cost = f"{r['gradient_ms'] / vanilla['ms_a_round']:.2f}"
-            even = f"{r['overhead_ms'] / (1 / rounds - 1):.2f}" if rounds < 1 and r["reached"] else "–"
-        cells = [
-            method,
-            f"{r['rounds']}{mark}",
-            f"{rounds:.2f}",
-            f"{r['seconds']:.2f}",
-            f"{seconds:.2f}",
-            f"{r['ms_a_round']:.2f}",
-            cost,
-            "–" if r["overhead_ms"] is None else f"{r['overhead_ms']:.2f}",
-            even,
-            f"{r['accepted']:.1f}",
-            "–" if r["megabytes"] is None else str(r["megabytes"]),
-            "–" if r["utilisation"] is None else str(r["utilisation"]),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        cost = None if r["gradient_ms"] is None else r["gradient_ms"] / vanilla["ms_a_round"]
+        pays = cost is not None and rounds < 1 and r["reached"]
+        rows.append(
+            (
+                method,
+                f"{r['rounds']}" + " (not reached)" * (not r["reached"] and method != "vanilla"),
+                f"{rounds:.2f}",
+                f"{r['seconds']:.2f}",
+                f"{seconds:.2f}",
+                f"{r['ms_a_round']:.2f}",
+                _cell(cost, ".2f"),
+                _cell(r["overhead_ms"], ".2f"),
+                _cell(r["overhead_ms"] / (1 / rounds - 1) if pays else None, ".2f"),
+                f"{r['accepted']:.1f}",
+                _cell(r["megabytes"], ""),
+                _cell(r["utilisation"], ""),
+            )
+        )
+    heading = f"**{name}**: d = {result['dimension']:,}, loss to reach {result['goal']:.4f}"
+    head += ("overhead ms", "break-even ms", "accepted", "MB", "busy %")
+    shown = [i for i in range(len(head)) if any(row[i] != "–" for row in rows)]  # a CPU tells no MB and busy %
+    cells = [[row[i] for i in shown] for row in rows]
+    return f"{heading}\n\n{markdown_table([head[i] for i in shown], cells)}"
+
+
+def report(documents: Path, page: Path) -> None:
+    """The tables of one device's JSON, put where the page has a place named for it."""
+    workloads = json.loads(documents.read_text())["workloads"]
+    tables = [table(name, result) for name, result in workloads.items()]
+    fill(page, {f"seconds-{documents.stem}": "\n\n".join(tables)})
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "–" if value is None else f"{value:{form}}"
 
 
 def main() -> None:
@@ -228,7 +234,13 @@ def main() -> None:
     parser.add_argument("--workloads", default="digits-mlp,fashion-mlp,resnet-20,transformer-10m")
     parser.add_argument("--parallelism", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--report", action="store_true", help="only fill results/README.md from the JSON")
     options = parser.parse_args()
+    if options.report:
+        if options.json is None:
+            parser.error("--report needs --json")
+        report(options.json, Path(__file__).parents[2] / "results" / "README.md")
+        return
     torch.set_num_threads(options.threads)
     cuda = options.device.startswith("cuda")
     document: dict[str, Any] = {

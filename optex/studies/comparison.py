@@ -18,24 +18,21 @@ import torch
 
 from optex.stepping.bases import OPTIMIZERS, base_optimizer
 from optex.studies.baselines import Setting, Trace, make_method
+from optex.studies.measures import VANILLA, Outcome, Spread, Summary, acceleration, rounds_to_level
 from optex.studies.problems import PROBLEMS, Problem, make_problem
+from optex.studies.records import finite_or_null
 
 __all__ = [
-    "RULER",
     "Case",
     "Comparison",
     "Row",
     "Run",
-    "Spread",
-    "acceleration",
     "default_rate",
     "describe",
     "run_case",
     "summarise",
     "write_json",
 ]
-
-RULER: Final = "vanilla"
 
 _LEARNING_RATES: Final[dict[str, float]] = {
     "sgd": 0.1,
@@ -49,7 +46,7 @@ _LEARNING_RATES: Final[dict[str, float]] = {
 
 
 def default_rate(optimizer: str) -> float:
-    """The learning rate of a comparison that names none; 0.01 where the steps are about that long."""
+    """The learning rate of a comparison that names none; 0.01 where the optimizer normalises the gradient."""
     return _LEARNING_RATES.get(optimizer, 0.01)
 
 
@@ -68,12 +65,12 @@ class Comparison:
 
     Args:
         problems: names of ``optex.studies.problems.PROBLEMS``.
-        methods: names of ``optex.studies.baselines.METHODS``; vanilla is added first where it is missing, being the
-            ruler that the others are measured by.
+        methods: names of ``optex.studies.baselines.METHODS``; vanilla, which the others are measured against,
+            is added first where it is missing.
         optimizer: name of the base optimizer, of ``optex.stepping.bases.OPTIMIZERS``.
         lr: its learning rate; None is ``default_rate(optimizer)``.
         parallelism: N.
-        history_size: T0; None is 20 up to N = 8, else 32.
+        history_size: T0 of every method that has a history; None is each method's own default.
         rounds: of every method but vanilla, which runs ``parallelism · rounds`` of its own.
         seeds: how many starts of each problem, 0, 1, ...
         dim, noise: of the problems that are functions.
@@ -99,11 +96,9 @@ class Comparison:
     problem_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.history_size is None:
-            object.__setattr__(self, "history_size", 20 if self.parallelism <= 8 else 32)
         for name in ("parallelism", "history_size", "rounds", "seeds", "dim", "batch_size"):
             value = getattr(self, name)
-            if name == "batch_size" and value is None:
+            if name in ("history_size", "batch_size") and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: must be an integer of at least 1, got {value!r}")
@@ -125,15 +120,14 @@ class Comparison:
         if not 0 <= self.noise < math.inf:
             raise ValueError(f"noise: must be finite and not negative, got {self.noise}")
         object.__setattr__(self, "problems", tuple(dict.fromkeys(self.problems)))
-        object.__setattr__(self, "methods", tuple(dict.fromkeys((RULER, *self.methods))))
+        object.__setattr__(self, "methods", tuple(dict.fromkeys((VANILLA, *self.methods))))
 
     def _check_option(self, option: str) -> None:
         if option in ("dim", "noise", "batch_size"):
-            flag = f"--{option.replace('_', '-')}"
-            raise ValueError(f"problem_options (--set): {option} has a place of its own, {option} ({flag})")
+            raise ValueError(f"problem_options: {option} is an argument of its own; set {option}= instead")
         if not any(option in PROBLEMS[name].options for name in self.problems):
             choices = [f"{name} takes {', '.join(PROBLEMS[name].options) or 'none'}" for name in self.problems]
-            raise ValueError(f"problem_options (--set): nothing here has {option}; {'; '.join(choices)}")
+            raise ValueError(f"problem_options: nothing here has {option}; {'; '.join(choices)}")
 
     @property
     def learning_rate(self) -> float:
@@ -141,7 +135,7 @@ class Comparison:
         return self.lr if self.lr is not None else math.nan
 
     def problem(self, name: str, seed: int) -> Problem:
-        """A start of a problem, with those of the options that it has."""
+        """A start of a problem, with the options that apply to it."""
         choices = {"dim": self.dim, "noise": self.noise, "batch_size": self.batch_size, **self.problem_options}
         return make_problem(
             name, seed=seed, **{key: choices[key] for key in choices if key in PROBLEMS[name].options}
@@ -153,8 +147,8 @@ class Comparison:
         def base(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
             return base_optimizer(self.optimizer, parameters, lr=self.learning_rate)
 
-        rounds = self.rounds * self.parallelism if method == RULER else self.rounds
-        return Setting(base, self.parallelism, self.history_size or 0, rounds)
+        rounds = self.rounds * self.parallelism if method == VANILLA else self.rounds
+        return Setting(base, self.parallelism, self.history_size, rounds)
 
     def check(self) -> None:
         """Build every problem and base optimizer once, so that no mistake shows up after hours of runs.
@@ -165,7 +159,7 @@ class Comparison:
         for name in self.problems:
             start = self.problem(name, seed=0)
             try:
-                self.setting(RULER).base_optimizer(start)
+                self.setting(VANILLA).base_optimizer(start)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"optimizer: {self.optimizer} cannot optimise {name}: {error}") from error
 
@@ -201,8 +195,8 @@ class Run:
 
     @property
     def rounds(self) -> int:
-        """Rounds that the run is compared over; the ruler's lists go on ``parallelism`` times as far."""
-        return self.trace.rounds // self.parallelism if self.method == RULER else self.trace.rounds
+        """Rounds that the run is compared over; vanilla's lists go on ``parallelism`` times as far."""
+        return self.trace.rounds // self.parallelism if self.method == VANILLA else self.trace.rounds
 
     def record(self) -> dict[str, Any]:
         """The run as compare's JSON has it."""
@@ -230,88 +224,30 @@ def run_case(comparison: Comparison, case: Case) -> Run:
     )
 
 
-def acceleration(
-    loss: Sequence[float],  # [rounds + 1]
-    ruler: Sequence[float],  # [parallelism · rounds + 1]
-) -> float:
-    """How many rounds of vanilla one round of the method is worth.
-
-    At round r: (first vanilla round whose best loss so far is at most the method's best by r) / r. The
-    run's acceleration is the mean of that at a third, two thirds and all of the rounds. It cannot be more
-    than the ruler is long; a method that diverges keeps its best loss and falls behind by standing still.
-
-    >>> ruler = [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0]
-    >>> acceleration([8.0, 6.0, 4.0, 2.0], ruler)     # two of vanilla's steps a round
-    2.0
-    >>> acceleration([8.0, math.nan, math.nan, math.nan], ruler)
-    0.0
-    """
-    best, best_of_ruler = np.fmin.accumulate(loss), np.fmin.accumulate(ruler)
-    last = len(best) - 1
-    rounds = [max(1, last // 3), max(1, 2 * last // 3), last]
-    reached = np.searchsorted(-best_of_ruler, -best[rounds]).clip(max=len(best_of_ruler) - 1)
-    return float(np.mean(reached / rounds))
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Mean and sample standard deviation over those seeds that have a value.
-
-    Attributes:
-        mean: NaN where no seed has one.
-        deviation: NaN where fewer than two have one.
-        count: how many have one.
-    """
-
-    mean: float
-    deviation: float
-    count: int
-
-    @classmethod
-    def over(cls, values: Iterable[float]) -> Spread:
-        """Of the values that are not NaN."""
-        known = [value for value in values if not math.isnan(value)]
-        return cls(
-            mean=float(np.mean(known)) if known else math.nan,
-            deviation=float(np.std(known, ddof=1)) if len(known) > 1 else math.nan,
-            count=len(known),
-        )
-
-
 @dataclass(frozen=True)
 class Row:
     """A method on a problem, over all seeds.
 
     Attributes:
         problem, method: names.
-        seeds: runs made.
         lr: learning rates of the runs, each once.
-        final_loss: after the last round; over the runs that came so far.
-        rounds_to_vanilla: first round that is as good as vanilla after the same number of rounds; over the
-            runs that got there.
-        acceleration: over all runs.
-        accepted: mean steps kept a round.
-        gradients: evaluated in a run, mean.
-        seconds: of a run, mean.
+        summary: of the runs; ``rounds_to_vanilla`` is to vanilla's loss after the same number of rounds.
         overhead_seconds: per round beyond the gradients, mean; NaN where a method does not measure it.
         break_even_seconds: a gradient has to be slower than this for the method to pay where N of them at
             once take the time of one: overhead / (acceleration - 1); infinite at acceleration ≤ 1.
-        stopped: runs that ended early because something was not finite.
     """
 
     problem: str
     method: str
-    seeds: int
     lr: tuple[float, ...]
-    final_loss: Spread
-    rounds_to_vanilla: Spread
-    acceleration: Spread
-    accepted: float
-    gradients: float
-    seconds: float
+    summary: Summary
     overhead_seconds: float
     break_even_seconds: float
-    stopped: int
+
+    def record(self) -> dict[str, Any]:
+        """The row as compare's JSON has it, the summary's numbers beside the others."""
+        row = asdict(self)
+        return {**row, **row.pop("summary")}
 
 
 def summarise(runs: Iterable[Run]) -> list[Row]:
@@ -321,47 +257,42 @@ def summarise(runs: Iterable[Run]) -> list[Row]:
         ValueError: a start has no vanilla run to measure by.
     """
     groups: dict[tuple[str, str], list[Run]] = {}
-    rulers: dict[tuple[str, int], Run] = {}
+    vanilla: dict[tuple[str, int], Run] = {}
     for run in runs:
         groups.setdefault((run.problem, run.method), []).append(run)
-        if run.method == RULER:
-            rulers[run.problem, run.seed] = run
+        if run.method == VANILLA:
+            vanilla[run.problem, run.seed] = run
     for group in groups.values():
         for run in group:
-            if (run.problem, run.seed) not in rulers:
+            if (run.problem, run.seed) not in vanilla:
                 raise ValueError(f"summarise: no vanilla run of {run.problem}, seed {run.seed}, to measure by")
-    return [_row(group, rulers) for group in groups.values()]
+    return [_row(group, vanilla) for group in groups.values()]
 
 
-def _row(group: Sequence[Run], rulers: dict[tuple[str, int], Run]) -> Row:
-    finals, reached, accelerations = [], [], []
-    for run in group:
-        ruler = rulers[run.problem, run.seed].trace.loss
-        loss = run.trace.loss[: run.rounds + 1]
-        finals.append(loss[-1])
-        reached.append(_first_round_at(loss, ruler[len(loss) - 1]))
-        accelerations.append(acceleration(loss, ruler))
-    gained = Spread.over(accelerations)
+def _row(group: Sequence[Run], vanilla: dict[tuple[str, int], Run]) -> Row:
+    summary = Summary.over([_outcome(run, vanilla[run.problem, run.seed].trace.loss) for run in group])
     overhead = Spread.over(run.trace.overhead_seconds for run in group).mean
     return Row(
         problem=group[0].problem,
         method=group[0].method,
-        seeds=len(group),
         lr=tuple(sorted({run.lr for run in group})),
-        final_loss=Spread.over(finals),
-        rounds_to_vanilla=Spread.over(reached),
-        acceleration=gained,
-        accepted=float(np.mean([np.mean(run.trace.accepted[1 : run.rounds + 1]) for run in group])),
-        gradients=float(np.mean([run.trace.gradients[run.rounds] for run in group])),
-        seconds=float(np.mean([run.trace.seconds[run.rounds] for run in group])),
+        summary=summary,
         overhead_seconds=overhead,
-        break_even_seconds=_break_even(overhead, gained.mean),
-        stopped=sum(run.trace.stopped is not None for run in group),
+        break_even_seconds=_break_even(overhead, summary.acceleration.mean),
     )
 
 
-def _first_round_at(loss: Sequence[float], level: float) -> float:
-    return next((float(r) for r, value in enumerate(loss) if value <= level), math.nan)
+def _outcome(run: Run, vanilla: Sequence[float]) -> Outcome:
+    loss = run.trace.loss[: run.rounds + 1]
+    return Outcome(
+        final_loss=loss[-1],
+        rounds_to_vanilla=rounds_to_level(loss, vanilla[run.rounds]),
+        acceleration=acceleration(loss, vanilla, run.parallelism),
+        accepted=float(np.mean(run.trace.accepted[1 : run.rounds + 1])),
+        gradients=run.trace.gradients[run.rounds],
+        seconds=run.trace.seconds[run.rounds],
+        stopped=run.trace.stopped is not None,
+    )
 
 
 def _break_even(overhead_seconds: float, gained: float) -> float:
@@ -401,16 +332,8 @@ def _cpu_name() -> str:
 
 
 def write_json(path: Path, meta: dict[str, Any], runs: Sequence[Run]) -> None:
-    """Write meta, the summary in it, and the runs; what is not finite, JSON having no word for it, is null."""
-    summary = [asdict(row) for row in summarise(runs)]
+    """Write meta with the summary in it, and the runs; numbers that are not finite become null."""
+    summary = [row.record() for row in summarise(runs)]
     document = {"meta": {**meta, "summary": summary}, "runs": [run.record() for run in runs]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_finite_or_null(document), allow_nan=False) + "\n")
-
-
-def _finite_or_null(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite_or_null(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite_or_null(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    path.write_text(json.dumps(finite_or_null(document), allow_nan=False) + "\n")

@@ -17,6 +17,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocato
 from numpy.typing import NDArray
 
 from optex.studies.comparison import Run
+from optex.studies.measures import VANILLA
 
 __all__ = [
     "METHOD_STYLES",
@@ -156,7 +157,7 @@ def _add_titles(figure: Figure, runs: Sequence[Run], legend_columns: int) -> Non
         frameon=False,
         handlelength=3.2,
     )
-    first = next((run for run in runs if run.method == "vanilla"), runs[0])
+    first = next((run for run in runs if run.method == VANILLA), runs[0])
     seeds = len({run.seed for run in runs})
     over = f"{seeds} seeds, geometric mean ± 1 sd" if seeds > 1 else "1 seed"
     figure.suptitle(f"{first.optimizer}, lr {first.lr:g}, N = {first.parallelism}, {over}", fontsize=12)

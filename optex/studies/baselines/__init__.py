@@ -1,4 +1,4 @@
-"""Baselines: the methods that OptEx is compared with, and OptEx itself, each under a name."""
+"""Baselines: the methods that OptEx is compared with, and OptEx itself, by name."""
 
 from __future__ import annotations
 
@@ -23,17 +23,21 @@ class MethodEntry:
         run: takes a problem from its start through a setting's rounds.
         description: one line.
         own_optimizer: its optimizer, where that is not the base optimizer.
+        tunes_rate: whether it runs with several learning rates and keeps the best.
     """
 
     run: Method
     description: str
     own_optimizer: str | None = None
+    tunes_rate: bool = False
 
 
 METHODS: Final[dict[str, MethodEntry]] = {
-    "vanilla": MethodEntry(vanilla, "the base optimizer, one step a round: the ruler"),
+    "vanilla": MethodEntry(vanilla, "the base optimizer, one step a round"),
     "target": MethodEntry(target, "the base optimizer, N steps a round in turn: the ideal"),
-    "data-parallel": MethodEntry(tuned_data_parallel, "one step with N gradients' mean; best lr of × 1, √N, N"),
+    "data-parallel": MethodEntry(
+        tuned_data_parallel, "one step with N gradients' mean; best lr of × 1, √N, N", tunes_rate=True
+    ),
     "hold-last": MethodEntry(hold_last, "N - 1 steps with the last gradient, then a true one"),
     "line-search": MethodEntry(line_search, "N lengths of the base optimizer's step, the best kept"),
     "picard": MethodEntry(picard, "replay of held gradients within tolerance 1, no estimator"),

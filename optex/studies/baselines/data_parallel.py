@@ -1,4 +1,4 @@
-"""Data parallelism: N batches at one point, one step with their mean gradient."""
+"""Data parallelism: the gradients of N batches at one point, one step with their mean."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The base optimizer run in turn: vanilla, the ruler, and target, the ideal."""
+"""The base optimizer run in turn: vanilla, which all else is measured against, and target, the ideal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def vanilla(problem: Problem, setting: Setting) -> Trace:
 
 
 def target(problem: Problem, setting: Setting) -> Trace:
-    """N steps a round, one after the other: what N gradients at once can reach at best without a new rule."""
+    """N steps a round, one after the other: the most that N gradients at once can give the same optimizer."""
     return _in_turn(problem, setting, steps=setting.parallelism)
 
 

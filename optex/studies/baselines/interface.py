@@ -27,13 +27,13 @@ class Setting:
     Attributes:
         base: makes the base optimizer of the parameters handed to it.
         parallelism: N, gradients evaluated at once, at least 1.
-        history_size: T0, pairs to predict from, at least 1.
+        history_size: T0, pairs to predict from, at least 1; None is each method's own default.
         rounds: how many to run, at least 1.
     """
 
     base: BaseFactory
     parallelism: int
-    history_size: int
+    history_size: int | None
     rounds: int
 
     def base_optimizer(self, problem: Problem) -> Optimizer:
@@ -120,7 +120,7 @@ class Recorder:
         return len(self._loss) > self._rounds
 
     def round(self, *, gradients: int, accepted: int, overhead_seconds: float | None = None) -> None:
-        """A round has ended, and the parameters stand where it led; then ``problem.between_rounds()``.
+        """Record a round that ended at the present parameters; calls ``problem.between_rounds()`` first.
 
         Args:
             gradients: evaluated in it.

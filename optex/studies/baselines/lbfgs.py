@@ -1,4 +1,4 @@
-"""L-BFGS: what a curvature method makes of the same number of gradients in turn."""
+"""L-BFGS: a quasi-Newton method with as many gradients in turn."""
 
 from __future__ import annotations
 
@@ -22,17 +22,15 @@ def lbfgs(problem: Problem, setting: Setting) -> Trace:
 
     It has no use for N gradients at once: its trial points come one after the other. The loss after a round
     is that of the point it goes to next, which may be a trial point of the line search; a round that only
-    shortens a step keeps none. Its learning rate is 1 whatever the base optimizer's is. Where the problem
+    shortens a step accepts none. Its learning rate is 1 whatever the base optimizer's is. Where the problem
     has minibatches, each iteration holds one for its whole line search.
     """
     with Recorder(problem, setting.rounds) as recorder:
         batches = problem.batches()
-        batch = next(batches)
-        deterministic = batch is None
         optimizer = torch.optim.LBFGS(
             problem.parameters(),
             lr=1.0,
-            max_iter=setting.rounds + 1 if deterministic else 1,
+            max_iter=setting.rounds + 1 if problem.deterministic else 1,
             max_eval=sys.maxsize,
             tolerance_grad=0.0,
             tolerance_change=0.0,
@@ -41,16 +39,15 @@ def lbfgs(problem: Problem, setting: Setting) -> Trace:
         closure = _RecordingClosure(problem, optimizer, recorder)
         try:
             while True:
-                closure.batch = batch
+                closure.batch = next(batches)
                 optimizer.step(closure)
-                batch = next(batches)
         except _RoundsUsedUpError:
             pass
     return recorder.trace(lr=1.0)
 
 
 class _RecordingClosure:
-    """torch's closure, which records a round when it is called where the evaluation before it led."""
+    """torch's closure; a call first records the round that the evaluation before it was."""
 
     def __init__(self, problem: Problem, optimizer: torch.optim.LBFGS, recorder: Recorder) -> None:
         self.batch: object = None

@@ -20,7 +20,7 @@ def line_search(problem: Problem, setting: Setting) -> Trace:
 
     All N points of a round see the same batch, or the choice would follow the noise. Each is evaluated with
     its gradient, so that the next direction is known when the round ends: a round is one sequential
-    evaluation. The first round evaluates the start, and nothing but the start: it keeps no step.
+    evaluation. The first round evaluates only the start, so it takes no step.
 
     The base optimizer's state advances once a round, by the gradient at the point that was kept; how far
     that step then goes does not touch the state, as if the learning rate had been another for this one step.

@@ -1,6 +1,8 @@
-"""Methods that are one OptEx or another: its default, the paper's, and what is left without a model."""
+"""Methods that are configurations of OptEx: its defaults, the paper's, two without a gradient model."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from optex.estimators import HoldLast
 from optex.optimizer import OptEx
@@ -8,11 +10,11 @@ from optex.round import Last, WithinTolerance
 from optex.studies.baselines.interface import Recorder, Setting, Trace
 from optex.studies.problems import Problem
 
-__all__ = ["hold_last", "optex", "optex_paper", "picard", "run_rounds"]
+__all__ = ["history_choice", "hold_last", "optex", "optex_paper", "picard", "run_rounds"]
 
 
 def optex(problem: Problem, setting: Setting) -> Trace:
-    """``OptEx`` with its defaults."""
+    """``OptEx`` with its defaults, and the setting's T0 where it has one."""
     base = setting.base_optimizer(problem)
     return run_rounds(
         problem, setting, OptEx(base, parallelism=setting.parallelism, history_size=setting.history_size)
@@ -22,7 +24,7 @@ def optex(problem: Problem, setting: Setting) -> Trace:
 def optex_paper(problem: Problem, setting: Setting) -> Trace:
     """Algorithm 1 of the paper."""
     base = setting.base_optimizer(problem)
-    return run_rounds(problem, setting, OptEx.from_paper(base, setting.parallelism, setting.history_size))
+    return run_rounds(problem, setting, OptEx.from_paper(base, setting.parallelism, **history_choice(setting)))
 
 
 def hold_last(problem: Problem, setting: Setting) -> Trace:
@@ -49,6 +51,11 @@ def picard(problem: Problem, setting: Setting) -> Trace:
             acceptance=WithinTolerance(1.0, adaptive=False),
         ),
     )
+
+
+def history_choice(setting: Setting) -> dict[str, Any]:
+    """The setting's T0 as a keyword argument; none where each method is to take its own default."""
+    return {} if setting.history_size is None else {"history_size": setting.history_size}
 
 
 def run_rounds(problem: Problem, setting: Setting, optimizer: OptEx) -> Trace:

@@ -44,12 +44,14 @@ class ProblemEntry:
         description: one line.
         options: what can be chosen besides the seed, and of which type it is.
         data: the name among ``optex.studies.problems.data.DATA_SETS`` of what it needs; None where nothing.
+        test_measure: what its ``test_error`` is, for the axis of a picture.
     """
 
     build: Callable[..., Problem]
     description: str
     options: Mapping[str, type] = field(default_factory=dict)
     data: str | None = None
+    test_measure: str = "test error"
 
 
 _FUNCTION_OPTIONS: Final = {"dim": int, "noise": float}
@@ -89,7 +91,11 @@ PROBLEMS: Final[dict[str, ProblemEntry]] = {
     ),
     "cifar10": ProblemEntry(CIFAR10, "residual MLP or ResNet on photographs", _IMAGE_OPTIONS, data="cifar10"),
     "shakespeare": ProblemEntry(
-        Shakespeare, "transformer on the characters of plays", _TEXT_OPTIONS, data="shakespeare"
+        Shakespeare,
+        "transformer on the characters of plays",
+        _TEXT_OPTIONS,
+        data="shakespeare",
+        test_measure="test loss",
     ),
     "cartpole": ProblemEntry(CartPole, "deep Q-learning: balance a pole", _CONTROL_OPTIONS),
     "acrobot": ProblemEntry(Acrobot, "deep Q-learning: swing a double pendulum up", _CONTROL_OPTIONS),

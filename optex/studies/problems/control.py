@@ -133,20 +133,21 @@ class DeepQLearning(Problem):
 
         y = r + γ max_a' Q⁻(s', a'),        or y = r where the task ended at s',
 
-    with Q⁻ the target network. An episode that is only cut off for its length has not ended so. Between
-    rounds the agent acts ``env_steps`` times with the present network, puts the transitions into the replay,
-    and the target network is updated: at equal rounds every method has acted as often, however many steps of
-    its optimizer it took. More steps are not more experience, so ``target`` is no N times as fast here.
+    with Q⁻ the target network. An episode that is cut off only because of its length counts as not ended.
+    Between rounds the agent acts ``env_steps`` times with the present network, puts the transitions into the
+    replay, and the target network is updated: at equal rounds every method has acted as often, however many
+    steps of its optimizer it took. More steps are not more experience, so ``target`` is not N times as fast
+    here.
 
-    A batch gets its targets y when it is drawn. A step's loss is then a function of the parameters alone, for
-    good: a gradient that is held for a step stays one of that step's own loss when the target network moves
-    on, and evaluators elsewhere need no word of it. Methods that draw a batch when they step see the same
-    either way. One drawn ahead is as old as it waited, in its transitions and in its targets; the defaults
-    of ``OptEx`` keep some for a round or two.
+    A batch gets its targets y when it is drawn. From then on the step's loss is a function of the parameters
+    alone: a gradient that was measured for it remains valid when the target network moves on, and evaluators
+    in other processes need not be told. It makes no difference to methods that draw a batch when they step.
+    A batch drawn ahead is older, in its transitions and in its targets; the defaults of ``OptEx`` keep some
+    for a round or two.
 
     The objective is minus the mean return of all episodes ended so far, those of the warm-up among them:
-    what the OptEx paper plots as cumulative average reward, turned round to have less be better. It is of the
-    past, and changes when an episode ends, not when the parameters do.
+    what the OptEx paper plots as cumulative average reward, negated so that less is better. It looks back on
+    the episodes played, so it changes when an episode ends, not when the parameters do.
 
     Args:
         seed: of the network's start, the batches, the environment and the exploration.
@@ -176,7 +177,7 @@ class DeepQLearning(Problem):
     """
 
     environment: ClassVar[str]
-    centre: ClassVar[tuple[float, ...]]  # of what is observed, and the size of its changes: the network
+    centre: ClassVar[tuple[float, ...]]  # mean and scale of the observations: the network
     spread: ClassVar[tuple[float, ...]]  # sees (observation - centre) / spread
     actions: ClassVar[int]
     defaults: ClassVar[AgentSettings]
@@ -314,7 +315,7 @@ def _make_environment(environment: str, problem: str) -> Any:
         import gymnasium
     except ImportError as error:
         raise ModuleNotFoundError(
-            f"{problem}: gymnasium, which has the task, is not installed; pip install optex[rl]",
+            f"{problem}: gymnasium, which provides the task, is not installed; pip install optex[rl]",
             name="gymnasium",
         ) from error
     return gymnasium.make(environment, disable_env_checker=True)
@@ -365,8 +366,8 @@ class Acrobot(DeepQLearning):
 class MountainCar(DeepQLearning):
     """Rock a car out of a valley, MountainCar-v0: -1 for each step until it is out, at most 200; random: -200.
 
-    ε-greedy hardly ever gets out, and has nothing to learn from. So random actions are held, for 20 steps on
-    average: one random episode in eight gets out.
+    ε-greedy exploration hardly ever gets out, and then has nothing to learn from. So random actions are held,
+    for 20 steps on average: one random episode in eight gets out.
     """
 
     name = "mountain-car"

@@ -1,4 +1,4 @@
-"""Where the data sets are: found on this machine, fetched when asked for, read into arrays."""
+"""Data sets: found on this machine, downloaded on request, read into arrays."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ class Download:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set: what its files are called, and where they may be.
+    """A data set: the names of its files, and where to look for them.
 
     Attributes:
         folder: under ``$OPTEX_DATA`` and under the user's cache.
-        layouts: sets of files, any of which is the whole; the first that is there is used.
+        layouts: sets of files, each of which is the whole data set; the first that is found is used.
         downloads: the public files; together they are one of the layouts.
-        package: of Debian, that brings it; None where there is none.
-        package_folder: where that puts it.
+        package: Debian's package of it; None where there is none.
+        package_folder: where that package installs it.
     """
 
     folder: str
@@ -82,7 +82,7 @@ class DataSet:
 
 
 _FASHION_URL: Final = "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"
-_FASHION_FILES: Final = {  # train first, images first; the checksums many projects pin
+_FASHION_FILES: Final = {  # train first, images first
     "train-images-idx3-ubyte.gz": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
     "train-labels-idx1-ubyte.gz": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
     "t10k-images-idx3-ubyte.gz": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
@@ -96,7 +96,7 @@ DATA_SETS: Final[dict[str, DataSet]] = {
         folder="fashion-mnist",
         layouts=(tuple(_FASHION_FILES), tuple(name.removesuffix(".gz") for name in _FASHION_FILES)),
         downloads=tuple(Download(file, _FASHION_URL + file, sum_) for file, sum_ in _FASHION_FILES.items()),
-        package="dataset-fashion-mnist",  # the same images and labels, compressed anew
+        package="dataset-fashion-mnist",  # the same images and labels, compressed differently
         package_folder=Path("/usr/share/datasets/fashion-mnist"),
     ),
     "cifar10": DataSet(
@@ -144,7 +144,7 @@ def find(name: str) -> tuple[Path, ...] | None:
 
 
 def locate(name: str) -> tuple[Path, ...]:
-    """As ``find``, for those who cannot do without.
+    """As ``find``, but an error where the data is not on this machine.
 
     Raises:
         FileNotFoundError: it is not on this machine; the one line says how to get it.
@@ -182,7 +182,7 @@ def _needed(module: str) -> Any:
         return import_module(module)
     except ImportError as error:
         raise ModuleNotFoundError(
-            f"data sets: {module.partition('.')[0]} is not installed; pip install optex[data]", name=module
+            f"data sets: {module.partition('.')[0]} is not installed; pip install optex[studies]", name=module
         ) from error
 
 
@@ -196,7 +196,7 @@ def fetch(name: str) -> tuple[Path, ...]:
         The files' paths.
 
     Raises:
-        ValueError: the name is unknown, or a file that came is not the one that was expected (its SHA-256).
+        ValueError: the name is unknown, or a downloaded file has another SHA-256 than expected.
         OSError: a file could not be downloaded or written.
         ModuleNotFoundError: pooch is not installed.
     """
@@ -233,7 +233,7 @@ def _progress(*columns: TimeRemainingColumn | DownloadColumn) -> Progress:
 
 
 class _DownloadBar:
-    """The four things that pooch asks of a progress bar, drawn by rich."""
+    """The interface that pooch expects of a progress bar, drawn by rich."""
 
     def __init__(self, progress: Progress, description: str) -> None:
         self._progress = progress
@@ -245,7 +245,7 @@ class _DownloadBar:
 
     @total.setter
     def total(self, size: int) -> None:
-        self._progress.update(self._task, total=size or None)  # a server that names no size: 0
+        self._progress.update(self._task, total=size or None)  # 0 where the server does not say
 
     def update(self, count: int) -> None:
         self._progress.advance(self._task, count)
@@ -339,7 +339,7 @@ def _read_cifar10(path: Path, split: Split) -> np.ndarray:  # [n, 1 + 3 · 32 ·
 
 
 def _keep(path: Path, rows: np.ndarray) -> None:
-    """Write beside, then move: another process never sees half a file."""
+    """Write a temporary file, then rename it: another process never sees half a file."""
     beside = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -22,14 +22,14 @@ _PADDING = 4
 
 
 class ImageClassification(Problem):
-    """A network that tells ten classes of images apart, cross entropy.
+    """A network that classifies images into ten classes, cross entropy.
 
     Pixels are scaled to mean 0 and deviation 1 over the training set, channel by channel. Each epoch is a new
-    seeded permutation of the training images, cut into batches of one size; the few left over wait for another
-    epoch. The objective without noise is the loss on the held batches: the same ``held_size`` of the training
-    images for every seed, in evaluation mode.
+    seeded permutation of the training images, cut into batches of one size; the few left over are not used in
+    that epoch. The objective without noise is the loss on the held batches: the same ``held_size`` of the
+    training images for every seed, in evaluation mode.
 
-    The data is kept by the process, not by the problem, which is therefore light to copy and to send.
+    The data is cached by the process, not held by the problem, which is therefore cheap to copy and send.
 
     Args:
         seed: of the start (uniform in ±1/√fan-in, as for ``torch.nn.Linear``), the permutations and the
@@ -42,8 +42,8 @@ class ImageClassification(Problem):
         train_size: training images to use, the same ones for every seed; None is all.
         held_size: training images of the held batches; None is what the model evaluates in less than 0.3
             seconds on one core.
-        augment: shift training images by up to 4 pixels, black coming in, and mirror every other one at random.
-            The draws belong to the batch: all methods see the same ones.
+        augment: shift training images by up to 4 pixels, filling with black, and mirror each with probability
+            ½. The draws belong to the batch: all methods see the same ones.
 
     Raises:
         FileNotFoundError: the data is not on this machine; the message says how to get it.
@@ -79,12 +79,12 @@ class ImageClassification(Problem):
         self.batch_size = batch_size
         self._check("batch_size", self.batch_size, self.train_size)
         self.augment = augment
-        # One order for every seed: its head is what is trained on, and the head of that the held batches.
+        # One order for every seed: training images are its first ones, the held batches the first of those.
         self._order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))[: self.train_size]
         width, depth = kind.width if width is None else width, kind.depth if depth is None else depth
         self._check("width", width, 1 << 16)
         self._check("depth", depth, 1 << 10)
-        with torch.random.fork_rng(devices=[]):  # layers draw a start of their own, for which nobody asked
+        with torch.random.fork_rng(devices=[]):  # layers draw an initialisation that is replaced below
             self.network = kind.build(images.shape[1], images.shape[2], width, depth)
         self.reset()
 
@@ -165,7 +165,7 @@ def shifted_and_mirrored(
     images: Tensor,  # [n, c, h, w], uint8
     generator: torch.Generator,
 ) -> Tensor:  # [n, c, h, w], uint8
-    """Each image cut anew out of itself with a black margin of 4 pixels, and mirrored with probability ½."""
+    """A random crop of each image, padded with 4 black pixels, mirrored with probability ½."""
     count, channels, height, width = images.shape
     tops, lefts = torch.randint(2 * _PADDING + 1, (2, count, 1), generator=generator)
     mirrored = torch.randint(2, (count, 1), generator=generator).bool()
@@ -179,7 +179,7 @@ def shifted_and_mirrored(
 
 @final
 class FashionMNIST(ImageClassification):
-    """Ten kinds of clothes, 28 × 28 grey pixels; 60,000 images to train on, 10,000 held out.
+    """Ten classes of clothes, 28 × 28 grey pixels; 60,000 images to train on, 10,000 held out.
 
     By default a 784-128-10 ReLU network, d = 101,770; ``model="cnn"`` has d = 20,490. Data: Xiao, Rasul,
     Vollgraf, *Fashion-MNIST*, arXiv 1708.07747. Arguments are those of :class:`ImageClassification`.
@@ -196,7 +196,7 @@ class FashionMNIST(ImageClassification):
 
 @final
 class CIFAR10(ImageClassification):
-    """Ten kinds of things, 32 × 32 coloured pixels; 50,000 images to train on, 10,000 held out.
+    """Ten classes of objects and animals, 32 × 32 coloured pixels; 50,000 images to train on, 10,000 held out.
 
     By default a residual MLP, as OptEx's paper trains on these images (section 6.3); its sizes are ours: 3
     blocks of width 128, d = 494,730. ``model="resnet"`` is ResNet-20, with BatchNorm and d = 269,722. Data:

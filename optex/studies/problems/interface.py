@@ -1,4 +1,4 @@
-"""What every problem answers: a loss for a batch, batches in a fixed order, and the objective without noise."""
+"""What every problem provides: a loss for a batch, batches in a fixed order, the objective without noise."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Problem(nn.Module, ABC):
 
     @abstractmethod
     def batches(self) -> Iterator[Any]:
-        """Batches without end, one a step; every call starts anew, so that all methods see the same ones."""
+        """Batches without end, one a step; every call starts over, so that all methods see the same ones."""
 
     @abstractmethod
     def evaluate(self) -> float:
@@ -64,18 +64,23 @@ class Problem(nn.Module, ABC):
         """What happens between rounds, after each one; nothing by default.
 
         A problem whose data comes from acting with the present parameters acts here, so that all methods
-        have acted as often at equal rounds. Batches that a method drew ahead are of the time before.
+        have acted as often at equal rounds. Batches that a method drew before stay as they were.
 
         Raises:
             NonFiniteError: it cannot go on with the present parameters; the run ends there.
         """
 
     @property
+    def deterministic(self) -> bool:
+        """Whether the gradient at a point is always the same, whatever the batch; False by default."""
+        return False
+
+    @property
     def minimum(self) -> float | None:
-        """The objective's least value; None where it is not known."""
+        """The objective's lowest value; None where it is not known."""
         return None
 
     @property
     def dimension(self) -> int:
-        """Numbers to optimise, d."""
+        """Number of parameters, d."""
         return sum(parameter.numel() for parameter in self.parameters())

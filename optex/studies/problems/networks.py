@@ -1,4 +1,4 @@
-"""Networks that classify images, each built for any size of image, width and depth, and how they start."""
+"""Networks that classify images, for any image size, width and depth, and how they are initialised."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["CLASSIFIERS", "Classifier", "evaluation_mode", "initialise"]
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """In here dropout is off and BatchNorm uses its running statistics; afterwards every part is as it was."""
+    """Dropout off and BatchNorm on its running statistics; on leaving, every module is as it was."""
     training = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -30,7 +30,7 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def initialise(network: nn.Module, generator: torch.Generator) -> None:
-    """Start a network as torch does, but from a generator of its own, and its buffers as new.
+    """Initialise a network as torch does, but from a given generator, and reset its buffers.
 
     Weights and biases of linear and convolutional layers are uniform in ±1/√fan-in, embeddings are N(0, 1);
     normalisations are the identity, with no statistics yet.
@@ -106,7 +106,7 @@ def _residual_mlp(channels: int, side: int, width: int, depth: int) -> nn.Module
 
 
 class _ResNetBlock(nn.Module):
-    """Two 3 × 3 convolutions with BatchNorm beside a shortcut without parameters (option A)."""
+    """Two 3 × 3 convolutions with BatchNorm with a residual connection without parameters (option A)."""
 
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Functions in closed form, of any dimension, with Gaussian gradient noise on request."""
+"""Functions in closed form, of any dimension, with optional Gaussian noise in the gradient."""
 
 from __future__ import annotations
 
@@ -74,6 +74,10 @@ class Function(Problem):
     def minimizer(self) -> Tensor:  # [d]
         """Where F is least."""
         return torch.zeros_like(self.theta.detach())
+
+    @property
+    def deterministic(self) -> bool:
+        return self.noise == 0
 
     @property
     def minimum(self) -> float:

@@ -25,7 +25,7 @@ def _scikit_learn_arrays(loader: str, problem: str) -> tuple[np.ndarray, np.ndar
         from sklearn import datasets
     except ImportError as error:
         raise ModuleNotFoundError(
-            f"{problem}: its data ships with scikit-learn, which is not installed; pip install optex[data]",
+            f"{problem}: its data ships with scikit-learn, which is not installed; pip install optex[studies]",
             name="sklearn",
         ) from error
     inputs, labels = getattr(datasets, loader)(return_X_y=True)
@@ -104,6 +104,10 @@ class LogisticBreastCancer(Problem):
         bound = 1 / math.sqrt(len(self.weight))
         self.weight.uniform_(-bound, bound, generator=generator)
         self.bias.uniform_(-bound, bound, generator=generator)
+
+    @property
+    def deterministic(self) -> bool:
+        return True
 
     @property
     def minimum(self) -> float:

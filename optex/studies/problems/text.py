@@ -30,7 +30,7 @@ def _encoded(text: str) -> tuple[Tensor, int]:  # [characters], places in the so
 
 
 class Transformer(nn.Module):
-    """Characters so far in, scores of the next one out: GPT-2's blocks, small.
+    """A small GPT-2: scores for the next character, from the characters before it.
 
     Args:
         alphabet: characters there are.
@@ -70,7 +70,7 @@ class Transformer(nn.Module):
 
 
 class _Block(nn.Module):
-    """Attention to what came before, then two layers for each character; both beside a shortcut."""
+    """Causal self-attention, then a two-layer network for each character; both with a residual connection."""
 
     def __init__(self, heads: int, width: int, dropout: float) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class Shakespeare(Problem):
 
     The first nine tenths of tinyshakespeare (1,115,394 characters, 65 different ones) are trained on, the last
     tenth is held out. Each epoch cuts the text into windows of ``context`` characters, from a random character
-    on, and deals them out in random order, both seeded; those that fill no batch wait for another epoch. The
+    on, and shuffles them, both seeded; those left over are not used in that epoch. The
     objective without noise is the loss on the held batches: ``held_size`` windows spread evenly over the
     training text, the same ones for every seed, in evaluation mode.
 
@@ -116,7 +116,7 @@ class Shakespeare(Problem):
         heads: of attention; they divide the width.
         width: numbers for each character.
         context: characters in a window.
-        dropout: probability that one of a layer's numbers is left out of a step, in [0, 1).
+        dropout: probability that an activation is set to zero in a step, in [0, 1).
         batch_size: windows a batch.
         held_size: windows of the held batches; None is 128, or as many as there are.
         start: ``"torch"``, as torch's layers do, or ``"gpt2"``, much smaller, N(0, 0.02²).
@@ -160,7 +160,7 @@ class Shakespeare(Problem):
         self.context = context
         self.batch_size = batch_size
         self.held_size = held_size
-        with torch.random.fork_rng(devices=[]):  # layers draw a start of their own, for which nobody asked
+        with torch.random.fork_rng(devices=[]):  # layers draw an initialisation that is replaced below
             self.network = Transformer(alphabet, layers, heads, width, context, dropout)
         self.reset()
 

@@ -1,4 +1,4 @@
-"""The figures of the OptEx paper, made again: runs, their record, picture and page."""
+"""The figures of the OptEx paper, reproduced: runs, their record, picture and page."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from optex.studies.reproduce.numbers import CurveSummary, numbers
 from optex.studies.reproduce.pages import write_page
 from optex.studies.reproduce.pictures import draw
 from optex.studies.reproduce.record import (
-    Case,
+    PlannedRun,
     Record,
-    cases,
     meta,
+    planned_runs,
     read_record,
     run_curve,
     run_missing,
@@ -21,7 +21,7 @@ from optex.studies.reproduce.studies import FIGURES, SCALES, Choice, Curve, Figu
 __all__ = [
     "FIGURES",
     "SCALES",
-    "Case",
+    "PlannedRun",
     "Check",
     "Choice",
     "Curve",
@@ -30,7 +30,7 @@ __all__ = [
     "Record",
     "Section",
     "View",
-    "cases",
+    "planned_runs",
     "checks",
     "draw",
     "make_figure",

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from optex.studies.comparison import RULER, Spread, acceleration
+from optex.studies.measures import VANILLA, Outcome, Spread, Summary, acceleration, rounds_to_level
 from optex.studies.plots import bootstrap_interval
+from optex.studies.records import null_to_nan
 from optex.studies.reproduce.record import Record, rounds_of
 
 __all__ = ["CurveSummary", "interval", "last_rewards", "losses_of", "numbers", "percent", "runs_of"]
@@ -23,29 +24,17 @@ class CurveSummary:
 
     Attributes:
         section, label: names.
-        seeds: runs made.
-        loss: after the section's last round; NaN for runs that stopped are left out.
-        rounds: to vanilla's loss at the section's level round, over the runs that got there.
+        summary: of the runs; the final loss is that after the section's last round, ``rounds_to_vanilla`` is to
+            vanilla's loss at the section's level round.
         share: of vanilla's rounds that this is, over the same runs.
-        acceleration: as ``optex.studies.comparison.acceleration``; none where vanilla is not run far enough.
         test: the last test error.
-        steps: kept a round, mean.
-        gradients, seconds: of a run, mean.
-        stopped: runs that ended early.
     """
 
     section: str
     label: str
-    seeds: int
-    loss: Spread
-    rounds: Spread
+    summary: Summary
     share: Spread
-    acceleration: Spread
     test: Spread
-    steps: float
-    gradients: float
-    seconds: float
-    stopped: int
 
 
 def numbers(about: dict[str, Any], runs: Sequence[Record]) -> list[CurveSummary]:
@@ -59,54 +48,46 @@ def numbers(about: dict[str, Any], runs: Sequence[Record]) -> list[CurveSummary]
     for name, part in about["sections"].items():
         for label in part["curves"]:
             group = runs_of(runs, name, label)
-            rulers = {run["seed"]: run for run in runs_of(runs, name, RULER)}
-            lines.append(_line(part, group, [rulers[run["seed"]] for run in group]))
+            vanilla = {run["seed"]: run for run in runs_of(runs, name, VANILLA)}
+            lines.append(_line(part, group, [vanilla[run["seed"]] for run in group]))
     return lines
 
 
-def _line(part: dict[str, Any], group: Sequence[Record], rulers: Sequence[Record]) -> CurveSummary:
-    last = rounds_of(group[0]).index(part["rounds"])
-    rounds = [
-        _rounds_to(run, losses_of(ruler)[rounds_of(ruler).index(part["level_round"])])
-        for run, ruler in zip(group, rulers, strict=True)
-    ]
+def _line(part: dict[str, Any], group: Sequence[Record], vanilla: Sequence[Record]) -> CurveSummary:
+    outcomes = [_outcome(part, run, its_vanilla) for run, its_vanilla in zip(group, vanilla, strict=True)]
     return CurveSummary(
         section=group[0]["section"],
         label=group[0]["label"],
-        seeds=len(group),
-        loss=Spread.over(losses_of(run)[last] for run in group),
-        rounds=Spread.over(rounds),
-        share=Spread.over(value / part["level_round"] for value in rounds),
-        acceleration=Spread.over(
-            acceleration(losses_of(run)[: last + 1], losses_of(ruler))
-            for run, ruler in zip(group, rulers, strict=True)
-            if part["vanilla_rounds"] >= run["parallelism"] * part["rounds"]
-        ),
-        test=Spread.over(_known(run["test"].get(str(run["rounds"]))) for run in group),
-        steps=float(np.mean([run["steps"][last] / part["rounds"] for run in group])),
-        gradients=float(np.mean([run["gradients"][last] for run in group])),
-        seconds=float(np.mean([run["seconds"] for run in group])),
-        stopped=sum(run["stopped"] is not None for run in group),
+        summary=Summary.over(outcomes),
+        share=Spread.over(outcome.rounds_to_vanilla / part["level_round"] for outcome in outcomes),
+        test=Spread.over(null_to_nan(run["test"].get(str(run["rounds"])) for run in group)),
     )
 
 
-def _known(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def _rounds_to(run: Record, level: float) -> float:
-    both = zip(rounds_of(run), losses_of(run), strict=True)
-    return next((float(i) for i, loss in both if loss <= level), math.nan)
+def _outcome(part: dict[str, Any], run: Record, vanilla: Record) -> Outcome:
+    last = rounds_of(run).index(part["rounds"])
+    loss, of_vanilla = losses_of(run), losses_of(vanilla)
+    level = of_vanilla[rounds_of(vanilla).index(part["level_round"])]
+    comparable = part["vanilla_rounds"] >= run["parallelism"] * part["rounds"]
+    return Outcome(
+        final_loss=loss[last],
+        rounds_to_vanilla=rounds_to_level(loss, level, rounds_of(run)),
+        acceleration=acceleration(loss[: last + 1], of_vanilla, run["parallelism"]) if comparable else math.nan,
+        accepted=run["steps"][last] / part["rounds"],
+        gradients=run["gradients"][last],
+        seconds=run["seconds"],
+        stopped=run["stopped"] is not None,
+    )
 
 
 def runs_of(runs: Sequence[Record], section: str, label: str) -> list[Record]:
-    """Those of one curve, all its seeds."""
+    """The runs of one curve, all its seeds."""
     return [run for run in runs if (run["section"], run["label"]) == (section, label)]
 
 
 def losses_of(run: Record) -> list[float]:
     """Its losses, NaN after it stopped."""
-    return [_known(loss) for loss in run["loss"]]
+    return null_to_nan(run["loss"])
 
 
 def last_rewards(runs: Sequence[Record], section: str, label: str) -> NDArray[np.float64]:  # [seeds]
@@ -117,9 +98,10 @@ def last_rewards(runs: Sequence[Record], section: str, label: str) -> NDArray[np
 
 def percent(line: CurveSummary) -> str:
     """The share of vanilla's rounds, in words."""
-    if line.rounds.count == 0:
+    if line.share.count == 0:
         return "not reached"
-    reached = f" ({line.rounds.count} of {line.seeds} seeds)" if line.rounds.count < line.seeds else ""
+    seeds = line.summary.seeds
+    reached = f" ({line.share.count} of {seeds} seeds)" if line.share.count < seeds else ""
     return f"{100 * line.share.mean:.1f} %{reached}"
 
 

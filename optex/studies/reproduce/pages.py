@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from optex.studies.comparison import RULER, Spread
+from optex.studies.measures import VANILLA, Spread
 from optex.studies.reproduce.claims import checks
 from optex.studies.reproduce.numbers import interval, last_rewards, numbers, percent, runs_of
 from optex.studies.reproduce.record import Record
+from optex.studies.reproduce.studies import Figure
+from optex.studies.tables import fill_text, markdown_table, places
 
 __all__ = ["write_page"]
 
@@ -21,15 +22,23 @@ _YES: Final = "yes"
 _NO: Final = "**no**"
 
 
-def write_page(path: Path, title: str, about: dict[str, Any], runs: Sequence[Record]) -> None:
+def write_page(path: Path, figure: Figure, about: dict[str, Any], runs: Sequence[Record]) -> None:
     """Write the page, or fill in the tables of the one that is there and leave its words alone.
 
-    Tables stand between ``<!-- table:NAME -->`` and ``<!-- end -->``; their names are run, numbers, checks.
+    Tables stand between ``<!-- table:NAME -->`` and ``<!-- end -->``; their names are run, numbers, checks. A
+    page that is there may do without one of them.
+
+    Args:
+        path: of the page.
+        figure: whose page it is.
+        about: the record's ``meta``.
+        runs: the record's runs.
     """
+    numbers_table = _rewards_table if figure.judged_by == "reward" else _numbers_table
     tables = {
         "run": _run_table(about, runs),
-        "numbers": _rewards_table(about, runs) if about["figure"] == "fig3" else _numbers_table(about, runs),
-        "checks": _table(
+        "numbers": numbers_table(about, runs),
+        "checks": markdown_table(
             ("where", "claim", "measured", "holds"),
             [
                 (check.where, check.claim, check.measured, _YES if check.holds else _NO)
@@ -37,14 +46,10 @@ def write_page(path: Path, title: str, about: dict[str, Any], runs: Sequence[Rec
             ],
         ),
     }
-    name = about["figure"]
-    text = path.read_text() if path.exists() else _empty_page(f"{name.capitalize()}: {title}", name)
-    for table, content in tables.items():
-        pattern = rf"(<!-- table:{table} -->\n).*?(<!-- end -->)"
-        text = re.sub(
-            pattern, lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text, flags=re.DOTALL
-        )
-    path.write_text(text)
+    name = figure.name
+    text = path.read_text() if path.exists() else _empty_page(f"{name.capitalize()}: {figure.title}", name)
+    shown = places(text)
+    path.write_text(fill_text(text, {table: tables[table] for table in tables if table in shown}))
 
 
 def _empty_page(title: str, name: str) -> str:
@@ -52,11 +57,6 @@ def _empty_page(title: str, name: str) -> str:
     for heading, table in (("What was run", "run"), ("Numbers", "numbers"), ("Claims", "checks")):
         parts += [f"## {heading}", f"<!-- table:{table} -->\n<!-- end -->"]
     return "\n\n".join(parts) + "\n"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _run_table(about: dict[str, Any], runs: Sequence[Record]) -> str:
@@ -67,7 +67,7 @@ def _run_table(about: dict[str, Any], runs: Sequence[Record]) -> str:
             + (f", batches of {part['batch_size']}" if part["batch_size"] else ""),
             f"{part['optimizer']}, lr {part['lr']:g}",
             str(part["parallelism"]),
-            str(part["history_size"]),
+            str(part["history_size"] or "each method's own"),
             f"{part['rounds']} (vanilla {part['vanilla_rounds']})",
             str(part["seeds"]),
         )
@@ -75,7 +75,7 @@ def _run_table(about: dict[str, Any], runs: Sequence[Record]) -> str:
     ]
     seconds = sum(run["seconds"] for run in runs)
     return (
-        _table(("section", "problem", "base optimizer", "N", "T0", "rounds", "seeds"), rows)
+        markdown_table(("section", "problem", "base optimizer", "N", "T0", "rounds", "seeds"), rows)
         + f"\n\n`{' '.join(about['command'])}` on {about['date'][:10]}: optex {about['optex']}, torch "
         f"{about['torch']}, Python {about['python']}, {about['cpus']} × {about['cpu']}, {about['threads']} "
         f"thread{'s' * (about['threads'] != 1)} a run, {seconds / 60:.1f} minutes of runs."
@@ -85,20 +85,18 @@ def _run_table(about: dict[str, Any], runs: Sequence[Record]) -> str:
 def _numbers_table(about: dict[str, Any], runs: Sequence[Record]) -> str:
     lines = numbers(about, runs)
     tested = any(line.test.count for line in lines)
-    timed = any(line.acceleration.count for line in lines)
+    timed = any(line.summary.acceleration.count for line in lines)
     head = ["section", "method", "last loss", "rounds to vanilla's", "of its rounds"]
-    head += (
-        ["acceleration"] * timed + ["last test"] * tested + ["steps a round", "gradients", "seconds of the run"]
-    )
+    head += ["acceleration"] * timed + ["last test"] * tested
     rows = []
     for line in lines:
-        rounds = f"{line.rounds.mean:.1f}" if line.rounds.count else "–"
-        cells = [line.section, line.label, _spread(line.loss, line.seeds), rounds, percent(line)]
-        cells += [_spread(line.acceleration, line.seeds, ".2f")] * timed + [
-            _spread(line.test, line.seeds)
-        ] * tested
-        rows.append([*cells, f"{line.steps:.2f}", f"{line.gradients:.0f}", f"{line.seconds:.1f}"])
-    return _table(head, rows)
+        summary = line.summary
+        rounds = f"{summary.rounds_to_vanilla.mean:.1f}" if summary.rounds_to_vanilla.count else "–"
+        cells = [line.section, line.label, _spread(summary.final_loss, summary.seeds), rounds, percent(line)]
+        cells += [_spread(summary.acceleration, summary.seeds, ".2f")] * timed
+        cells += [_spread(line.test, summary.seeds)] * tested
+        rows.append([*cells, f"{summary.accepted:.2f}", f"{summary.gradients:.0f}", f"{summary.seconds:.1f}"])
+    return markdown_table([*head, "steps a round", "gradients", "seconds of the run"], rows)
 
 
 def _spread(spread: Spread, seeds: int, form: str = ".4g") -> str:
@@ -113,7 +111,7 @@ def _spread(spread: Spread, seeds: int, form: str = ".4g") -> str:
 def _rewards_table(about: dict[str, Any], runs: Sequence[Record]) -> str:
     rows = []
     for name, part in about["sections"].items():
-        ruler = last_rewards(runs, name, RULER)
+        vanilla = last_rewards(runs, name, VANILLA)
         for label in part["curves"]:
             rewards = last_rewards(runs, name, label)
             group = runs_of(runs, name, label)
@@ -122,12 +120,12 @@ def _rewards_table(about: dict[str, Any], runs: Sequence[Record]) -> str:
                     name,
                     label,
                     interval(rewards),
-                    "–" if label == RULER else interval(rewards - ruler),
-                    "–" if label == RULER else f"{int((rewards >= ruler).sum())} of {len(rewards)}",
+                    "–" if label == VANILLA else interval(rewards - vanilla),
+                    "–" if label == VANILLA else f"{int((rewards >= vanilla).sum())} of {len(rewards)}",
                     f"{np.mean([run['steps'][-1] for run in group]) / part['rounds']:.2f}",
                     f"{np.mean([run['gradients'][-1] for run in group]):.0f}",
                     f"{np.mean([run['seconds'] for run in group]):.1f}",
                 )
             )
     head = ("task", "method", "cumulative average reward", "more than vanilla", "seeds no worse")
-    return _table((*head, "steps a round", "gradients", "seconds of the run"), rows)
+    return markdown_table((*head, "steps a round", "gradients", "seconds of the run"), rows)

@@ -8,8 +8,9 @@ import numpy as np
 from matplotlib.figure import Figure as Picture
 from numpy.typing import NDArray
 
-from optex.studies.comparison import RULER
+from optex.studies.measures import VANILLA
 from optex.studies.plots import METHOD_STYLES, Line, Panel, bootstrap_interval, plot_panels
+from optex.studies.problems import PROBLEMS
 from optex.studies.reproduce.record import Record, rounds_of
 from optex.studies.reproduce.studies import FITTED, Figure, View
 
@@ -49,10 +50,10 @@ def _panel(view: View, part: dict[str, Any], runs: list[Record]) -> Panel:
     for label in view.labels:
         chosen = [run for run in runs if (run["section"], run["label"]) == (view.section, label)]
         x, values = _values(view, chosen)
-        if label == RULER and view.last_round is not None:
+        if label == VANILLA and view.last_round is not None:
             shown = x <= view.last_round
             x, values = x[shown], values[:, shown]
-        own = label in METHOD_STYLES and (view.family is None or label == RULER)
+        own = label in METHOD_STYLES and (view.family is None or label == VANILLA)
         if own:
             style = METHOD_STYLES[label]
         else:
@@ -60,8 +61,11 @@ def _panel(view: View, part: dict[str, Any], runs: list[Record]) -> Panel:
         name = view.family if view.family is not None and label in ("optex", "optex-paper") else label
         lines.append(Line(name, x, values - (minimum or 0.0), style))
     timed = view.values == "loss" and view.against == "rounds" and part["level_round"] > part["rounds"]
-    test = "test loss" if part["problem"] == "shakespeare" else "test error"
-    names = {"loss": "training loss", "test": test, "reward": "cumulative average reward"}
+    names = {
+        "loss": "training loss",
+        "test": PROBLEMS[part["problem"]].test_measure,
+        "reward": "cumulative average reward",
+    }
     names["steps"] = "steps kept so far"
     return Panel(
         title=view.title,

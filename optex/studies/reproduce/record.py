@@ -20,13 +20,14 @@ from torch import Tensor
 from optex.studies.baselines import Trace
 from optex.studies.comparison import describe
 from optex.studies.problems import Problem
+from optex.studies.records import significant
 from optex.studies.reproduce.studies import Choice, Figure, Section, make_figure
 
 __all__ = [
-    "Case",
+    "PlannedRun",
     "Record",
     "WithTestError",
-    "cases",
+    "planned_runs",
     "meta",
     "read_record",
     "rounds_of",
@@ -45,19 +46,19 @@ _LONG: Final = 240  # where a section has more rounds, a quarter of this are rec
 
 
 @dataclass(frozen=True)
-class Case:
-    """One run to make."""
+class PlannedRun:
+    """One run of a figure to make."""
 
     section: str
     label: str
     seed: int
 
 
-def cases(figure: Figure) -> list[Case]:
-    """The runs to make; seed by seed, so that what is interrupted has whole seeds."""
+def planned_runs(figure: Figure) -> list[PlannedRun]:
+    """The runs to make, seed by seed, so that an interrupted command leaves whole seeds."""
     most = max(section.comparison.seeds for section in figure.sections)
     return [
-        Case(section.name, curve.label, seed)
+        PlannedRun(section.name, curve.label, seed)
         for seed in range(most)
         for section in figure.sections
         if seed < section.comparison.seeds
@@ -65,30 +66,30 @@ def cases(figure: Figure) -> list[Case]:
     ]
 
 
-def run_curve(name: str, choice: Choice, case: Case) -> Record:
+def run_curve(name: str, choice: Choice, planned: PlannedRun) -> Record:
     """Make one run of a figure; a method that diverges leaves a run that stopped, not an error.
 
-    Takes the figure by name, so that another process can be asked.
+    Takes the figure's name, which can be sent to another process.
     """
-    section = make_figure(name, choice).section(case.section)
-    curve = next(curve for curve in section.curves if curve.label == case.label)
+    section = make_figure(name, choice).section(planned.section)
+    curve = next(curve for curve in section.curves if curve.label == planned.label)
     setting = section.setting(curve)
-    problem = section.comparison.problem(section.problem, case.seed)
+    problem = section.comparison.problem(section.problem, planned.seed)
     watched = WithTestError(problem, setting.rounds, section.tests) if section.tests else None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trace = curve.run(watched or problem, setting)
     places = _recorded(setting.rounds, section)
     return {
-        **asdict(case),
+        **asdict(planned),
         "parallelism": setting.parallelism,
         "history_size": setting.history_size,
         "lr": trace.lr,
-        "seconds": _rounded(trace.seconds[-1]),
+        "seconds": significant(trace.seconds[-1], _DIGITS),
         "stopped": trace.stopped,
         "warnings": dict(Counter(warning.category.__name__ for warning in caught)),
         "rounds": setting.rounds,
-        "loss": [_rounded(trace.loss[i]) for i in places],
+        "loss": [significant(trace.loss[i], _DIGITS) for i in places],
         "gradients": [trace.gradients[i] for i in places],
         "steps": [sum(trace.accepted[: i + 1]) for i in places],
         "test": {} if watched is None else watched.errors_of(trace),
@@ -105,15 +106,15 @@ def run_missing(figure: Figure, choice: Choice, made: Sequence[Record], workers:
         workers: runs made at once; with more than 1, each in a process of its own with one thread.
     """
     there = {(run["section"], run["label"], run["seed"]) for run in made}
-    missing = [case for case in cases(figure) if (case.section, case.label, case.seed) not in there]
+    missing = [run for run in planned_runs(figure) if (run.section, run.label, run.seed) not in there]
     if workers == 1:
-        yield from (run_curve(figure.name, choice, case) for case in missing)
+        yield from (run_curve(figure.name, choice, run) for run in missing)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool:
         yield from (
             future.result()
-            for future in as_completed(pool.submit(run_curve, figure.name, choice, case) for case in missing)
+            for future in as_completed(pool.submit(run_curve, figure.name, choice, run) for run in missing)
         )
 
 
@@ -138,10 +139,6 @@ def rounds_of(run: Record) -> list[int]:
     return _spread(run["rounds"], len(run["loss"]))
 
 
-def _rounded(value: float) -> float | None:
-    return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
-
-
 class WithTestError(Problem):
     """A problem that also measures its test error, at some of the rounds at which it is evaluated.
 
@@ -157,7 +154,7 @@ class WithTestError(Problem):
         super().__init__(problem.seed)
         self.problem = problem
         self._due = {0} | {round(rounds * i / tests) for i in range(1, tests + 1)}
-        # A method that tries several settings starts anew with each: losses, and errors by round, of every try.
+        # A method that tries several settings resets the problem for each: losses and errors by round, by try.
         self._tries: list[tuple[list[float], dict[str, float | None]]] = []
 
     def forward(self, batch: Any) -> Tensor:
@@ -169,19 +166,23 @@ class WithTestError(Problem):
     def evaluate(self) -> float:
         losses, errors = self._tries[-1]
         if len(losses) in self._due:
-            errors[str(len(losses))] = _rounded(self.problem.test_error())  # type: ignore[operator]
+            errors[str(len(losses))] = significant(self.problem.test_error(), _DIGITS)  # type: ignore[operator]
         losses.append(self.problem.evaluate())
         return losses[-1]
 
     def between_rounds(self) -> None:
         self.problem.between_rounds()
 
+    @property
+    def deterministic(self) -> bool:
+        return self.problem.deterministic
+
     def reset(self) -> None:
         self._tries.append(([], {}))
         self.problem.reset()
 
     def errors_of(self, trace: Trace) -> dict[str, float | None]:
-        """Those of the try that left this trace."""
+        """The test errors of the try that this trace is of."""
         kept = [loss for loss in trace.loss if math.isfinite(loss)]
         return next(errors for losses, errors in self._tries if losses[: len(kept)] == kept)
 
@@ -218,7 +219,7 @@ def _section_meta(section: Section, described: dict[str, Any]) -> dict[str, Any]
 
 
 def write_record(path: Path, about: dict[str, Any], runs: Sequence[Record]) -> None:
-    """Write what was run, and one line for each run; the old file stays until the new one is whole."""
+    """Write what was run, and a line for each run; the old file is replaced when the new one is complete."""
     lines = ",\n".join(json.dumps(run, separators=(",", ":"), allow_nan=False) for run in runs)
     whole = f'{{"meta": {json.dumps(about, allow_nan=False)},\n"runs": [\n{lines}\n]}}\n'
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -228,7 +229,7 @@ def write_record(path: Path, about: dict[str, Any], runs: Sequence[Record]) -> N
 
 
 def read_record(path: Path, about: dict[str, Any]) -> tuple[dict[str, Any], list[Record]]:
-    """The runs of a record written before, to go on with; none where there is no file.
+    """The runs of an earlier record, to continue with; none where there is no file.
 
     Args:
         path: of the record.
@@ -247,17 +248,17 @@ def read_record(path: Path, about: dict[str, Any]) -> tuple[dict[str, Any], list
         there, runs = document["meta"], document["runs"]
         before = {name: dict(part) for name, part in there["sections"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"resume: {path} is not a record of this command; move it away") from error
+        raise ValueError(f"resume: {path} is not a record of a figure; move it away") from error
     wanted = json.loads(json.dumps(about["sections"]))
     if before.keys() != wanted.keys() or any(_fixed(before[name]) != _fixed(wanted[name]) for name in wanted):
-        raise ValueError(f"resume: {path} was made with other settings; choose them, or another --out")
+        raise ValueError(f"resume: {path} was made with other settings; choose those, or another folder")
     for name, part in before.items():
         if part["seeds"] > wanted[name]["seeds"] or not set(part["curves"]) <= set(wanted[name]["curves"]):
-            raise ValueError(f"resume: {path} has more seeds or curves; choose as many, or another --out")
+            raise ValueError(f"resume: {path} has more seeds or curves; choose as many, or another folder")
     whole = len(runs) == sum(part["seeds"] * len(part["curves"]) for part in wanted.values())
     return (there if whole else about), runs
 
 
 def _fixed(part: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a section, without what a record may get more of."""
+    """The settings of a section without its seeds and curves, of which a record may get more."""
     return {name: value for name, value in part.items() if name not in ("seeds", "curves")}

@@ -1,4 +1,4 @@
-"""What each figure of the paper runs and draws, at a small scale and at the paper's."""
+"""What each figure of the paper runs and draws, at a small scale and at the paper's own."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any, Final, Literal
 
 from optex.optimizer import OptEx
 from optex.studies.baselines import METHODS, Method, Setting, Trace
-from optex.studies.baselines.with_optex import optex, run_rounds
-from optex.studies.comparison import RULER, Comparison
-from optex.studies.problems import Problem
+from optex.studies.baselines.with_optex import history_choice, optex, run_rounds
+from optex.studies.comparison import Comparison
+from optex.studies.measures import VANILLA
+from optex.studies.problems import PROBLEMS, Problem
 
 __all__ = [
     "FIGURES",
@@ -28,7 +29,8 @@ __all__ = [
 SCALES: Final = ("small", "paper")
 LAST_ONLY: Final = "evaluating the last only"
 FITTED: Final = "optex-paper, fitted"  # Algorithm 1 with length scale and noise by leave-one-out
-_USUAL: Final = (RULER, "target", "data-parallel", "optex-paper", "optex")
+_HISTORY: Final = 20  # T0 of the paper, as far as we know
+_USUAL: Final = (VANILLA, "target", "data-parallel", "optex-paper", "optex")
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a figure: a method, and what it has otherwise than its section.
+    """A line of a figure: a method, and its settings where they differ from the section's.
 
     Attributes:
         label: names it; unique in its section.
@@ -107,7 +109,7 @@ class Section:
             usual,
             parallelism=curve.parallelism or usual.parallelism,
             history_size=curve.history_size or usual.history_size,
-            rounds=self.vanilla_rounds if curve.label == RULER else self.comparison.rounds,
+            rounds=self.vanilla_rounds if curve.label == VANILLA else self.comparison.rounds,
         )
 
 
@@ -146,6 +148,7 @@ class Figure:
         sections: what is run.
         views: what is drawn, row by row.
         columns: panels a row.
+        judged_by: what its page compares methods by: ``"loss"``, or ``"reward"``, which is minus the loss.
     """
 
     name: str
@@ -153,6 +156,7 @@ class Figure:
     sections: tuple[Section, ...]
     views: tuple[View, ...]
     columns: int
+    judged_by: Literal["loss", "reward"] = "loss"
 
     def section(self, name: str) -> Section:
         """The section of that name."""
@@ -167,9 +171,10 @@ def make_figure(name: str, choice: Choice) -> Figure:
     """
     if name not in FIGURES:
         raise ValueError(f"figure: {name!r} is not one of {', '.join(FIGURES)}")
-    if choice.dim is not None and name in ("fig3", "fig4"):
+    figure = FIGURES[name](choice)
+    if choice.dim is not None and not any("dim" in PROBLEMS[part.problem].options for part in figure.sections):
         raise ValueError(f"dim: the problems of {name} have their own; it is for fig2 and fig6")
-    return FIGURES[name](choice)
+    return figure
 
 
 def _usual(*names: str) -> tuple[Curve, ...]:
@@ -183,11 +188,11 @@ def _labels(curves: Iterable[Curve]) -> tuple[str, ...]:
 def _paper(
     label: str, *, parallelism: int | None = None, history_size: int | None = None, **choices: Any
 ) -> Curve:
-    """Algorithm 1 with one thing otherwise."""
+    """Algorithm 1 with one setting changed."""
 
     def run(problem: Problem, setting: Setting) -> Trace:
         base = setting.base_optimizer(problem)
-        optimizer = OptEx.from_paper(base, setting.parallelism, setting.history_size, **choices)
+        optimizer = OptEx.from_paper(base, setting.parallelism, **history_choice(setting), **choices)
         return run_rounds(problem, setting, optimizer)
 
     return Curve(label, run, parallelism, history_size)
@@ -208,6 +213,7 @@ def _fig2(choice: Choice) -> Figure:
                 rounds=rounds,
                 seeds=choice.seeds or 5,
                 dim=choice.dim or (10_000 if choice.scale == "small" else 100_000),
+                history_size=_HISTORY,
             ),
             _usual(),
             vanilla_rounds=5 * rounds,
@@ -227,12 +233,14 @@ def _fig3(choice: Choice) -> Figure:
 
     def section(problem: str, usual: int) -> Section:
         rounds = choice.rounds or (usual if small else 5_000)
-        comparison = Comparison((problem,), lr=1e-3, parallelism=4, rounds=rounds, seeds=seeds)
+        comparison = Comparison(
+            (problem,), lr=1e-3, parallelism=4, history_size=_HISTORY, rounds=rounds, seeds=seeds
+        )
         return Section(problem, comparison, (*_usual(), _FITTED), vanilla_rounds=rounds, level_round=rounds)
 
     sections = [section("cartpole", 500), section("acrobot", 500), section("mountain-car", 1_500)]
     views = tuple(View(part.name, part.name, _labels(part.curves), "reward") for part in sections)
-    return Figure("fig3", "Deep Q-learning", tuple(sections), views, columns=3)
+    return Figure("fig3", "Deep Q-learning", tuple(sections), views, columns=3, judged_by="reward")
 
 
 # Sizes of ours for what the paper calls its residual MLP and its transformer; nanoGPT's for the latter.
@@ -257,6 +265,7 @@ def _fig4(choice: Choice) -> Figure:
                 (problem,),
                 lr=1e-3,
                 parallelism=parallelism,
+                history_size=_HISTORY if parallelism <= 8 else 32,
                 rounds=rounds,
                 seeds=choice.seeds or seeds,
                 batch_size=options.pop("batch_size", None),
@@ -268,27 +277,29 @@ def _fig4(choice: Choice) -> Figure:
             tests=0 if parallelism == 16 else 6,
         )
 
-    # Vanilla's last loss is looked for in up to 60 % of its rounds.
+    # Methods get 60 % of vanilla's rounds to reach its last loss.
     rounds = choice.rounds or (144 if small else 3_000)
-    sixteen = _usual(RULER, "target", "optex-paper", "optex")
+    sixteen = _usual(VANILLA, "target", "optex-paper", "optex")
     short = min(rounds, 30 if small else 240)
     sections = (
         section("cifar10", "cifar10", 4, rounds, 5, (*_usual(), _FITTED)),
         section("shakespeare", "shakespeare", 4, rounds, 3, (*_usual(), _FITTED)),
         section("shakespeare, N = 16", "shakespeare", 16, short, 3, (*sixteen, _FITTED)),
     )
+    return Figure("fig4", "Neural networks", sections, _network_views(*sections), columns=3)
+
+
+def _network_views(images: Section, text: Section, many: Section) -> tuple[View, ...]:
+    """A row for each section: against rounds, test error or steps kept, against gradients."""
     views = []
-    for part in sections[:2]:
-        test = "test loss" if part.problem == "shakespeare" else "test error"
+    for part in (images, text, many):
         shown = (part.name, _labels(part.curves))
+        test = PROBLEMS[part.problem].test_measure
+        middle = View(f"{part.name}: steps", *shown, "steps")
         views.append(View(f"{part.name}: training loss", *shown))
-        views.append(View(f"{part.name}: {test}", *shown, "test"))
+        views.append(View(f"{part.name}: {test}", *shown, "test") if part.tests else middle)
         views.append(View(f"{part.name}: training loss", *shown, "loss", "gradients"))
-    shown = (sections[2].name, _labels(sections[2].curves))
-    views.append(View("shakespeare, N = 16: training loss", *shown))
-    views.append(View("shakespeare, N = 16: steps", *shown, "steps"))
-    views.append(View("shakespeare, N = 16: training loss", *shown, "loss", "gradients"))
-    return Figure("fig4", "Neural networks", sections, tuple(views), columns=3)
+    return tuple(views)
 
 
 def _fig6(choice: Choice) -> Figure:
@@ -298,7 +309,7 @@ def _fig6(choice: Choice) -> Figure:
     usual = _usual()
     last = _paper(LAST_ONLY, evaluate="last")
     selections = tuple(_paper(f"keep {name}", selection=name) for name in ("lowest-loss", "smallest-gradient"))
-    histories = tuple(_paper(f"T0 = {size}", history_size=size) for size in sizes if size != 20)
+    histories = tuple(_paper(f"T0 = {size}", history_size=size) for size in sizes if size != _HISTORY)
     parallel = tuple(_paper(f"N = {width}", parallelism=width) for width in widths if width != 5)
     ours = tuple(Curve(f"optex, N = {width}", optex, width) for width in widths if width != 5)
     kernels = tuple(
@@ -313,6 +324,7 @@ def _fig6(choice: Choice) -> Figure:
             rounds=rounds,
             seeds=choice.seeds or 5,
             dim=choice.dim or (10_000 if choice.scale == "small" else 100_000),
+            history_size=_HISTORY,
         ),
         (*usual, last, *selections, *histories, *parallel, *ours, *kernels),
         vanilla_rounds=max(widths) * rounds,
@@ -322,25 +334,18 @@ def _fig6(choice: Choice) -> Figure:
     def view(title: str, *labels: str, family: str | None = None) -> View:
         return View(title, section.name, labels, last_round=rounds, family=family)
 
+    def in_order(own: str, others: tuple[Curve, ...], before: int) -> tuple[str, ...]:
+        """Vanilla, then the section's own value among the others, with so many of them before it."""
+        return (VANILLA, *_labels(others[:before]), own, *_labels(others[before:]))
+
+    own_history, own_width = f"T0 = {_HISTORY} (optex-paper)", "N = 5 (optex-paper)"
     views = (
         view("(a) which proxies are evaluated", *_labels((*usual, last))),
-        view("(b) which result is kept", RULER, "optex-paper", *_labels(selections)),
-        view(
-            "(c) history T0",
-            *(RULER, *_labels(histories[:3]), "optex-paper", *_labels(histories[3:])),
-            family="T0 = 20 (optex-paper)",
-        ),
-        view(
-            "(d) parallelism N",
-            *(RULER, *_labels(parallel[:1]), "optex-paper", *_labels(parallel[1:])),
-            family="N = 5 (optex-paper)",
-        ),
-        view("(e) kernel", RULER, "optex-paper", *_labels(kernels)),
-        view(
-            "(f) parallelism N, verified",
-            *(RULER, *_labels(ours[:1]), "optex", *_labels(ours[1:])),
-            family="optex, N = 5",
-        ),
+        view("(b) which result is kept", VANILLA, "optex-paper", *_labels(selections)),
+        view("(c) history T0", *in_order("optex-paper", histories, 3), family=own_history),
+        view("(d) parallelism N", *in_order("optex-paper", parallel, 1), family=own_width),
+        view("(e) kernel", VANILLA, "optex-paper", *_labels(kernels)),
+        view("(f) parallelism N, verified", *in_order("optex", ours, 1), family="optex, N = 5"),
     )
     return Figure("fig6", "Ablations on Rosenbrock's function", (section,), views, columns=3)
 

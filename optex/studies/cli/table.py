@@ -1,0 +1,136 @@
+"""What ``optex compare`` prints: a table for every problem, and what its columns mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from optex.studies.baselines import METHODS
+from optex.studies.comparison import Comparison, Row
+from optex.studies.measures import Spread, Summary, largest_acceleration
+from optex.studies.problems import PROBLEMS
+
+__all__ = ["figures", "print_result", "rounds_cell"]
+
+
+def print_result(
+    comparison: Comparison, meta: dict[str, Any], rows: Sequence[Row], notes: Sequence[str]
+) -> None:
+    """A heading, a table for every problem, footnotes, and the warnings raised in the runs."""
+    console = Console(highlight=False)
+    seeds = f"{comparison.seeds} seed" + "s" * (comparison.seeds > 1)
+    history = "each method's own T0" if comparison.history_size is None else f"T0 = {comparison.history_size}"
+    console.print(
+        f"{comparison.optimizer}, lr {comparison.learning_rate:g}, N = {comparison.parallelism}, {history}, "
+        f"{comparison.rounds} rounds, {seeds}"
+    )
+    for problem in comparison.problems:
+        console.print()
+        console.print(_problem_line(comparison, meta, problem), style="bold")
+        gap = 2 if console.width >= 90 else 1
+        console.print(_table(comparison, [row for row in rows if row.problem == problem], gap))
+    console.print()
+    for line in (*_footnotes(comparison, rows), *notes):
+        console.print(line, style="dim", markup=False)
+
+
+def _problem_line(comparison: Comparison, meta: dict[str, Any], problem: str) -> str:
+    options = PROBLEMS[problem].options
+    parts = [f"{problem}: d = {meta['dimension'][problem]:,}"]
+    if "noise" in options and comparison.noise:
+        parts.append(f"noise {comparison.noise:g}")
+    if meta["batch_size"][problem] is not None:
+        parts.append(f"batches of {meta['batch_size'][problem]}")
+    parts += [f"{key} {value}" for key, value in comparison.problem_options.items() if key in options]
+    if meta["minimum"][problem] is not None:
+        parts.append(f"minimum {meta['minimum'][problem]:.4g}")
+    return ", ".join(parts)
+
+
+def _table(comparison: Comparison, rows: Sequence[Row], gap: int) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="dim")
+    table.add_column("method", no_wrap=True)
+    headers = ("final loss", "as good\nat round", "acceleration", "gradients", "seconds", "pays\nabove")
+    for header in headers:
+        table.add_column(header, justify="right", no_wrap=True)
+    ceiling = largest_acceleration(comparison.rounds, comparison.parallelism)
+    for row in rows:
+        summary = row.summary
+        table.add_row(
+            row.method,
+            _loss_cell(summary),
+            rounds_cell(summary),
+            _acceleration_cell(summary.acceleration, ceiling),
+            f"{summary.gradients:.0f}",
+            f"{summary.seconds:.2f}",
+            _duration(row.break_even_seconds),
+        )
+    return table
+
+
+def _loss_cell(summary: Summary) -> str:
+    loss = summary.final_loss
+    if loss.count == 0:
+        return "diverged"
+    if loss.count < summary.seeds:
+        return figures(loss.mean, 3) + _only(loss, summary.seeds)
+    mean = figures(loss.mean, 3)
+    return mean if math.isnan(loss.deviation) else f"{mean} ± {figures(loss.deviation, 1)}"
+
+
+def rounds_cell(summary: Summary) -> str:
+    """Rounds to vanilla's loss, and how many of the seeds got there where not all did."""
+    reached = summary.rounds_to_vanilla
+    return f"{reached.mean:.1f}{_only(reached, summary.seeds)}" if reached.count else "–"
+
+
+def _only(spread: Spread, seeds: int) -> str:
+    return f" ({spread.count})" if 0 < spread.count < seeds else ""
+
+
+def _acceleration_cell(spread: Spread, ceiling: float) -> str:
+    mean = "≥ " * _is_at_ceiling(spread.mean, ceiling) + f"{spread.mean:.2f}"
+    return mean if math.isnan(spread.deviation) else f"{mean} ± {spread.deviation:.2f}"
+
+
+def _is_at_ceiling(gained: float, ceiling: float) -> bool:
+    return gained > 0.999 * ceiling
+
+
+def figures(value: float, digits: int) -> str:
+    """Rounded to so many significant digits, with an exponent only for very large or small numbers."""
+    return f"{float(f'{value:.{digits}g}'):g}"
+
+
+def _duration(seconds: float) -> str:
+    if math.isnan(seconds):
+        return "–"
+    if math.isinf(seconds):
+        return "never"
+    scale, unit = next((s, u) for s, u in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")) if seconds >= s or s == 1e-6)
+    return f"{figures(seconds / scale, 2)} {unit}"
+
+
+def _footnotes(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
+    lines = [
+        f"as good at round: the first with a loss no higher than vanilla's after round {comparison.rounds}",
+        "seconds: of a run on this machine, with the gradients of a round evaluated in turn",
+        "pays above: where N gradients at once take the time of one, the method pays if a",
+        "    gradient takes longer than this: overhead of a round / (acceleration - 1)",
+    ]
+    summaries = [row.summary for row in rows]
+    if any(0 < s.count < all_.seeds for all_ in summaries for s in (all_.final_loss, all_.rounds_to_vanilla)):
+        lines.append("(n): only n of the seeds came that far")
+    ceiling = largest_acceleration(comparison.rounds, comparison.parallelism)
+    if any(_is_at_ceiling(summary.acceleration.mean, ceiling) for summary in summaries):
+        length = comparison.parallelism * comparison.rounds
+        lines.append(f"≥: better than vanilla in all of its {length} rounds; more cannot be measured")
+    for method in dict.fromkeys(row.method for row in rows if METHODS[row.method].tunes_rate):
+        tuned = [row for row in rows if row.method == method]
+        rates = ", ".join(f"{row.problem} {' or '.join(f'{lr:.3g}' for lr in row.lr)}" for row in tuned)
+        lines.append(f"{method} took the best lr of × 1, √N, N for each seed: {rates}")
+    return lines

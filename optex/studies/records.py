@@ -1,0 +1,58 @@
+"""Records of runs in JSON: numbers it cannot write, and files in which a later record replaces an earlier."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["finite_or_null", "latest", "null_to_nan", "read_lines", "significant"]
+
+
+def significant(value: float, digits: int) -> float | None:
+    """Rounded to so many significant digits; None, JSON's null, where the value is not finite.
+
+    >>> significant(0.123456, 3), significant(math.nan, 3)
+    (0.123, None)
+    """
+    return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+
+
+def null_to_nan(values: Iterable[float | None]) -> list[float]:
+    """NaN where JSON has null: the inverse of ``significant``.
+
+    >>> null_to_nan([1.0, None])
+    [1.0, nan]
+    """
+    return [math.nan if value is None else value for value in values]
+
+
+def finite_or_null(value: Any) -> Any:
+    """The document with None in place of every float that is not finite, which JSON cannot write.
+
+    >>> finite_or_null({"loss": [1.0, math.inf]})
+    {'loss': [1.0, None]}
+    """
+    if isinstance(value, dict):
+        return {key: finite_or_null(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_null(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def latest(records: Iterable[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
+    """The last of all records that agree in ``keys``: a run that was made again replaces the earlier one.
+
+    >>> latest([{"seed": 0, "loss": 2.0}, {"seed": 1, "loss": 3.0}, {"seed": 0, "loss": 1.0}], ["seed"])
+    [{'seed': 0, 'loss': 1.0}, {'seed': 1, 'loss': 3.0}]
+    """
+    return list({tuple(record[key] for key in keys): record for record in records}.values())
+
+
+def read_lines(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """The latest records of a file with a JSON list of records on each line; none where there is no file."""
+    if not path.exists():
+        return []
+    return latest((record for line in path.read_text().splitlines() for record in json.loads(line)), keys)
