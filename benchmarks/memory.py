@@ -53,7 +53,7 @@ def train(problem: Problem, options: dict[str, Any]) -> dict[str, Any]:
     base = torch.optim.Adam(problem.parameters(), lr=1e-3)
     optimizer = optex.OptEx(base, parallelism=4, **options)
     losses, reports = {}, []
-    rounds = optimizer.rounds(problem.batches(), problem)
+    rounds = optimizer.rounds(problem.batches(), problem.source())
     for number, report in enumerate(itertools.islice(rounds, ROUNDS[-1]), start=1):
         reports.append(report)
         if number in ROUNDS:

@@ -23,11 +23,11 @@ import torch
 import optex
 
 METHODS: dict[str, Callable[..., optex.OptEx]] = {
-    "optex-paper": lambda base, n, t0: optex.OptEx.from_paper(base, n, t0),
+    "optex-paper": lambda base, n, t0: optex.OptEx.from_paper(base, n, t0, deterministic=True),
     "optex-paper, leave-one-out": lambda base, n, t0: optex.OptEx.from_paper(
-        base, n, t0, lengthscale="leave-one-out", noise_variance="leave-one-out"
+        base, n, t0, lengthscale="leave-one-out", noise_variance="leave-one-out", deterministic=True
     ),
-    "optex": lambda base, n, t0: optex.OptEx(base, parallelism=n, history_size=t0),
+    "optex": lambda base, n, t0: optex.OptEx(base, parallelism=n, history_size=t0, deterministic=True),
 }
 
 

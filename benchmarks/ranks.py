@@ -40,9 +40,15 @@ def rounds(dimension: int, parallelism: int, pause: float, count: int) -> dict[s
     """Of ``count`` rounds on this rank: seconds of the fastest two in a row, means of all else."""
     torch.manual_seed(0)
     theta = torch.nn.Parameter(torch.rand(dimension) * 4 - 2)
-    evaluator = optex.DistributedEvaluator(shard=True)
-    base = torch.optim.Adam([theta], lr=0.01)
-    optimizer = optex.OptEx(base, parallelism=parallelism, history_size=HISTORY, evaluator=evaluator)
+    evaluator = optex.DistributedEvaluator()
+    optimizer = optex.OptEx(
+        torch.optim.Adam([theta], lr=0.01),
+        parallelism=parallelism,
+        history_size=HISTORY,
+        evaluator=evaluator,
+        shard=True,
+        deterministic=True,
+    )
 
     def objective(_: Any) -> torch.Tensor:
         time.sleep(pause)

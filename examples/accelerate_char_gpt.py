@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from train_char_gpt import Batch, Text, arguments, build, decayed_and_not, held_loss, sample, warm_up_and_cosine
 
 import optex
-from optex.evaluators import GradientSource
+from optex import GradientSource
 
 
 class AcceleratedBackward(GradientSource):
@@ -36,13 +36,13 @@ class AcceleratedBackward(GradientSource):
     def __init__(self, accelerator: Accelerator, objective: Callable[[Any], Tensor]) -> None:
         self.accelerator, self.objective = accelerator, objective
 
-    def backpropagate(self, batch: Batch) -> Tensor:
+    def gradient(self, batch: Batch) -> tuple[Tensor, None]:
         total = torch.zeros((), device=self.accelerator.device)
         for micro_batch in batch:
             loss = self.objective(micro_batch) / len(batch)
             self.accelerator.backward(loss)
             total += loss.detach()
-        return total
+        return total, None
 
 
 class Windows(Dataset):

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from train_cifar10 import Images, resnet
 
 import optex
-from optex.evaluators import GradientSource
+from optex import GradientSource
 
 Batch = tuple[Tensor, Tensor]
 
@@ -44,10 +44,10 @@ class ManualBackward(GradientSource):
     def __init__(self, module: Classifier) -> None:
         self.module = module
 
-    def backpropagate(self, batch: Batch) -> Tensor:
+    def gradient(self, batch: Batch) -> tuple[Tensor, None]:
         loss = self.module.loss(batch)
         self.module.manual_backward(loss)
-        return loss.detach()
+        return loss.detach(), None
 
 
 class Classifier(lightning.LightningModule):

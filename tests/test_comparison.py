@@ -11,12 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from optex.stepping import default_rate
 from optex.stepping.bases import OPTIMIZERS
 from optex.studies.baselines import METHODS, Trace
 from optex.studies.comparison import (
     Comparison,
     Run,
-    default_rate,
     describe,
     run_case,
     summarise,

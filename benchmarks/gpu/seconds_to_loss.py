@@ -111,7 +111,7 @@ def optex_rounds(problem: Problem, lr: float, make: Callable[..., optex.OptEx], 
     """Rounds of N vectorized gradients."""
     base = torch.optim.Adam(problem.parameters(), lr=lr)
     optimizer = make(base, parallelism=n, evaluator=optex.VectorizedEvaluator(problem, randomness="different"))
-    yield from optimizer.rounds(problem.batches(), problem)
+    yield from optimizer.rounds(problem.batches(), problem.source())
 
 
 def run(

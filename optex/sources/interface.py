@@ -50,10 +50,7 @@ class GradientSource(ABC):
 
     deterministic: bool = False
     evaluations: float = 1.0
-
-    @property
-    def module(self) -> nn.Module | None:
-        return None
+    module: nn.Module | None = None
 
     @abstractmethod
     def gradient(self, batch: Any) -> tuple[Tensor, Tensor | None]:  # [], []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,10 +25,11 @@ class ObjectiveSource(GradientSource):
 
     objective: Callable[[Any], Tensor]
     deterministic: bool = False
+    module: nn.Module | None = field(init=False, default=None, compare=False)
 
-    @property
-    def module(self) -> nn.Module | None:
-        return self.objective if isinstance(self.objective, nn.Module) else None
+    def __post_init__(self) -> None:
+        if isinstance(self.objective, nn.Module):
+            object.__setattr__(self, "module", self.objective)
 
     def gradient(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         loss = scalar_loss(self.objective(batch), "objective")

@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
 
-from optex.stepping.bases import OPTIMIZERS, base_optimizer
+from optex.stepping import OPTIMIZERS, base_optimizer, default_rate
 from optex.studies.baselines import Setting, Trace, make_method
 from optex.studies.measures import VANILLA, Outcome, Spread, Summary, acceleration, rounds_to_level
 from optex.studies.problems import PROBLEMS, Problem, make_problem
@@ -27,27 +27,11 @@ __all__ = [
     "Comparison",
     "Row",
     "Run",
-    "default_rate",
     "describe",
     "run_case",
     "summarise",
     "write_json",
 ]
-
-_LEARNING_RATES: Final[dict[str, float]] = {
-    "sgd": 0.1,
-    "momentum": 0.05,
-    "nesterov": 0.05,
-    "adagrad": 0.1,
-    "adadelta": 1.0,
-    "asgd": 0.1,
-    "muon": 0.02,
-}
-
-
-def default_rate(optimizer: str) -> float:
-    """The learning rate of a comparison that names none; 0.01 where the optimizer normalises the gradient."""
-    return _LEARNING_RATES.get(optimizer, 0.01)
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def run_rounds(problem: Problem, setting: Setting, optimizer: OptEx) -> Trace:
     """Run any ``OptEx`` of the problem's parameters for the setting's rounds."""
     lr = optimizer.param_groups[0]["lr"]
     with Recorder(problem, setting.rounds) as recorder:
-        for report in optimizer.rounds(problem.batches(), problem):
+        for report in optimizer.rounds(problem.batches(), problem.source()):
             recorder.round(
                 gradients=report.evaluated,
                 accepted=report.accepted,

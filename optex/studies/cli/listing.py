@@ -7,10 +7,10 @@ from functools import partial
 
 from rich.console import Console
 
+from optex.stepping import default_rate
 from optex.stepping.bases import OPTIMIZERS
 from optex.studies.baselines import METHODS
 from optex.studies.cli.app import app
-from optex.studies.comparison import default_rate
 from optex.studies.problems import PROBLEMS, ProblemEntry
 from optex.studies.problems.data import find
 

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from optex.sources import ObjectiveSource
+
 __all__ = ["Problem", "seeded_generator"]
 
 _STREAMS: Final = {"start": 0, "batches": 1, "acting": 2}
@@ -59,6 +61,10 @@ class Problem(nn.Module, ABC):
     @abstractmethod
     def reset(self) -> None:
         """Put the parameters back to the start, bit for bit."""
+
+    def source(self) -> ObjectiveSource:
+        """Its gradients, declared deterministic where they are."""
+        return ObjectiveSource(self, self.deterministic)
 
     def between_rounds(self) -> None:
         """What happens between rounds, after each one; nothing by default.
