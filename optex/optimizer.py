@@ -390,18 +390,15 @@ class OptEx(Optimizer):
         )
 
     def gather(self) -> None:
-        """Make the model's parameters whole where they are split among ranks; every rank has to.
-
-        Rounds that split vectors leave them as they were gathered last.
-        """
+        """Make parameters whole where they are split among ranks, and as gathered last; every rank has to."""
         self.stepper.gather()
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict with one more entry, ``"optex"``: history, window, schedule.
 
-        The window's batches are in it and where torch's random generators stand; the model is not. ``torch.load(..., weights_only=True)`` loads it if it does the
-        batches. Where vectors are split among ranks they are in it as ``DTensor``; see
-        :mod:`optex.distributed.checkpoint`.
+        The window's batches are in it and where torch's random generators stand; the model is not.
+        ``torch.load(..., weights_only=True)`` loads it if it does the batches. Vectors split among ranks are in
+        it as ``DTensor``; see :mod:`optex.distributed.checkpoint`.
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)

@@ -137,7 +137,7 @@ def test_is_the_optex_it_says(name, problem):
     problem.reset()
     optimizer = OPTEX_TWINS[name](BASES["adam"](problem.parameters()))
     losses, accepted = [problem.evaluate()], [0]
-    for report in islice(optimizer.rounds(problem.batches(), problem), 6):
+    for report in islice(optimizer.rounds(problem.batches(), problem.source()), 6):
         losses.append(problem.evaluate())
         accepted.append(report.accepted)
     assert trace.loss == losses

@@ -240,7 +240,7 @@ def test_lightnings_wrapper_takes_a_closure(lightning_run):
             self.evaluations = []
 
         def configure_optimizers(self):
-            return optex.OptEx(torch.optim.Adam([self.theta], lr=0.1), parallelism=3)
+            return optex.OptEx(torch.optim.Adam([self.theta], lr=0.1), parallelism=3, deterministic=True)
 
         def training_step(self, batch, batch_idx):
             optimizer, points = self.optimizers(), []
@@ -260,7 +260,8 @@ def test_lightnings_wrapper_takes_a_closure(lightning_run):
         max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
     trainer.fit(module, torch.utils.data.DataLoader(range(6), batch_size=1))
-    assert [len(points) for points in module.evaluations] == [1, 3, 3, 3, 3, 3]
+    # The first point twice, to see whether the closure is deterministic.
+    assert [len(points) for points in module.evaluations] == [2, 3, 3, 3, 3, 3]
     assert trainer.global_step == 6 < trainer.optimizers[0].steps_taken
     assert module.evaluations[-1][0] < module.evaluations[0][0] / 2
 
