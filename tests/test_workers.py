@@ -34,8 +34,8 @@ from torch import Tensor, nn
 import optex
 from optex import OptEx, WithinTolerance, WorkerLostError, WorkersEvaluator
 from optex.evaluators.interface import Draws, ObjectiveSource
-from optex.evaluators.workers import evaluator as workers
-from optex.evaluators.workers import messages as tasks
+from optex.evaluators.workers import foresight
+from optex.evaluators.workers import objective as objectives
 from optex.stepping.parameters import ParameterVector
 from tests.models import network, regression_batches, same, snapshot
 
@@ -86,28 +86,28 @@ def in_turn(function: Callable[..., Any], items: Any) -> Iterator[Any]:
     return map(function, items)
 
 
-def check_minimize(hired: Any) -> None:
+def check_minimize(workers: Any) -> None:
     """A given gradient, an argument, autograd: each run is that without workers."""
     options: dict[str, Any] = {"lr": 0.01, "maxiter": 8, "parallelism": 5}
     same_result(
-        optex.minimize(rosen_with_gradient, START, (0.5,), jac=True, workers=hired, **options),
+        optex.minimize(rosen_with_gradient, START, (0.5,), jac=True, workers=workers, **options),
         optex.minimize(rosen_with_gradient, START, (0.5,), jac=True, **options),
     )
     start = torch.tensor(START, dtype=torch.float32)
-    ours = optex.minimize(lambda x: torch_rosen(x), start, workers=hired, **options)
+    ours = optex.minimize(lambda x: torch_rosen(x), start, workers=workers, **options)
     theirs = optex.minimize(torch_rosen, start, **options)
     assert torch.equal(ours.x, theirs.x)
     assert ours.fun == theirs.fun
 
 
-def test_processes_of_our_own() -> None:
+def test_our_own_processes() -> None:
     check_minimize(2)
     assert not [child for child in multiprocessing.active_children() if child.name == "optex-worker"]
 
 
-@pytest.mark.parametrize("hired", [1, map, in_turn])
-def test_in_this_thread(hired: Any) -> None:
-    check_minimize(hired)
+@pytest.mark.parametrize("workers", [1, map, in_turn])
+def test_one_process_or_none(workers: Any) -> None:
+    check_minimize(workers)
 
 
 def test_thread_pool() -> None:
@@ -257,7 +257,7 @@ def test_models_in_threads() -> None:
         same_run(trained(network, batches, evaluator), trained(network, batches))
 
 
-def test_models_in_anothers_processes(pool: ProcessPoolExecutor) -> None:
+def test_models_in_the_processes_of_an_executor(pool: ProcessPoolExecutor) -> None:
     batches = regression_batches(13)
     with WorkersEvaluator(pool) as evaluator:
         same_run(trained(dropout_network, batches, evaluator), trained(dropout_network, batches))
@@ -283,7 +283,7 @@ def test_draws_are_foreseen(processes: WorkersEvaluator, monkeypatch: pytest.Mon
     evaluator = WorkersEvaluator(in_turn)
     calls = []
     monkeypatch.setattr(
-        evaluator._crew, "run", lambda *args, run=evaluator._crew.run: calls.append(1) or run(*args)
+        evaluator._pool, "run", lambda *args, run=evaluator._pool.run: calls.append(1) or run(*args)
     )
     for _ in range(2):
         evaluator.evaluate(source, vector, points, batches, [Draws() for _ in batches])
@@ -298,7 +298,7 @@ def test_draws_are_foreseen(processes: WorkersEvaluator, monkeypatch: pytest.Mon
     ),
     st.integers(0, 9),
 )
-def test_distance_between_two_states_of_the_generator(drawn: list[tuple[str, int]], seed: int) -> None:
+def test_draws_between_two_states_of_the_generator(drawn: list[tuple[str, int]], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     start = generator.get_state()
     for kind, count in drawn:
@@ -309,15 +309,15 @@ def test_distance_between_two_states_of_the_generator(drawn: list[tuple[str, int
             "random": lambda n: torch.empty(n, dtype=torch.int32).random_(generator=generator),
         }[kind](count)
     end = generator.get_state()
-    distance = workers._distance(start, end)
-    assert distance is not None
-    assert torch.equal(workers._advanced(start, distance), end)
+    count = foresight._draws_between(start, end)
+    assert count is not None
+    assert torch.equal(foresight._advanced(start, count), end)
 
 
-def test_distance_that_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "_LONGEST_STRIDE", 10_000)
+def test_draws_that_cannot_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foresight, "_MOST_DRAWS", 10_000)
     seeded = [torch.Generator().manual_seed(seed).get_state() for seed in (0, 1)]
-    assert workers._distance(*seeded) is None
+    assert foresight._draws_between(*seeded) is None
 
 
 def test_normal_draws_that_cannot_be_foreseen(processes: WorkersEvaluator) -> None:
@@ -359,17 +359,17 @@ def test_a_closure_and_its_optimizer(processes: WorkersEvaluator) -> None:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Tokens of the objectives made from now on."""
     made: list[str] = []
-    plain = tasks.Objective.__init__
+    plain = objectives.SharedObjective.__init__
 
     def counting(self: Any, *args: Any) -> None:
         plain(self, *args)
         made.append(self.token)
 
-    monkeypatch.setattr(tasks.Objective, "__init__", counting)
+    monkeypatch.setattr(objectives.SharedObjective, "__init__", counting)
     return made
 
 
-def test_objective_is_sent_anew_when_it_has_changed(
+def test_objective_is_sent_again_when_it_has_changed(
     processes: WorkersEvaluator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = counted(monkeypatch)
@@ -422,9 +422,9 @@ def test_threads_of_workers(pool: ProcessPoolExecutor) -> None:
     def threads(x: Tensor) -> Tensor:
         return (x * 0).sum() + torch.get_num_threads()
 
-    for hired, expected in ((WorkersEvaluator(2, threads=3), 3), (WorkersEvaluator(pool, threads=2), 2)):
-        with hired:
-            assert optex.minimize(threads, [1.0], evaluator=hired, maxiter=1).fun == expected
+    for evaluator, expected in ((WorkersEvaluator(2, threads=3), 3), (WorkersEvaluator(pool, threads=2), 2)):
+        with evaluator:
+            assert optex.minimize(threads, [1.0], evaluator=evaluator, maxiter=1).fun == expected
     assert torch.get_num_threads() == 1
 
 
@@ -655,7 +655,11 @@ def test_interrupt_leaves_the_last_accepted_step_and_no_process(tmp_path: Path) 
 
 def test_nothing_is_left_behind(tmp_path: Path) -> None:
     memory = Path("/dev/shm")
-    before, others, known = set(memory.glob("*")), multiprocessing.active_children(), set(tasks._AT_HOME)
+    before, others, known = (
+        set(memory.glob("*")),
+        multiprocessing.active_children(),
+        set(objectives._OBJECTIVES),
+    )
     evaluator = WorkersEvaluator(2)
     trained(network, regression_batches(5), evaluator)
     running = [child for child in multiprocessing.active_children() if child not in others]
@@ -663,16 +667,23 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
     del evaluator
     gc.collect()
     assert not any(child.is_alive() for child in running)
-    assert set(tasks._AT_HOME) <= known
+    assert set(objectives._OBJECTIVES) <= known
     assert not [path for path in set(memory.glob("*")) - before if path.name.startswith(("psm_", "pym-"))]
 
 
 def test_closed_evaluator_starts_anew() -> None:
-    evaluator = WorkersEvaluator(2)
+    options: dict[str, Any] = {"jac": rosen_der, "lr": 0.01, "maxiter": 3}
+    theirs = optex.minimize(rosen, START, **options)
+    evaluator, seen = WorkersEvaluator(2), set()
     for _ in range(2):
-        optex.minimize(rosen, START, jac=rosen_der, maxiter=2, evaluator=evaluator)
+        same_result(optex.minimize(rosen, START, evaluator=evaluator, **options), theirs)
+        running = [worker.process for worker in evaluator._pool._workers]
+        assert [process.is_alive() for process in running] == [True, True]
+        seen |= {process.pid for process in running}
         evaluator.close()
         evaluator.close()
+        assert not any(process.is_alive() for process in running)
+    assert len(seen) == 4
 
 
 # ---------------------------------------------------------------------- the heat-conduction example
@@ -799,10 +810,10 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "timeout of a map": (
         {"workers": map, "timeout": 1},
         ValueError,
-        "timeout cannot be kept by a map function",
+        "a map function cannot keep a timeout",
     ),
     "threads": ({"workers": 2, "threads": 0}, ValueError, "threads must be an integer of at least 1, got 0"),
-    "rebuild": ({"rebuild": 3}, TypeError, "rebuild must be a function of nothing, got 3"),
+    "rebuild": ({"rebuild": 3}, TypeError, "rebuild must be a function without arguments, got 3"),
     "rebuild of processes": ({"workers": 2, "rebuild": list}, ValueError, "rebuild is for an executor"),
 }
 
@@ -823,4 +834,4 @@ def test_accelerators_are_sent_elsewhere() -> None:
 
 
 def test_workers_default_to_the_cores() -> None:
-    assert WorkersEvaluator()._crew._count == WorkersEvaluator(-1)._crew._count == len(os.sched_getaffinity(0))
+    assert WorkersEvaluator()._pool._count == WorkersEvaluator(-1)._pool._count == len(os.sched_getaffinity(0))
