@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import gc
 import importlib
 import itertools
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import re
 import shutil
@@ -18,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -34,7 +37,7 @@ from torch import Tensor, nn
 import optex
 from optex import OptEx, WithinTolerance, WorkerLostError, WorkersEvaluator
 from optex.evaluators.interface import Draws, ObjectiveSource
-from optex.evaluators.workers import foresight
+from optex.evaluators.workers import foresight, process_pool
 from optex.evaluators.workers import objective as objectives
 from optex.stepping.parameters import ParameterVector
 from tests.models import network, regression_batches, same, snapshot
@@ -548,6 +551,100 @@ def test_minimize_keeps_what_it_has_when_workers_are_lost() -> None:
     assert result.fun == dies_beyond(result.x, 1.0)[0]
     with pytest.raises(WorkerLostError):
         optex.minimize(dies_beyond, [2.0], (1.0,), jac=True, workers=2)
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """End pytest, with a traceback, where the block hangs."""
+    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def large_round(evaluator: optex.Evaluator) -> Any:
+    """Four points, on batches that no buffer of the operating system holds."""
+    model = network()
+    vector, source = ParameterVector(model.parameters()), ObjectiveSource(SquaredError(model))
+    batches = [regression_batches(1, seed, 50_000)[0] for seed in range(4)]
+    points = vector.read() + torch.arange(4)[:, None]
+    return evaluator.evaluate(source, vector, points, batches, [Draws() for _ in batches])
+
+
+@pytest.mark.parametrize("stopped", [1, 2])
+@pytest.mark.parametrize("same_objective", [True, False])
+def test_stopped_workers_are_replaced(
+    stopped: int, same_objective: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if same_objective:
+        monkeypatch.setattr(objectives.SharedObjective, "serves", lambda *args: True)
+    expected = large_round(optex.SequentialEvaluator())
+    with WorkersEvaluator(2, timeout=4) as evaluator:
+        large_round(evaluator)
+        for worker in evaluator._pool._workers[:stopped]:
+            os.kill(worker.process.pid, signal.SIGSTOP)
+        start = time.monotonic()
+        with within(60):
+            found = large_round(evaluator)
+        assert time.monotonic() - start < 2 * (4 + 2) + 5  # and the start of a process
+        assert found.retried or (stopped, same_objective) == (1, False)  # the other one did all
+    assert not found.lost
+    assert torch.equal(found.gradients, expected.gradients)
+
+
+def test_a_stopped_worker_does_not_keep_the_program(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent("""
+        import os, signal
+        import optex
+        from scipy.optimize import rosen, rosen_der
+
+        if __name__ == "__main__":
+            evaluator = optex.WorkersEvaluator(2)
+            optex.minimize(rosen, [1.0, 2.0], jac=rosen_der, maxiter=3, evaluator=evaluator)
+            for worker in evaluator._pool._workers:
+                os.kill(worker.process.pid, signal.SIGSTOP)
+        """)
+    )
+    ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_a_start_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_pool, "_START_SECONDS", 2.0)
+    with WorkersEvaluator(1) as evaluator:
+        large_round(evaluator)  # the fork server runs
+    server = multiprocessing.forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    os.kill(server, signal.SIGSTOP)
+    try:
+        with within(60), pytest.raises(WorkerLostError, match=r"could not be started .*not start within 2 sec"):
+            large_round(WorkersEvaluator(2, timeout=1))
+    finally:
+        os.kill(server, signal.SIGCONT)
+
+
+def slow_to_load() -> None:
+    time.sleep(600)
+
+
+class SlowToLoad:
+    def __reduce__(self) -> Any:
+        return slow_to_load, ()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.sum()
+
+
+def test_an_objective_that_takes_too_long_to_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_pool, "_START_SECONDS", 2.0)
+    with (
+        WorkersEvaluator(2, timeout=1) as evaluator,
+        within(60),
+        pytest.raises(WorkerLostError, match="did not load the objective within 2 seconds"),
+    ):
+        optex.minimize(SlowToLoad(), [1.0], evaluator=evaluator)
 
 
 def test_a_broken_executor(tmp_path: Path, pool: ProcessPoolExecutor) -> None:

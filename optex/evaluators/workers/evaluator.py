@@ -46,8 +46,9 @@ class WorkersEvaluator(Evaluator):
             with points and gradients in shared memory. Or any ``concurrent.futures.Executor``, or a function
             like ``map`` (of a ``multiprocessing.Pool``, say), which the caller closes. None: what ``rebuild``
             makes, else -1.
-        timeout: seconds for the evaluations of a round, and as many for the second try; None waits for ever.
-            The time in which our own processes start is not counted. Needs an integer or an executor.
+        timeout: seconds for the evaluations of a round, with all that is sent for them, and as many for the
+            second try; None waits for ever. Processes of our own that are started for a try have 60 seconds
+            more, before it, to start and to load the objective. Needs an integer or an executor.
         threads: of torch and BLAS in each worker process; by default cores // workers for processes of our
             own, at least 1, and 1 for those of an executor. The threads of this process keep their settings.
         rebuild: a function without arguments that makes a new executor or map function, for the second try

@@ -10,7 +10,7 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from multiprocessing.connection import Connection
+from socket import socket
 from typing import Any, Final
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from optex.evaluators.interface import Draws, GradientSource
 from optex.evaluators.sequential import SequentialEvaluator
+from optex.evaluators.workers.channel import receive, send
 from optex.evaluators.workers.messages import Answer, Failure, Ready, Task, Unknown
 from optex.evaluators.workers.objective import SharedObjective, tensor_version
 from optex.stepping.parameters import ParameterVector
@@ -164,20 +165,21 @@ def _failure(error: Exception) -> Failure:
 # ---------------------------------------------------------------------- in a process of a ProcessPool
 
 
-def serve(pipe: Connection, memory: Any, threads: int) -> None:
-    """A worker process: take an objective or a job from the pipe, answer, until the pipe is closed.
+def serve(connection: socket, memory: Any, threads: int) -> None:
+    """A worker process: receive an objective or a job, answer, until the connection is closed.
 
     Args:
-        pipe: brings ``(token, pickled objective)``, answered by ``Ready()`` or a Failure, and
+        connection: brings ``(token, pickled objective)``, answered by ``Ready()`` or a Failure, and
             ``(batch, generator)``, answered by an Answer or a Failure.
         memory: 2 · d numbers of the vector's dtype, shared with the program: the point, then the gradient.
         threads: of torch and BLAS.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the program ends us
+    connection.setblocking(True)  # whatever the user has made sockets' default
     replica = point = gradient = None
     while True:
         try:
-            message = pickle.loads(pipe.recv_bytes())
+            message = pickle.loads(receive(connection))
         except (EOFError, OSError):
             return
         reply: Answer | Failure | Ready = Ready()
@@ -193,6 +195,6 @@ def serve(pipe: Connection, memory: Any, threads: int) -> None:
         except Exception as error:  # noqa: BLE001  (as in answer)
             reply = _failure(error)
         try:
-            pipe.send_bytes(pickle.dumps(reply))
+            send(connection, pickle.dumps(reply))
         except OSError:  # the program has ended
             return
