@@ -15,12 +15,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -748,6 +749,75 @@ def test_interrupt_leaves_the_last_accepted_step_and_no_process(tmp_path: Path) 
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+ENDLESS = """
+import os, re, sys, time
+from pathlib import Path
+import torch, optex
+
+folder, theta = Path(sys.argv[1]), torch.nn.Parameter(torch.full((3,), 2.0))
+
+def objective(batch):
+    (folder / str(os.getpid())).touch()
+    if batch == 1:
+        time.sleep(600)
+    if batch == 2:
+        re.match("(a+)+$", "a" * 60 + "b")  # keeps the global interpreter lock
+    while batch == 3:
+        torch.ones(300, 300) @ torch.ones(300, 300)
+    return theta.square().sum()  # and wait for the others
+
+if __name__ == "__main__":
+    evaluator = optex.WorkersEvaluator(4)
+    optimizer = optex.OptEx(torch.optim.SGD([theta], lr=0.1), evaluator=evaluator)
+    for _ in optimizer.rounds(range(100), objective):
+        pass
+"""
+
+
+def running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"  # a zombie has ended, whenever its new parent looks after it
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+@pytest.mark.parametrize(
+    ("number", "whole_group"), [(signal.SIGKILL, False), (signal.SIGTERM, False), (signal.SIGHUP, True)]
+)
+def test_workers_end_with_the_program_however_it_ends(
+    tmp_path: Path, number: signal.Signals, whole_group: bool
+) -> None:
+    script, seen = tmp_path / "script.py", tmp_path / "seen"
+    script.write_text(ENDLESS)
+    seen.mkdir()
+    with tempfile.TemporaryDirectory() as temporary:  # a short name, as a socket's has to be
+        command = [sys.executable, str(script), str(seen)]
+        caches = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}  # which torch leaves in the temporary folder
+        environment = {**os.environ, "TMPDIR": temporary, **caches}
+        process = subprocess.Popen(command, start_new_session=True, env=environment)
+        try:
+            for _ in range(1200):
+                if len(list(seen.iterdir())) == 4:
+                    break
+                time.sleep(0.05)
+            time.sleep(0.5)
+            workers = [int(file.name) for file in seen.iterdir()]
+            assert [running(pid) for pid in workers] == [True] * 4
+            (os.killpg if whole_group else os.kill)(process.pid, number)
+            assert process.wait(10) == -number
+            time.sleep(2)
+            assert not [pid for pid in workers if running(pid)]
+            assert gone(process.pid, within=20)
+            assert not list(Path(temporary).iterdir())
+            assert not list(Path("/dev/shm").glob(f"pym-{process.pid}-*"))
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def test_nothing_is_left_behind(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from optex.evaluators.workers.replica import serve
 
 __all__ = ["ProcessPool"]
 
+_FORK_SERVER: Final = "optex.evaluators.workers.fork_server"
 _EXIT_SECONDS: Final = 2.0  # for processes to end
 _START_SECONDS: Final = 60.0  # for processes to start and to load the objective, where there is a timeout
 
@@ -111,7 +112,7 @@ class ProcessPool(WorkerPool):
         methods = multiprocessing.get_all_start_methods()
         self._context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         if "forkserver" in methods:  # the server imports torch once; its forks have it
-            self._context.set_forkserver_preload([serve.__module__])
+            self._context.set_forkserver_preload([_FORK_SERVER, serve.__module__])
         self._count = count
         self._threads = threads
         self._workers: list[_Worker] = []

@@ -22,6 +22,7 @@ from optex.evaluators.sequential import SequentialEvaluator
 from optex.evaluators.workers.channel import receive, send
 from optex.evaluators.workers.messages import Answer, Failure, Ready, Task, Unknown
 from optex.evaluators.workers.objective import SharedObjective, tensor_version
+from optex.evaluators.workers.parent_watch import end_with_program
 from optex.stepping.parameters import ParameterVector
 
 __all__ = ["Replica", "answer", "serve"]
@@ -166,7 +167,7 @@ def _failure(error: Exception) -> Failure:
 
 
 def serve(connection: socket, memory: Any, threads: int) -> None:
-    """A worker process: receive an objective or a job, answer, until the connection is closed.
+    """A worker process: receive an objective or a job, answer, until connection or program come to an end.
 
     Args:
         connection: brings ``(token, pickled objective)``, answered by ``Ready()`` or a Failure, and
@@ -174,6 +175,7 @@ def serve(connection: socket, memory: Any, threads: int) -> None:
         memory: 2 · d numbers of the vector's dtype, shared with the program: the point, then the gradient.
         threads: of torch and BLAS.
     """
+    end_with_program()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the program ends us
     connection.setblocking(True)  # whatever the user has made sockets' default
     replica = point = gradient = None
