@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import faulthandler
 import functools
 import gc
@@ -10,6 +11,7 @@ import itertools
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -430,6 +432,76 @@ def test_threads_of_workers(pool: ProcessPoolExecutor) -> None:
         with evaluator:
             assert optex.minimize(threads, [1.0], evaluator=evaluator, maxiter=1).fun == expected
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("workers", [2, in_turn])
+def test_threads_of_the_program_take_turns(workers: Any) -> None:
+    scales, options = (0.5, 1.0), {"jac": True, "lr": 0.01, "maxiter": 6, "parallelism": 4}
+    theirs = [optex.minimize(rosen_with_gradient, START, (scale,), **options) for scale in scales]
+    together = threading.Barrier(2)
+
+    def run(scale: float) -> Any:
+        together.wait(60)
+        return optex.minimize(rosen_with_gradient, START, (scale,), evaluator=evaluator, **options)
+
+    with WorkersEvaluator(workers) as evaluator, ThreadPoolExecutor(2) as threads:
+        for ours, other in zip(threads.map(run, scales), theirs, strict=True):
+            same_result(ours, other)
+
+
+def test_closing_waits_for_the_evaluation_under_way() -> None:
+    begun, order = threading.Event(), []
+
+    def fun(x: np.ndarray) -> tuple[float, np.ndarray]:
+        begun.set()
+        time.sleep(0.3)
+        order.append("evaluated")
+        return rosen_with_gradient(x)
+
+    evaluator = WorkersEvaluator(in_turn)
+    with ThreadPoolExecutor(1) as threads:
+        future = threads.submit(optex.minimize, fun, START, jac=True, maxiter=1, evaluator=evaluator)
+        assert begun.wait(60)
+        evaluator.close()
+        assert order == ["evaluated"]
+        assert future.result().nit == 1
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda evaluator: pickle.loads(pickle.dumps(evaluator))])
+def test_a_copy_has_processes_of_its_own(processes: WorkersEvaluator, copied: Any) -> None:
+    options: dict[str, Any] = {"jac": rosen_der, "lr": 0.01, "maxiter": 3}
+    optex.minimize(rosen, START, evaluator=processes, **options)  # so that there is something not to be copied
+    others = {worker.process.pid for worker in processes._pool._workers}
+    with copied(processes) as evaluator:
+        same_result(
+            optex.minimize(rosen, START, evaluator=evaluator, **options),
+            optex.minimize(rosen, START, **options),
+        )
+        running = [worker.process for worker in evaluator._pool._workers]
+        assert len(running) == 2
+        assert not others & {process.pid for process in running}
+        evaluator.close()
+        assert not any(process.is_alive() for process in running)
+    assert all(worker.process.is_alive() for worker in processes._pool._workers)
+
+
+def test_a_generator_that_nothing_draws_from_is_left_alone(processes: WorkersEvaluator) -> None:
+    model = network()
+    vector, source = ParameterVector(model.parameters()), ObjectiveSource(SquaredError(model))
+    batches = regression_batches(2)
+
+    class Meanwhile(WorkersEvaluator):  # another thread draws while the workers evaluate
+        def _run(self, *args: Any) -> Any:
+            torch.rand(3)
+            return super()._run(*args)
+
+    evaluator = Meanwhile(in_turn)
+    torch.manual_seed(5)
+    evaluator.evaluate(source, vector, vector.read().expand(2, -1), batches, [Draws(), Draws()])
+    found = torch.get_rng_state()
+    torch.manual_seed(5)
+    torch.rand(3)
+    assert torch.equal(found, torch.get_rng_state())
 
 
 # ---------------------------------------------------------------------- accidents

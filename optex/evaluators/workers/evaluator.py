@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from numbers import Integral, Real
+from threading import RLock
 from typing import Any
 from weakref import finalize
 
@@ -54,6 +55,11 @@ class WorkersEvaluator(Evaluator):
         rebuild: a function without arguments that makes a new executor or map function, for the second try
             after the present one has lost a point; executors that it made are shut down when no longer needed.
 
+    Threads of the program may share an evaluator: their calls take turns, and each sends its objective again
+    if another one was evaluated in between. Several runs at once are faster with an evaluator for each.
+
+    Worker processes end with the program, however that ends.
+
     Memory: ``2 · workers · d`` numbers in shared memory, and in every worker what the objective holds.
 
     Raises:
@@ -80,6 +86,7 @@ class WorkersEvaluator(Evaluator):
         rebuild: Callable[[], Any] | None = None,
     ) -> None:
         _check_arguments(workers, timeout, threads, rebuild)
+        self._arguments = (workers, timeout, threads, rebuild)
         if workers is None and rebuild is None:
             workers = -1
         self._pool: WorkerPool
@@ -90,9 +97,13 @@ class WorkersEvaluator(Evaluator):
         else:
             self._pool = ExecutorPool(workers, threads or 1, rebuild)
         self._timeout = timeout
+        self._lock = RLock()  # one evaluation at a time: they share processes and their channels
         self._objective: SharedObjective | None = None
         self._foresight = DrawForesight()
         self._end = finalize(self, self._pool.close)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _copy, (type(self), *self._arguments)  # a copy starts processes of its own
 
     def __enter__(self) -> WorkersEvaluator:
         return self
@@ -101,9 +112,13 @@ class WorkersEvaluator(Evaluator):
         self.close()
 
     def close(self) -> None:
-        """End our processes; the caller's executor is left open. The next evaluation starts new processes."""
-        self._objective = None
-        self._pool.close()
+        """End our processes, after the evaluation under way; the caller's executor is left open.
+
+        The next evaluation starts new processes.
+        """
+        with self._lock:
+            self._objective = None
+            self._pool.close()
 
     def evaluate(
         self,
@@ -114,25 +129,26 @@ class WorkersEvaluator(Evaluator):
         draws: Sequence[Draws],
     ) -> Evaluation:
         _check_device(vector)
-        if self._objective is None or not self._objective.serves(source, vector):
-            self._objective = SharedObjective(source, vector)
-        packed = [_packed(batch) for batch in batches]
-        starts = self._foresight.starts(draws)
-        outcomes: list[Outcome] = [Lost("not tried yet")] * len(points)
-        retried: set[int] = set()
-        pending = list(range(len(points)))
-        while pending:
-            jobs = {i: Job(points[i], packed[i], starts[i]) for i in pending}
-            try:
-                found = self._run(self._objective, jobs, retried)
-            except BaseException:  # Ctrl-C, say
-                self._pool.abandon()
-                raise
-            for i, outcome in found.items():
-                outcomes[i] = outcome
-            pending = self._foresight.mistaken(draws, starts, outcomes)
-        self._foresight.pin(draws, starts, outcomes)
-        return _evaluation(outcomes, points, sorted(retried))
+        with self._lock:
+            if self._objective is None or not self._objective.serves(source, vector):
+                self._objective = SharedObjective(source, vector)
+            packed = [_packed(batch) for batch in batches]
+            starts = self._foresight.starts(draws)
+            outcomes: list[Outcome] = [Lost("not tried yet")] * len(points)
+            retried: set[int] = set()
+            pending = list(range(len(points)))
+            while pending:
+                jobs = {i: Job(points[i], packed[i], starts[i]) for i in pending}
+                try:
+                    found = self._run(self._objective, jobs, retried)
+                except BaseException:  # Ctrl-C, say
+                    self._pool.abandon()
+                    raise
+                for i, outcome in found.items():
+                    outcomes[i] = outcome
+                pending = self._foresight.mistaken(draws, starts, outcomes)
+            self._foresight.pin(draws, starts, outcomes)
+            return _evaluation(outcomes, points, sorted(retried))
 
     def _run(self, objective: SharedObjective, jobs: dict[int, Job], retried: set[int]) -> dict[int, Outcome]:
         """The outcome of each job; those that fail are tried a second time."""
@@ -153,6 +169,10 @@ class WorkersEvaluator(Evaluator):
                 "rebuild= can make a new one"
             ) from start.error
         return outcomes
+
+
+def _copy(kind: type[WorkersEvaluator], workers: Any, timeout: Any, threads: Any, rebuild: Any) -> Any:
+    return kind(workers, timeout=timeout, threads=threads, rebuild=rebuild)
 
 
 # ---------------------------------------------------------------------- in and out

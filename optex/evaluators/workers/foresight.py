@@ -75,7 +75,10 @@ class DrawForesight:
             draws[i].state = [starts[i], *others]
         if new:
             end = _end(starts[new[-1]], outcomes[new[-1]])
-            torch.set_rng_state(starts[new[-1]] if end is None else end)
+            end = starts[new[-1]] if end is None else end
+            # If nothing was drawn it is left alone: another thread of the program may have drawn meanwhile.
+            if not torch.equal(end, starts[new[0]]):
+                torch.set_rng_state(end)
 
 
 def _new(draws: Sequence[Draws]) -> list[int]:
