@@ -824,9 +824,12 @@ def test_interrupt_leaves_the_last_accepted_step_and_no_process(tmp_path: Path) 
 
 
 ENDLESS = """
-import os, re, sys, time
+import os, re, signal, sys, time
 from pathlib import Path
 import torch, optex
+
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)  # nohup, say, leaves it ignored
 
 folder, theta = Path(sys.argv[1]), torch.nn.Parameter(torch.full((3,), 2.0))
 
@@ -890,6 +893,25 @@ def test_workers_end_with_the_program_however_it_ends(
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def test_what_the_fork_server_does_is_done_nowhere_else() -> None:
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    importlib.import_module("optex.evaluators.workers.fork_server")
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def handlers_of_a_worker(x: np.ndarray) -> tuple[float, np.ndarray]:
+    default = [signal.getsignal(number) == signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGHUP)]
+    return float(sum(default)), 0 * x
+
+
+def test_signals_reach_the_workers() -> None:
+    result = optex.minimize(handlers_of_a_worker, START, jac=True, workers=2, maxiter=1)
+    assert result.fun == [
+        signal.getsignal(number) == signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGHUP)
+    ].count(True)
 
 
 def test_nothing_is_left_behind(tmp_path: Path) -> None:
