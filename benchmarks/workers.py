@@ -118,7 +118,7 @@ def sleep(kinds: list[str]) -> dict[str, Any]:
     for kind in kinds:
         ticks = [time.perf_counter()]
         with ExitStack() as stack:
-            hired = KINDS[kind](count, stack)
+            pool = KINDS[kind](count, stack)
             optex.minimize(
                 sleepy_sphere,
                 np.ones(100),
@@ -128,7 +128,7 @@ def sleep(kinds: list[str]) -> dict[str, Any]:
                 parallelism=count,
                 maxiter=warm_up + rounds,
                 callback=lambda _, ticks=ticks: ticks.append(time.perf_counter()),
-                workers=hired,
+                workers=pool,
             )
         seconds = [after - before for before, after in itertools.pairwise(ticks)]
         measured[kind] = {

@@ -171,10 +171,10 @@ def solve(misfit: Misfit, *, rounds: int, until: float = -np.inf, **options: Any
 
 def vanilla(misfit: Misfit, *, rounds: int, lr: float) -> Run:
     """Adam as it is: one gradient a round, in this process."""
-    return solve(misfit, rounds=rounds, lr=lr, parallelism=1, estimator=False)
+    return solve(misfit, rounds=rounds, lr=lr, parallelism=1)
 
 
-def hired(kind: str, workers: int, stack: ExitStack) -> int | Callable[..., Any]:
+def pool_of(kind: str, workers: int, stack: ExitStack) -> int | Callable[..., Any]:
     """What ``workers=`` takes: a number of processes, or the map of a pool of Ray's actors."""
     if kind == "processes":
         return workers
@@ -242,7 +242,7 @@ def main() -> None:
             until=plain.values[-1],
             lr=options.lr,
             parallelism=options.parallelism,
-            workers=hired(options.hire, options.workers, stack),
+            workers=pool_of(options.hire, options.workers, stack),
         )
     print(f"optex    J = {ours.values[-1]:.4f} in {ours.result.nit} rounds, {ours.seconds[-1]:.1f} s")
     print(

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import faulthandler
 import functools
 import gc
 import importlib
 import itertools
 import multiprocessing
+import multiprocessing.forkserver
 import os
+import pickle
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -33,11 +39,11 @@ from torch import Tensor, nn
 
 import optex
 from optex import OptEx, WithinTolerance, WorkerLostError, WorkersEvaluator
-from optex.evaluators.interface import Draws, ObjectiveSource
-from optex.evaluators.workers import evaluator as workers
-from optex.evaluators.workers import messages as tasks
+from optex.evaluators.workers import foresight, process_pool
+from optex.evaluators.workers import objective as objectives
+from optex.sources import ObjectiveSource
 from optex.stepping.parameters import ParameterVector
-from tests.models import network, regression_batches, same, snapshot
+from tests.models import network, regression_batches, request, same, snapshot
 
 START = [-1.2, 1.0, 0.7]
 forkserver = multiprocessing.get_context("forkserver")
@@ -86,28 +92,28 @@ def in_turn(function: Callable[..., Any], items: Any) -> Iterator[Any]:
     return map(function, items)
 
 
-def check_minimize(hired: Any) -> None:
+def check_minimize(workers: Any) -> None:
     """A given gradient, an argument, autograd: each run is that without workers."""
     options: dict[str, Any] = {"lr": 0.01, "maxiter": 8, "parallelism": 5}
     same_result(
-        optex.minimize(rosen_with_gradient, START, (0.5,), jac=True, workers=hired, **options),
+        optex.minimize(rosen_with_gradient, START, (0.5,), jac=True, workers=workers, **options),
         optex.minimize(rosen_with_gradient, START, (0.5,), jac=True, **options),
     )
     start = torch.tensor(START, dtype=torch.float32)
-    ours = optex.minimize(lambda x: torch_rosen(x), start, workers=hired, **options)
+    ours = optex.minimize(lambda x: torch_rosen(x), start, workers=workers, **options)
     theirs = optex.minimize(torch_rosen, start, **options)
     assert torch.equal(ours.x, theirs.x)
     assert ours.fun == theirs.fun
 
 
-def test_processes_of_our_own() -> None:
+def test_our_own_processes() -> None:
     check_minimize(2)
     assert not [child for child in multiprocessing.active_children() if child.name == "optex-worker"]
 
 
-@pytest.mark.parametrize("hired", [1, map, in_turn])
-def test_in_this_thread(hired: Any) -> None:
-    check_minimize(hired)
+@pytest.mark.parametrize("workers", [1, map, in_turn])
+def test_one_process_or_none(workers: Any) -> None:
+    check_minimize(workers)
 
 
 def test_thread_pool() -> None:
@@ -257,7 +263,7 @@ def test_models_in_threads() -> None:
         same_run(trained(network, batches, evaluator), trained(network, batches))
 
 
-def test_models_in_anothers_processes(pool: ProcessPoolExecutor) -> None:
+def test_models_in_the_processes_of_an_executor(pool: ProcessPoolExecutor) -> None:
     batches = regression_batches(13)
     with WorkersEvaluator(pool) as evaluator:
         same_run(trained(dropout_network, batches, evaluator), trained(dropout_network, batches))
@@ -283,10 +289,10 @@ def test_draws_are_foreseen(processes: WorkersEvaluator, monkeypatch: pytest.Mon
     evaluator = WorkersEvaluator(in_turn)
     calls = []
     monkeypatch.setattr(
-        evaluator._crew, "run", lambda *args, run=evaluator._crew.run: calls.append(1) or run(*args)
+        evaluator._pool, "run", lambda *args, run=evaluator._pool.run: calls.append(1) or run(*args)
     )
     for _ in range(2):
-        evaluator.evaluate(source, vector, points, batches, [Draws() for _ in batches])
+        evaluator.evaluate(request(source, vector, points, batches))
     assert len(calls) == 2 + 1  # only the very first round had to find out how much is drawn
 
 
@@ -298,7 +304,7 @@ def test_draws_are_foreseen(processes: WorkersEvaluator, monkeypatch: pytest.Mon
     ),
     st.integers(0, 9),
 )
-def test_distance_between_two_states_of_the_generator(drawn: list[tuple[str, int]], seed: int) -> None:
+def test_draws_between_two_states_of_the_generator(drawn: list[tuple[str, int]], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     start = generator.get_state()
     for kind, count in drawn:
@@ -309,15 +315,15 @@ def test_distance_between_two_states_of_the_generator(drawn: list[tuple[str, int
             "random": lambda n: torch.empty(n, dtype=torch.int32).random_(generator=generator),
         }[kind](count)
     end = generator.get_state()
-    distance = workers._distance(start, end)
-    assert distance is not None
-    assert torch.equal(workers._advanced(start, distance), end)
+    count = foresight._draws_between(start, end)
+    assert count is not None
+    assert torch.equal(foresight._advanced(start, count), end)
 
 
-def test_distance_that_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "_LONGEST_STRIDE", 10_000)
+def test_draws_that_cannot_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foresight, "_MOST_DRAWS", 10_000)
     seeded = [torch.Generator().manual_seed(seed).get_state() for seed in (0, 1)]
-    assert workers._distance(*seeded) is None
+    assert foresight._draws_between(*seeded) is None
 
 
 def test_normal_draws_that_cannot_be_foreseen(processes: WorkersEvaluator) -> None:
@@ -359,17 +365,17 @@ def test_a_closure_and_its_optimizer(processes: WorkersEvaluator) -> None:
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Tokens of the objectives made from now on."""
     made: list[str] = []
-    plain = tasks.Objective.__init__
+    plain = objectives.SharedObjective.__init__
 
     def counting(self: Any, *args: Any) -> None:
         plain(self, *args)
         made.append(self.token)
 
-    monkeypatch.setattr(tasks.Objective, "__init__", counting)
+    monkeypatch.setattr(objectives.SharedObjective, "__init__", counting)
     return made
 
 
-def test_objective_is_sent_anew_when_it_has_changed(
+def test_objective_is_sent_again_when_it_has_changed(
     processes: WorkersEvaluator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = counted(monkeypatch)
@@ -398,7 +404,7 @@ def test_batch_norm_is_refused(processes: WorkersEvaluator) -> None:
     def normed() -> nn.Module:
         return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double()
 
-    with pytest.raises(ValueError, match=r"BatchNorm1d updates.*use torch.nn.GroupNorm"):
+    with pytest.raises(ValueError, match=r"BatchNorm1d .* updates buffers.*use torch.nn.GroupNorm"):
         trained(normed, regression_batches(5), processes)
     trained(lambda: normed().eval(), regression_batches(5), processes)
 
@@ -422,10 +428,80 @@ def test_threads_of_workers(pool: ProcessPoolExecutor) -> None:
     def threads(x: Tensor) -> Tensor:
         return (x * 0).sum() + torch.get_num_threads()
 
-    for hired, expected in ((WorkersEvaluator(2, threads=3), 3), (WorkersEvaluator(pool, threads=2), 2)):
-        with hired:
-            assert optex.minimize(threads, [1.0], evaluator=hired, maxiter=1).fun == expected
+    for evaluator, expected in ((WorkersEvaluator(2, threads=3), 3), (WorkersEvaluator(pool, threads=2), 2)):
+        with evaluator:
+            assert optex.minimize(threads, [1.0], evaluator=evaluator, maxiter=1).fun == expected
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("workers", [2, in_turn])
+def test_threads_of_the_program_take_turns(workers: Any) -> None:
+    scales, options = (0.5, 1.0), {"jac": True, "lr": 0.01, "maxiter": 6, "parallelism": 4}
+    theirs = [optex.minimize(rosen_with_gradient, START, (scale,), **options) for scale in scales]
+    together = threading.Barrier(2)
+
+    def run(scale: float) -> Any:
+        together.wait(60)
+        return optex.minimize(rosen_with_gradient, START, (scale,), evaluator=evaluator, **options)
+
+    with WorkersEvaluator(workers) as evaluator, ThreadPoolExecutor(2) as threads:
+        for ours, other in zip(threads.map(run, scales), theirs, strict=True):
+            same_result(ours, other)
+
+
+def test_closing_waits_for_the_evaluation_under_way() -> None:
+    begun, order = threading.Event(), []
+
+    def fun(x: np.ndarray) -> tuple[float, np.ndarray]:
+        begun.set()
+        time.sleep(0.3)
+        order.append("evaluated")
+        return rosen_with_gradient(x)
+
+    evaluator = WorkersEvaluator(in_turn)
+    with ThreadPoolExecutor(1) as threads:
+        future = threads.submit(optex.minimize, fun, START, jac=True, maxiter=1, evaluator=evaluator)
+        assert begun.wait(60)
+        evaluator.close()
+        assert order == ["evaluated"]
+        assert future.result().nit == 1
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda evaluator: pickle.loads(pickle.dumps(evaluator))])
+def test_a_copy_has_processes_of_its_own(processes: WorkersEvaluator, copied: Any) -> None:
+    options: dict[str, Any] = {"jac": rosen_der, "lr": 0.01, "maxiter": 3}
+    optex.minimize(rosen, START, evaluator=processes, **options)  # so that there is something not to be copied
+    others = {worker.process.pid for worker in processes._pool._workers}
+    with copied(processes) as evaluator:
+        same_result(
+            optex.minimize(rosen, START, evaluator=evaluator, **options),
+            optex.minimize(rosen, START, **options),
+        )
+        running = [worker.process for worker in evaluator._pool._workers]
+        assert len(running) == 2
+        assert not others & {process.pid for process in running}
+        evaluator.close()
+        assert not any(process.is_alive() for process in running)
+    assert all(worker.process.is_alive() for worker in processes._pool._workers)
+
+
+def test_a_generator_that_nothing_draws_from_is_left_alone(processes: WorkersEvaluator) -> None:
+    model = network()
+    vector, source = ParameterVector(model.parameters()), ObjectiveSource(SquaredError(model))
+    batches = regression_batches(2)
+
+    class Meanwhile(WorkersEvaluator):  # another thread draws while the workers evaluate
+        def _run(self, *args: Any) -> Any:
+            torch.rand(3)
+            return super()._run(*args)
+
+    evaluator = Meanwhile(in_turn)
+    torch.manual_seed(5)
+    evaluator.evaluate(request(source, vector, vector.read().expand(2, -1), batches))
+    found = torch.get_rng_state()
+    torch.manual_seed(5)
+    torch.rand(3)
+    assert torch.equal(found, torch.get_rng_state())
 
 
 # ---------------------------------------------------------------------- accidents
@@ -550,6 +626,100 @@ def test_minimize_keeps_what_it_has_when_workers_are_lost() -> None:
         optex.minimize(dies_beyond, [2.0], (1.0,), jac=True, workers=2)
 
 
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """End pytest, with a traceback, where the block hangs."""
+    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def large_round(evaluator: optex.Evaluator) -> Any:
+    """Four points, on batches that no buffer of the operating system holds."""
+    model = network()
+    vector, source = ParameterVector(model.parameters()), ObjectiveSource(SquaredError(model))
+    batches = [regression_batches(1, seed, 50_000)[0] for seed in range(4)]
+    points = vector.read() + torch.arange(4)[:, None]
+    return evaluator.evaluate(request(source, vector, points, batches))
+
+
+@pytest.mark.parametrize("stopped", [1, 2])
+@pytest.mark.parametrize("same_objective", [True, False])
+def test_stopped_workers_are_replaced(
+    stopped: int, same_objective: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if same_objective:
+        monkeypatch.setattr(objectives.SharedObjective, "serves", lambda *args: True)
+    expected = large_round(optex.SequentialEvaluator())
+    with WorkersEvaluator(2, timeout=4) as evaluator:
+        large_round(evaluator)
+        for worker in evaluator._pool._workers[:stopped]:
+            os.kill(worker.process.pid, signal.SIGSTOP)
+        start = time.monotonic()
+        with within(60):
+            found = large_round(evaluator)
+        assert time.monotonic() - start < 2 * (4 + 2) + 5  # and the start of a process
+        assert found.retried or (stopped, same_objective) == (1, False)  # the other one did all
+    assert not found.lost
+    assert torch.equal(found.gradients, expected.gradients)
+
+
+def test_a_stopped_worker_does_not_keep_the_program(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent("""
+        import os, signal
+        import optex
+        from scipy.optimize import rosen, rosen_der
+
+        if __name__ == "__main__":
+            evaluator = optex.WorkersEvaluator(2)
+            optex.minimize(rosen, [1.0, 2.0], jac=rosen_der, maxiter=3, evaluator=evaluator)
+            for worker in evaluator._pool._workers:
+                os.kill(worker.process.pid, signal.SIGSTOP)
+        """)
+    )
+    ran = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_a_start_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_pool, "_START_SECONDS", 2.0)
+    with WorkersEvaluator(1) as evaluator:
+        large_round(evaluator)  # the fork server runs
+    server = multiprocessing.forkserver._forkserver._forkserver_pid  # type: ignore[attr-defined]
+    os.kill(server, signal.SIGSTOP)
+    try:
+        with within(60), pytest.raises(WorkerLostError, match=r"could not be started .*not start within 2 sec"):
+            large_round(WorkersEvaluator(2, timeout=1))
+    finally:
+        os.kill(server, signal.SIGCONT)
+
+
+def slow_to_load() -> None:
+    time.sleep(600)
+
+
+class SlowToLoad:
+    def __reduce__(self) -> Any:
+        return slow_to_load, ()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.sum()
+
+
+def test_an_objective_that_takes_too_long_to_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_pool, "_START_SECONDS", 2.0)
+    with (
+        WorkersEvaluator(2, timeout=1) as evaluator,
+        within(60),
+        pytest.raises(WorkerLostError, match="did not load the objective within 2 seconds"),
+    ):
+        optex.minimize(SlowToLoad(), [1.0], evaluator=evaluator)
+
+
 def test_a_broken_executor(tmp_path: Path, pool: ProcessPoolExecutor) -> None:
     batches = troubled_batches(tmp_path, 9, "killed", {5: 1})
     with pytest.raises(WorkerLostError, match="rebuild= can make a new one"):
@@ -653,9 +823,100 @@ def test_interrupt_leaves_the_last_accepted_step_and_no_process(tmp_path: Path) 
                 os.killpg(process.pid, signal.SIGKILL)
 
 
+ENDLESS = """
+import os, re, signal, sys, time
+from pathlib import Path
+import torch, optex
+
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)  # nohup, say, leaves it ignored
+
+folder, theta = Path(sys.argv[1]), torch.nn.Parameter(torch.full((3,), 2.0))
+
+def objective(batch):
+    (folder / str(os.getpid())).touch()
+    if batch == 1:
+        time.sleep(600)
+    if batch == 2:
+        re.match("(a+)+$", "a" * 60 + "b")  # keeps the global interpreter lock
+    while batch == 3:
+        torch.ones(300, 300) @ torch.ones(300, 300)
+    return theta.square().sum()  # and wait for the others
+
+if __name__ == "__main__":
+    evaluator = optex.WorkersEvaluator(4)
+    optimizer = optex.OptEx(torch.optim.SGD([theta], lr=0.1), evaluator=evaluator)
+    for _ in optimizer.rounds(range(100), objective):
+        pass
+"""
+
+
+def running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"  # a zombie has ended, whenever its new parent looks after it
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+@pytest.mark.parametrize(
+    ("number", "whole_group"), [(signal.SIGKILL, False), (signal.SIGTERM, False), (signal.SIGHUP, True)]
+)
+def test_workers_end_with_the_program_however_it_ends(
+    tmp_path: Path, number: signal.Signals, whole_group: bool
+) -> None:
+    script, seen = tmp_path / "script.py", tmp_path / "seen"
+    script.write_text(ENDLESS)
+    seen.mkdir()
+    with tempfile.TemporaryDirectory() as temporary:  # a short name, as a socket's has to be
+        command = [sys.executable, str(script), str(seen)]
+        caches = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}  # which torch leaves in the temporary folder
+        environment = {**os.environ, "TMPDIR": temporary, **caches}
+        process = subprocess.Popen(command, start_new_session=True, env=environment)
+        try:
+            for _ in range(1200):
+                if len(list(seen.iterdir())) == 4:
+                    break
+                time.sleep(0.05)
+            time.sleep(0.5)
+            workers = [int(file.name) for file in seen.iterdir()]
+            assert [running(pid) for pid in workers] == [True] * 4
+            (os.killpg if whole_group else os.kill)(process.pid, number)
+            assert process.wait(10) == -number
+            time.sleep(2)
+            assert not [pid for pid in workers if running(pid)]
+            assert gone(process.pid, within=20)
+            assert not list(Path(temporary).iterdir())
+            assert not list(Path("/dev/shm").glob(f"pym-{process.pid}-*"))
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_what_the_fork_server_does_is_done_nowhere_else() -> None:
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    importlib.import_module("optex.evaluators.workers.fork_server")
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def is_deaf(x: np.ndarray) -> tuple[float, np.ndarray]:
+    return float(signal.getsignal(signal.SIGTERM) == signal.SIG_IGN), 0 * x
+
+
+def test_workers_do_not_ignore_what_the_fork_server_ignores() -> None:
+    assert optex.minimize(is_deaf, START, jac=True, workers=2, maxiter=1).fun == 0.0
+
+
 def test_nothing_is_left_behind(tmp_path: Path) -> None:
     memory = Path("/dev/shm")
-    before, others, known = set(memory.glob("*")), multiprocessing.active_children(), set(tasks._AT_HOME)
+    before, others, known = (
+        set(memory.glob("*")),
+        multiprocessing.active_children(),
+        set(objectives._OBJECTIVES),
+    )
     evaluator = WorkersEvaluator(2)
     trained(network, regression_batches(5), evaluator)
     running = [child for child in multiprocessing.active_children() if child not in others]
@@ -663,16 +924,23 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
     del evaluator
     gc.collect()
     assert not any(child.is_alive() for child in running)
-    assert set(tasks._AT_HOME) <= known
+    assert set(objectives._OBJECTIVES) <= known
     assert not [path for path in set(memory.glob("*")) - before if path.name.startswith(("psm_", "pym-"))]
 
 
 def test_closed_evaluator_starts_anew() -> None:
-    evaluator = WorkersEvaluator(2)
+    options: dict[str, Any] = {"jac": rosen_der, "lr": 0.01, "maxiter": 3}
+    theirs = optex.minimize(rosen, START, **options)
+    evaluator, seen = WorkersEvaluator(2), set()
     for _ in range(2):
-        optex.minimize(rosen, START, jac=rosen_der, maxiter=2, evaluator=evaluator)
+        same_result(optex.minimize(rosen, START, evaluator=evaluator, **options), theirs)
+        running = [worker.process for worker in evaluator._pool._workers]
+        assert [process.is_alive() for process in running] == [True, True]
+        seen |= {process.pid for process in running}
         evaluator.close()
         evaluator.close()
+        assert not any(process.is_alive() for process in running)
+    assert len(seen) == 4
 
 
 # ---------------------------------------------------------------------- the heat-conduction example
@@ -799,10 +1067,10 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "timeout of a map": (
         {"workers": map, "timeout": 1},
         ValueError,
-        "timeout cannot be kept by a map function",
+        "a map function cannot keep a timeout",
     ),
     "threads": ({"workers": 2, "threads": 0}, ValueError, "threads must be an integer of at least 1, got 0"),
-    "rebuild": ({"rebuild": 3}, TypeError, "rebuild must be a function of nothing, got 3"),
+    "rebuild": ({"rebuild": 3}, TypeError, "rebuild must be a function without arguments, got 3"),
     "rebuild of processes": ({"workers": 2, "rebuild": list}, ValueError, "rebuild is for an executor"),
 }
 
@@ -818,9 +1086,9 @@ def test_accelerators_are_sent_elsewhere() -> None:
     vector = ParameterVector([nn.Parameter(torch.empty(2, device="meta"))])
     with pytest.raises(ValueError, match=r"must be on the CPU, got meta; .*VectorizedEvaluator"):
         WorkersEvaluator(in_turn).evaluate(
-            ObjectiveSource(lambda _: torch.ones(())), vector, torch.ones(1, 2), [0], [Draws()]
+            request(ObjectiveSource(lambda _: torch.ones(())), vector, torch.ones(1, 2), [0])
         )
 
 
 def test_workers_default_to_the_cores() -> None:
-    assert WorkersEvaluator()._crew._count == WorkersEvaluator(-1)._crew._count == len(os.sched_getaffinity(0))
+    assert WorkersEvaluator()._pool._count == WorkersEvaluator(-1)._pool._count == len(os.sched_getaffinity(0))

@@ -1,0 +1,28 @@
+"""What every pool of workers does: evaluate jobs at once, and survive the loss of some of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from optex.evaluators.workers.messages import Job, Outcome
+from optex.evaluators.workers.objective import SharedObjective
+
+__all__ = ["WorkerPool"]
+
+
+class WorkerPool(ABC):
+    """Evaluates jobs at once. One thread at a time may use it."""
+
+    @abstractmethod
+    def run(self, objective: SharedObjective, jobs: Sequence[Job], timeout: float | None) -> list[Outcome]:
+        """One outcome for each job, in their order, within ``timeout`` seconds."""
+
+    def renew(self) -> None:
+        """Repair what the losses of the last run have broken."""
+
+    def abandon(self) -> None:
+        """Drop all evaluations under way; nobody waits for them any more."""
+
+    def close(self) -> None:
+        """Release everything that the pool has created; the next run creates it again."""
