@@ -19,14 +19,16 @@ PROFILES = {"rbf": dense.rbf, "matern-5/2": dense.matern52}
     st.integers(1, 9),
     st.integers(1, 6),
     st.sampled_from(sorted(PROFILES)),
-    st.sampled_from(["last", "zero"]),
+    st.sampled_from(["last", "gls", "zero"]),
     st.sampled_from([1e-4, 1e-2, 1.0]),
     st.sampled_from(["dense", "cg"]),
     st.integers(0, 10_000),
 )
 def test_matches_the_dense_system(kind, size, dimension, name, prior_mean, noise, solver, seed):
     points, gradients, queries = sample(kind, size, dimension, seed)
-    mean = gradients[-1] if prior_mean == "last" else np.zeros(dimension)
+    means = {"last": gradients[-1], "zero": np.zeros(dimension)}
+    means["gls"] = dense.least_squares_mean(points, gradients, PROFILES[name], 1.5, noise)
+    mean = means[prior_mean]
     estimator = CurlFreeEstimator(name, 1.5, noise_variance=noise, prior_mean=prior_mean, solver=solver)
     posterior = estimator.fit(history_of(points, gradients, size=size + 2))
     results = []
@@ -125,7 +127,7 @@ def test_half_precision_history():
         ({"lengthscale": 0.0}, "lengthscale must be positive, got 0.0"),
         ({"median_multiple": -1.0}, "median_multiple must be positive, got -1.0"),
         ({"noise_variance": -1e-3}, "noise_variance must not be negative"),
-        ({"prior_mean": "gls"}, "prior_mean must be 'last' or 'zero', got 'gls'"),
+        ({"prior_mean": "ols"}, "prior_mean must be 'last', 'gls' or 'zero', got 'ols'"),
         ({"solver": "lu"}, "solver must be 'auto', 'dense' or 'cg', got 'lu'"),
     ],
 )

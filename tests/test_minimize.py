@@ -643,3 +643,21 @@ def test_errors_inside_fun_come_through() -> None:
     for jac in (None, True, rosen_der):
         with pytest.raises(KeyError, match="mesh"):
             optex.minimize(broken, START, jac=jac)
+
+
+def test_the_default_rate_solves_rosenbrock_in_three_dimensions() -> None:
+    for start in ([1.3, 0.7, 0.8], [-1.2, 1.0, 0.7]):
+        result = optex.minimize(rosen, start, jac=rosen_der)
+        assert result.fun < 1e-6
+        np.testing.assert_allclose(result.x, 1, atol=2e-3)
+
+
+def test_where_there_is_no_batch_none_is_blamed() -> None:
+    def cliff(x: np.ndarray) -> tuple[float, np.ndarray]:
+        value = float(((x - 3) ** 2).sum())
+        return value if value > 3 else math.nan, 2 * (x - 3)
+
+    result = optex.minimize(cliff, [0.0, 0.0], jac=True, lr=0.5)
+    assert result.status == 2
+    assert "Lower the learning rate, or start elsewhere." in result.message
+    assert "batch" not in result.message

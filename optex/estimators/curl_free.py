@@ -45,8 +45,9 @@ class CurlFreeEstimator(Estimator):
         noise_variance: σ², in units of the prior variance of a gradient component, where the history does not
             tell the gradients' noise; at least
             ``NOISE_FLOOR`` units in the last place of the history's dtype, which its distances cannot resolve.
-        prior_mean: ``"last"`` (the newest gradient, so that what is predicted is the change from it) or
-            ``"zero"``.
+        prior_mean: ``"last"`` (the newest gradient, so that what is predicted is the change from it),
+            ``"gls"`` (the generalised least-squares mean of the history) or ``"zero"``. Where the history tells
+            the gradients' noise, ``"last"`` is ``"gls"``: the newest gradient would bring its noise with it.
         solver: ``"dense"``, ``"cg"``, or ``"auto"`` by size.
 
     Raises:
@@ -69,7 +70,7 @@ class CurlFreeEstimator(Estimator):
     lengthscale: float | None = None
     median_multiple: float = 10.0
     noise_variance: float = 1e-6
-    prior_mean: Literal["last", "zero"] = "last"
+    prior_mean: Literal["last", "gls", "zero"] = "last"
     solver: Literal["auto", "dense", "cg"] = "auto"
 
     def __post_init__(self) -> None:
@@ -89,8 +90,10 @@ class CurlFreeEstimator(Estimator):
             raise ValueError(
                 f"CurlFreeEstimator: noise_variance must not be negative, got {self.noise_variance}"
             )
-        if self.prior_mean not in ("last", "zero"):
-            raise ValueError(f"CurlFreeEstimator: prior_mean must be 'last' or 'zero', got {self.prior_mean!r}")
+        if self.prior_mean not in ("last", "gls", "zero"):
+            raise ValueError(
+                f"CurlFreeEstimator: prior_mean must be 'last', 'gls' or 'zero', got {self.prior_mean!r}"
+            )
         if self.solver not in ("auto", "dense", "cg"):
             raise ValueError(f"CurlFreeEstimator: solver must be 'auto', 'dense' or 'cg', got {self.solver!r}")
 
@@ -139,9 +142,6 @@ class CurlFreePosterior(Posterior):
         cross_gram: Tensor,  # [T0, T0]
     ) -> None:
         history, estimator = self.history, self._estimator
-        self._from_gradients = history.averaging[slots]  # Y = from_gradients @ G
-        if estimator.prior_mean == "last":
-            self._from_gradients[:, history.newest] -= 1
         identity = torch.eye(history.size, dtype=torch.float64, device=history.counts.device)
         self._from_displacements = identity[slots] - identity[history.newest]  # X = from_displacements @ D
         squared = history.pairwise_squared_distances()[slots][:, slots]
@@ -153,8 +153,22 @@ class CurlFreePosterior(Posterior):
         assumed = torch.full_like(self.lengthscale, max(estimator.noise_variance, floor))
         correlations = first + second * squared / history.dimension  # of a component, averaged over them
         self._noise = relative_noise(history, slots, correlations, assumed)  # [n]
+        self._first_factor = jittered_cholesky(first + torch.diag(self._noise))
+        self._mean_coefficients = self._mean(slots)  # [T0], m = cᵀ G
+        self._from_gradients = history.averaging[slots] - self._mean_coefficients  # Y = from_gradients @ G
         self._gram = self._from_displacements @ history.iterate_gram @ self._from_displacements.mT
         self._solve(first, second)
+
+    def _mean(self, slots: list[int]) -> Tensor:  # [T0]
+        """The prior mean's coefficients on the stored gradients."""
+        history, kind = self.history, self._estimator.prior_mean
+        coefficients = torch.zeros_like(history.counts)
+        if kind == "gls" or (kind == "last" and history.tells_noise):
+            ones = torch.cholesky_solve(torch.ones_like(self._noise)[:, None], self._first_factor)[:, 0]
+            return history.averaging[slots].mT @ (ones / ones.sum())
+        if kind == "last":
+            coefficients[history.newest] = 1
+        return coefficients
 
     def _choose_lengthscale(self) -> Tensor:  # []
         median = self.history.median_squared_distance().sqrt().nan_to_num(nan=1.0)
@@ -171,7 +185,6 @@ class CurlFreePosterior(Posterior):
         basis, scales = _span(self._gram, self.history.displacements.dtype)
         coordinates = basis * scales  # of X in an orthonormal basis of its span
         targets = cross @ basis / scales  # of Y, projected
-        self._first_factor = jittered_cholesky(first + torch.diag(self._noise))
         across = torch.cholesky_inverse(self._first_factor)  # B
         system = _SpanSystem(first, second, self._noise, coordinates, across)
         inside = system.solve(targets, self._estimator.solver)  # [n, r]
@@ -209,9 +222,7 @@ class CurlFreePosterior(Posterior):
         first, second = self._profiles(on_rows, norms)
         changes = on_gradients @ self._across + on_rows @ self._along.mT - self._own_products  # δ_i·A_i
         slopes = second * changes  # q
-        on_g = first @ self._across @ self._from_gradients
-        if self._estimator.prior_mean == "last":
-            on_g[:, self.history.newest] += 1
+        on_g = first @ self._across @ self._from_gradients + self._mean_coefficients
         on_d = (first @ self._along - slopes) @ self._from_displacements
         on_d[:, self.history.newest] -= slopes.sum(1)  # ξ is the offset less the newest displacement
         return on_g, on_d, slopes.sum(1)

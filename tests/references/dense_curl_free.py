@@ -30,3 +30,11 @@ def posterior(points, gradients, query, derivatives, ell, noise_variance, mean):
     k = np.hstack([block(query, y, derivatives, ell) for y in points])
     weights = np.linalg.solve(K, k.T)
     return mean + (gradients - mean).reshape(-1) @ weights, np.eye(d) - k @ weights
+
+
+def least_squares_mean(points, gradients, derivatives, ell, noise_variance):
+    """Generalised least-squares mean [d] under the separable part of the covariance, -2 φ' I."""
+    squared = ((points[:, None] - points) ** 2).sum(-1)
+    A = derivatives(squared, ell)[0] / derivatives(0.0, ell)[0] + noise_variance * np.eye(len(points))
+    weights = np.linalg.solve(A, np.ones(len(points)))
+    return weights @ gradients / weights.sum()
