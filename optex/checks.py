@@ -8,23 +8,27 @@ from typing import Any
 __all__ = ["check_integer", "check_kind"]
 
 
-def check_integer(owner: str, name: str, value: Any, *, least: int = 1) -> int:
+def check_integer(owner: str | None, name: str, value: Any, *, least: int = 1, most: int | None = None) -> int:
     """The value as an int.
 
     Args:
-        owner: class or function whose argument it is, for the message.
+        owner: class or function whose argument it is, for the message; None where the name says enough.
         name: of the argument.
         value: what came; NumPy's integers pass, booleans do not.
-        least: the smallest value allowed.
+        least, most: the smallest and the largest value allowed.
 
     Raises:
-        ValueError: it is no integer, or less than ``least``.
+        ValueError: it is no integer, or out of this range.
 
     >>> check_integer("OptEx", "parallelism", 4)
     4
     """
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ValueError(f"{owner}: {name} must be an integer of at least {least}, got {value!r}")
+    fits = isinstance(value, Integral) and not isinstance(value, bool)
+    if not fits or value < least or (most is not None and value > most):
+        wanted = f"an integer of at least {least}" if most is None else f"between {least} and {most}"
+        raise ValueError(
+            f"{f'{name}:' if owner is None else f'{owner}: {name}'} must be {wanted}, got {value!r}"
+        )
     return int(value)
 
 

@@ -139,7 +139,7 @@ REFUSALS = {
         "--set: nothing here has model; digits-mlp takes batch_size",
     ),
     "option of its own": (["sphere", "--set", "dim=3"], "--set: dim has an option of its own, --dim"),
-    "threads": (["sphere", "--threads", "0"], "--threads: must be at least 1, got 0"),
+    "threads": (["sphere", "--threads", "0"], "--threads: must be an integer of at least 1, got 0"),
     "plot format": (["sphere", "--plot", "out.foo"], "--plot: 'out.foo' must end in one of"),
     "folder": (["sphere", "--json", "."], "--json: . is a folder; name a file in it"),
     "no such place": (["sphere", "--json", "/dev/null/out.json"], "--json: cannot make the folder /dev/null"),

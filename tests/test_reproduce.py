@@ -174,11 +174,11 @@ class TestCommand:
 REFUSALS = {
     "figure": (["fig5"], "figure: 'fig5' is not one of fig2, fig3, fig4, fig6"),
     "scale": (["fig2", "--scale", "huge"], "scale: must be one of small, paper, got 'huge'"),
-    "seeds": (["fig2", "--seeds", "0"], "seeds: must be at least 1, got 0"),
-    "rounds": (["fig2", "--rounds", "0"], "rounds: must be at least 1, got 0"),
-    "dim": (["fig2", "--dim", "1"], "dim: must be at least 2, got 1"),
+    "seeds": (["fig2", "--seeds", "0"], "seeds: must be an integer of at least 1, got 0"),
+    "rounds": (["fig2", "--rounds", "0"], "rounds: must be an integer of at least 1, got 0"),
+    "dim": (["fig2", "--dim", "1"], "dim: must be an integer of at least 2, got 1"),
     "dim of a network": (["fig4", "--dim", "9"], "dim: the problems of fig4 have their own"),
-    "workers": (["fig2", "--workers", "0"], "workers: must be at least 1, got 0"),
+    "workers": (["fig2", "--workers", "0"], "workers: must be an integer of at least 1, got 0"),
     "no such place": (["fig2", "--out", "/dev/null/out"], "out: cannot make the folder /dev/null/out"),
 }
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from optex.checks import check_integer
 from optex.stepping import OPTIMIZERS, base_optimizer, default_rate
 from optex.studies.baselines import Setting, Trace, make_method
 from optex.studies.measures import VANILLA, Outcome, Spread, Summary, acceleration, rounds_to_level
@@ -84,8 +85,7 @@ class Comparison:
             value = getattr(self, name)
             if name in ("history_size", "batch_size") and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: must be an integer of at least 1, got {value!r}")
+            check_integer(None, name, value)
         if not self.problems:
             raise ValueError(f"problems: none given; choose from {', '.join(PROBLEMS)}")
         for name in self.problems:

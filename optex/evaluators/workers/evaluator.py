@@ -6,7 +6,7 @@ import os
 import pickle
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
-from numbers import Integral, Real
+from numbers import Real
 from threading import RLock
 from typing import Any
 from weakref import finalize
@@ -14,6 +14,7 @@ from weakref import finalize
 import torch
 from torch import Tensor
 
+from optex.checks import check_integer
 from optex.errors import WorkerLostError
 from optex.evaluators.interface import Evaluation, EvaluationRequest, Evaluator, with_hook
 from optex.evaluators.sequential import stack_noise
@@ -236,8 +237,8 @@ def _check_arguments(workers: Any, timeout: Any, threads: Any, rebuild: Any) -> 
         raise TypeError(f"WorkersEvaluator: rebuild must be a function without arguments, got {rebuild!r}")
     if number and rebuild is not None:
         raise ValueError("WorkersEvaluator: rebuild is for an executor; processes are restarted without it")
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, Integral) or threads < 1):
-        raise ValueError(f"WorkersEvaluator: threads must be an integer of at least 1, got {threads!r}")
+    if threads is not None:
+        check_integer("WorkersEvaluator", "threads", threads)
     if timeout is not None and not (isinstance(timeout, Real) and float(timeout) > 0):
         raise ValueError(f"WorkersEvaluator: timeout must be a positive number of seconds, got {timeout!r}")
     if timeout is not None and callable(workers):

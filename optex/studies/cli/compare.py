@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from optex.checks import check_integer
 from optex.studies.cli.app import app, make_folder, progress_bar, refuse
 from optex.studies.cli.table import print_result
 from optex.studies.comparison import Comparison, Run, describe, run_case, summarise, write_json
@@ -144,8 +145,8 @@ def _value(key: str, text: str, kind: type) -> Any:
 def _check_before_running(
     comparison: Comparison, threads: int | None, json: Path | None, plot: Path | None
 ) -> None:
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads: must be at least 1, got {threads}")
+    if threads is not None:
+        check_integer(None, "threads", threads)
     if plot is not None:
         check_plot_path(plot)
     for name, path in (("json", json), ("plot", plot)):

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from optex.checks import check_integer
 from optex.studies.cli.app import app, make_folder, progress_bar, refuse
 from optex.studies.cli.table import figures as significant_figures
 from optex.studies.cli.table import rounds_cell
@@ -73,8 +74,7 @@ def reproduce(
     try:
         choice = Choice(scale, seeds, rounds, dim)
         plans = [make_figure(name, choice) for name in figures]
-        if workers < 1:
-            raise ValueError(f"workers: must be at least 1, got {workers}")
+        check_integer(None, "workers", workers)
         make_folder("out", out)
         for plan in plans:
             for section in plan.sections:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from optex.checks import check_integer
 from optex.studies.problems.data import Split, cifar10, fashion_mnist
 from optex.studies.problems.interface import Problem, seeded_generator
 from optex.studies.problems.networks import CLASSIFIERS, evaluation_mode, initialise
@@ -89,8 +90,7 @@ class ImageClassification(Problem):
         self.reset()
 
     def _check(self, name: str, value: int, most: int) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            raise ValueError(f"{type(self).__name__}: {name} must be between 1 and {most}, got {value!r}")
+        check_integer(type(self).__name__, name, value, most=most)
 
     @abstractmethod
     def _arrays(self, split: Split) -> tuple[np.ndarray, np.ndarray]:  # [n, c, h, w] and [n], uint8

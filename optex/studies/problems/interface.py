@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from optex.checks import check_integer
 from optex.sources import ObjectiveSource
 
 __all__ = ["Problem", "seeded_generator"]
@@ -42,9 +43,7 @@ class Problem(nn.Module, ABC):
 
     def __init__(self, seed: int) -> None:
         super().__init__()
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"{type(self).__name__}: seed must be an integer of at least 0, got {seed!r}")
-        self.seed = seed
+        self.seed = check_integer(type(self).__name__, "seed", seed, least=0)
 
     @abstractmethod
     def forward(self, batch: Any) -> Tensor:  # []

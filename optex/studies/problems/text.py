@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from optex.checks import check_integer
 from optex.studies.problems.data import shakespeare
 from optex.studies.problems.interface import Problem, seeded_generator
 from optex.studies.problems.networks import evaluation_mode, initialise
@@ -165,8 +166,7 @@ class Shakespeare(Problem):
         self.reset()
 
     def _check(self, name: str, value: int, most: int) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            raise ValueError(f"Shakespeare: {name} must be between 1 and {most}, got {value!r}")
+        check_integer("Shakespeare", name, value, most=most)
 
     @staticmethod
     def _text() -> tuple[Tensor, Tensor, int]:  # codes to train on, codes held out, size of the alphabet

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
+from optex.checks import check_integer
 from optex.optimizer import OptEx
 from optex.studies.baselines import METHODS, Method, Setting, Trace
 from optex.studies.baselines.with_optex import history_choice, optex, run_rounds
@@ -57,8 +58,8 @@ class Choice:
             raise ValueError(f"scale: must be one of {', '.join(SCALES)}, got {self.scale!r}")
         for name, least in (("seeds", 1), ("rounds", 1), ("dim", 2)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}: must be at least {least}, got {value}")
+            if value is not None:
+                check_integer(None, name, value, least=least)
 
 
 @dataclass(frozen=True)
