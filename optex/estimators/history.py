@@ -158,6 +158,7 @@ class GradientHistory:
         width = self.space.width
         self.displacements = torch.zeros(size, width, dtype=dtype, device=device)  # [T0, d]
         self.gradients = torch.zeros(size, width, dtype=dtype, device=device)  # [T0, d]
+        self._spare = (self.gradients.new_empty(0, width),) * 2  # rows that may have to be put back
         self.iterate_gram = torch.zeros(size, size, dtype=torch.float64, device=device)  # [T0, T0]
         self._groups: list[int | None] = [None] * size  # slots of one iterate share a number
         self._noise = [0.0] * size  # variance of one component by slot; NaN where it is not known
@@ -307,11 +308,12 @@ class GradientHistory:
         return [(self.appended + i) % self.size for i in range(min(count, self.size))]
 
     def before_append(self, count: int) -> Overwritten:
-        """What appending ``count`` pairs would change; ``take_back`` puts it there again.
+        """What appending ``count`` pairs would change; ``take_back`` puts it there again, until the next call.
 
         Memory: the rows that are overwritten, at most 2 · count · d numbers.
         """
         slots = self._next_slots(count)
+        self._copy_rows(slots)
         # What is changed in place is copied; what an append replaces as a whole is kept as it is.
         changed = ("iterate_gram", "_gradient_gram", "_cross_gram")
         attributes: dict[str, Any] = {name: getattr(self, name).clone() for name in changed}
@@ -319,7 +321,16 @@ class GradientHistory:
         attributes |= {"_stale": set(self._stale), "_cross_stale": set(self._cross_stale)}
         replaced = ("displacements", "anchor", "appended", "averaging", "counts", "_same", "representatives")
         attributes |= {name: getattr(self, name) for name in replaced}
-        return Overwritten(slots, (self.displacements[slots], self.gradients[slots]), attributes)
+        return Overwritten(slots, self._spare, attributes)
+
+    def _copy_rows(self, slots: list[int]) -> None:
+        """Into memory of its own, the same every time: fresh pages would cost more than the copies."""
+        shape = (len(slots), self.space.width)
+        if self._spare[0].shape != shape:
+            self._spare = self.gradients.new_empty(shape), self.gradients.new_empty(shape)
+        index = torch.tensor(slots, dtype=torch.long, device=self.gradients.device)
+        for rows, spare in zip((self.displacements, self.gradients), self._spare, strict=True):
+            torch.index_select(rows, 0, index, out=spare)
 
     def take_back(self, overwritten: Overwritten) -> None:
         """Be as before the append that ``before_append`` was asked about; may be called again."""
