@@ -5,7 +5,9 @@ from __future__ import annotations
 from numbers import Integral
 from typing import Any
 
-__all__ = ["check_integer", "check_kind"]
+from torch import Tensor
+
+__all__ = ["check_integer", "check_kind", "saved_entry", "saved_integer", "saved_number", "saved_tensor"]
 
 
 def check_integer(owner: str | None, name: str, value: Any, *, least: int = 1, most: int | None = None) -> int:
@@ -23,13 +25,13 @@ def check_integer(owner: str | None, name: str, value: Any, *, least: int = 1, m
     >>> check_integer("OptEx", "parallelism", 4)
     4
     """
-    fits = isinstance(value, Integral) and not isinstance(value, bool)
-    if not fits or value < least or (most is not None and value > most):
+    number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else least - 1
+    if number < least or (most is not None and number > most):
         wanted = f"an integer of at least {least}" if most is None else f"between {least} and {most}"
         raise ValueError(
             f"{f'{name}:' if owner is None else f'{owner}: {name}'} must be {wanted}, got {value!r}"
         )
-    return int(value)
+    return number
 
 
 def check_kind(owner: str, name: str, value: Any, kind: type, wanted: str) -> None:
@@ -40,3 +42,48 @@ def check_kind(owner: str, name: str, value: Any, kind: type, wanted: str) -> No
     """
     if value is not None and not isinstance(value, kind):
         raise TypeError(f"{owner}: {name} must be {wanted}, got {value!r}")
+
+
+def saved_entry(owner: str, state: Any, name: str) -> Any:
+    """An entry of a saved state.
+
+    Raises:
+        ValueError: the state is no dict, or has no such entry.
+    """
+    if not isinstance(state, dict) or name not in state:
+        raise ValueError(f"{owner}: the saved state has no entry {name!r}; it was cut short, or is another's")
+    return state[name]
+
+
+def saved_tensor(
+    owner: str, state: Any, name: str, shape: tuple[int, ...], *, finite: bool = True
+) -> Tensor:  # of this shape
+    """An entry of a saved state that has to be a floating-point tensor of this shape.
+
+    Raises:
+        ValueError: it is not, or is not finite where it has to be.
+    """
+    value = saved_entry(owner, state, name)
+    if not isinstance(value, Tensor) or not value.is_floating_point() or tuple(value.shape) != shape:
+        came = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:60]
+        raise ValueError(f"{owner}: saved {name} must be a floating-point tensor {shape}, got {came}")
+    if finite and not bool(value.isfinite().all()):
+        raise ValueError(f"{owner}: saved {name} holds numbers that are not finite")
+    return value
+
+
+def saved_integer(owner: str, state: Any, name: str, *, least: int = 0) -> int:
+    """An entry of a saved state that has to be an integer of at least ``least``, as ``check_integer``."""
+    return check_integer(owner, f"saved {name}", saved_entry(owner, state, name), least=least)
+
+
+def saved_number(owner: str, state: Any, name: str, *, least: float) -> float:
+    """An entry of a saved state that has to be a number of at least ``least``.
+
+    Raises:
+        ValueError: it is not.
+    """
+    value = saved_entry(owner, state, name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
+        raise ValueError(f"{owner}: saved {name} must be a number of at least {least:g}, got {value!r}")
+    return float(value)

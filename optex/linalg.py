@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Final
 
 import torch
@@ -16,6 +17,7 @@ __all__ = [
     "combine_rows",
     "conjugate_gradients",
     "inner_products",
+    "jitter_unsaid",
     "jittered_cholesky",
     "one_thread",
     "squared_distances",
@@ -27,6 +29,17 @@ JITTERS: Final = (1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
 _BLOCK: Final = 256  # columns summed in float32
 _SLAB: Final = 4096 * _BLOCK  # columns handled at a time, which bounds the scratch memory
 _SHORT: Final = 32_768  # torch splits elementwise work among threads from this length on
+_UNSAID: ContextVar[bool] = ContextVar("jitter_unsaid", default=False)
+
+
+@contextmanager
+def jitter_unsaid() -> Iterator[None]:
+    """No warnings of jitter in here, in this thread alone: for models that are judged by how they predict."""
+    token = _UNSAID.set(True)
+    try:
+        yield
+    finally:
+        _UNSAID.reset(token)
 
 
 @contextmanager
@@ -140,6 +153,8 @@ def jittered_cholesky(
     for jitter in JITTERS:
         with one_thread():
             factor, info = torch.linalg.cholesky_ex(matrix + jitter * scale * identity)
+        if not info and _UNSAID.get():
+            return factor
         if not info:
             warnings.warn(
                 f"kernel matrix of size {len(matrix)} is not positive definite; added {jitter:g} of its mean "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from optex.checks import check_integer, check_kind
+from optex.checks import check_integer, check_kind, saved_entry
 from optex.distributed import Ranks, lay_out
 from optex.errors import NonFiniteError, NonFiniteWarning, PlainStepWarning, warn
 from optex.estimators import CommitteeEstimator, Estimator, GradientHistory
@@ -29,7 +29,7 @@ from optex.round import (
 )
 from optex.round.arguments import check_choices, check_parts, published_parts
 from optex.sources import ClosureSource, GradientSource, ObjectiveSource
-from optex.stepping import Buffers, Stepper, check_base
+from optex.stepping import Buffers, OptimizerWrapper, Stepper, check_base
 
 __all__ = ["OptEx"]
 
@@ -44,7 +44,7 @@ class _RoundRequest:
     window: tuple[PlannedStep, ...]
 
 
-class OptEx(Optimizer):
+class OptEx(OptimizerWrapper):
     """A torch optimizer that takes up to ``parallelism`` steps of another one in a round.
 
     A round drafts steps on predicted gradients, evaluates the true gradients at all drafted points at once,
@@ -126,7 +126,6 @@ class OptEx(Optimizer):
         self.history_size = check_integer("OptEx", "history_size", size)
         check_parts(base, estimator, acceptance, evaluator, scheduler, model)
         check_choices(deterministic, gradient_hook, on_nonfinite)
-        self.base = base
         self.scheduler = scheduler
         self.model = model
         self.deterministic = deterministic
@@ -137,9 +136,7 @@ class OptEx(Optimizer):
         self._history_device = history_device
         self._verify = deterministic
         self._warned_of_plain_steps = False
-        self._ready = False  # while torch's constructor runs, the groups are already the base's
-        super().__init__(base.param_groups, base.defaults)
-        self._ready = True
+        super().__init__(base)
         evaluator = evaluator or SequentialEvaluator()
         stepper = self._lay_out(evaluator, self._trainable())
         predictor = self._predictor(copy.deepcopy(estimator) or CommitteeEstimator(), stepper)
@@ -348,6 +345,7 @@ class OptEx(Optimizer):
         parameters = self._trainable()
         known = self.stepper.vector.whole.parameters
         if len(parameters) == len(known) and all(p is q for p, q in zip(parameters, known, strict=True)):
+            self.stepper.vector.whole.check()
             return
         check_base(self.base)
         self.stepper.release()
@@ -356,38 +354,11 @@ class OptEx(Optimizer):
 
     # ------------------------------------------------------------------ torch.optim.Optimizer
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The base optimizer's own groups, live."""
-        return self.base.param_groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        if self._ready:
-            self.base.param_groups = groups
-
-    @property
-    def state(self) -> Any:
-        """The base optimizer's own state, live."""
-        return self.base.state
-
-    @state.setter
-    def state(self, state: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        if self._ready:
-            self.base.state = state
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer. The history starts anew, its vectors being longer now."""
         if self._ready:
             self.base.add_param_group(param_group)
             self._refresh_layout()
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        raise RuntimeError(
-            "OptEx: torch.amp.GradScaler scales gradients by a factor that changes, and the history would mix "
-            "them; use bfloat16 autocast, which needs no scaler"
-        )
 
     def gather(self) -> None:
         """Make parameters whole where they are split among ranks, and as gathered last; every rank has to."""
@@ -418,7 +389,8 @@ class OptEx(Optimizer):
         A state dict of the base optimizer alone is taken too; the history then starts empty.
 
         Raises:
-            ValueError: the state is of other parameters, or the history of another size.
+            ValueError: the state is cut short, broken, or of other parameters, history, estimator or
+                acceptance; the optimizer is as it was.
         """
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -426,23 +398,38 @@ class OptEx(Optimizer):
             state_dict = state_dict if replaced is None else dict(replaced)
         own = state_dict.pop(_STATE_KEY, None)
         self._refresh_layout()
-        if own is None:
-            self._rounds.forget()
-        else:
-            self._rounds.load_state_dict(own)
-            if self.scheduler is not None and own["scheduler"] is not None:
-                self.scheduler.load_state_dict(own["scheduler"])
-            self._verify = False
-        self.stepper.load_state_dict(state_dict)
+        put_back = self._rounds.held()
+        try:
+            self._take_over(state_dict, own)
+        except Exception as error:
+            put_back()
+            if isinstance(error, ValueError):
+                raise
+            raise ValueError(
+                f"OptEx.load_state_dict: this state cannot be taken over ({type(error).__name__}: {error}); "
+                "the optimizer is as it was. Load one that an OptEx over the same parameters saved"
+            ) from error
+        except BaseException:
+            put_back()
+            raise
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "step"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._patch_step_function()
+    def _take_over(self, base: dict[str, Any], own: dict[str, Any] | None) -> None:
+        self.stepper.load_state_dict(base)
+        if own is None:
+            self._rounds.forget()
+        else:
+            schedule = saved_entry("OptEx.load_state_dict", own, "scheduler")
+            if self.scheduler is not None and schedule is not None:
+                if schedule.keys() != self.scheduler.state_dict().keys():
+                    raise ValueError(
+                        "OptEx.load_state_dict: the saved schedule is of another kind of scheduler"
+                    )
+                self.scheduler.load_state_dict(schedule)
+            self._rounds.load_state_dict(own)
+        self.stepper.check_step()
+        self._verify = self._verify and own is None
 
     def __repr__(self) -> str:
         sizes = f"parallelism={self.parallelism}, history_size={self.history_size}"

@@ -13,10 +13,12 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 
 from optex import (
     HoldLast,
+    JitterWarning,
     Last,
     LowestLoss,
     NonFiniteError,
     NotDeterministicWarning,
+    NotPositiveDefiniteError,
     OptEx,
     PlainStepWarning,
     VectorizedEvaluator,
@@ -741,9 +743,9 @@ def test_buffers_are_those_of_the_module_that_rounds_is_given():
 class Preconditioned(torch.optim.Optimizer):
     """Scales by a running mean of squared gradients that drafts leave alone."""
 
-    def __init__(self, params, lr):
+    def __init__(self, params, lr, note):
         super().__init__(params, {"lr": lr})
-        self.frozen, self.updates, self.drafts = False, 0, 0
+        self.frozen, self.note = False, note
 
     @contextlib.contextmanager
     def drafting(self):
@@ -760,9 +762,9 @@ class Preconditioned(torch.optim.Optimizer):
                 state = self.state[p]
                 curvature = state.setdefault("curvature", torch.ones_like(p))
                 if self.frozen:
-                    self.drafts += 1
+                    self.note("draft")
                 else:
-                    self.updates += 1
+                    self.note("update")
                     curvature.mul_(0.9).add_(p.grad.square(), alpha=0.1)
                 p.sub_(group["lr"] * p.grad / curvature.sqrt())
 
@@ -771,11 +773,130 @@ def test_a_base_freezes_what_it_says_while_drafting():
     plain, model = nn.Linear(3, 1).double(), nn.Linear(3, 1).double()
     model.load_state_dict(plain.state_dict())
     batches = [(x[:, :3], y[:, :1]) for x, y in regression_batches(20)]
-    base = Preconditioned(plain.parameters(), lr=0.05)
+    plainly, ours = [], []
+    base = Preconditioned(plain.parameters(), 0.05, plainly.append)
     plain_run(plain, base, batches)
-    twin = Preconditioned(model.parameters(), lr=0.05)
+    twin = Preconditioned(model.parameters(), 0.05, ours.append)
     optimizer = OptEx(twin, acceptance=WithinTolerance(0.0))
     list(optimizer.rounds(batches, squared_error(model)))
     assert_same_state(twin, base)
-    assert twin.drafts > 0
-    assert twin.updates == base.updates  # replayed steps alone
+    assert "draft" in ours
+    assert ours.count("update") == len(plainly)  # replayed steps alone
+
+
+class Counting(torch.optim.Optimizer):
+    """Keeps its count of steps, and a running mean, where torch's optimizers would not."""
+
+    def __init__(self, params, lr, keep):
+        super().__init__(params, {"lr": lr})
+        self.keep = keep(sum(p.numel() for group in self.param_groups for p in group["params"]))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        flat = torch.cat([p.grad.reshape(-1) for group in self.param_groups for p in group["params"]])
+        self.keep, rate = self.advanced(flat)
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * rate * p.grad)
+
+    def advanced(self, flat):
+        if isinstance(self.keep, int):
+            return self.keep + 1, 1 / self.keep**0.5
+        if isinstance(self.keep, torch.Tensor):
+            self.keep.mul_(0.9).add_(flat, alpha=0.1)
+            return self.keep, float(1 / (1 + self.keep.norm()))
+        if isinstance(self.keep, list):
+            self.keep.append(float(flat.norm()))
+            return self.keep, 1 / len(self.keep)
+        self.keep.count += 1
+        return self.keep, 1 / self.keep.count
+
+
+class Count:
+    def __init__(self, _):
+        self.count = 1
+
+
+@pytest.mark.parametrize("keep", [lambda d: 1, lambda d: torch.zeros(d, dtype=torch.float64), lambda d: []])
+def test_what_a_base_keeps_outside_its_state_is_put_back(keep):
+    batches = regression_batches(15)
+    plain, model = network(), network()
+    trajectory = plain_run(plain, Counting(plain.parameters(), 0.05, keep), batches)
+    base = Counting(model.parameters(), 0.05, keep)
+    optimizer = OptEx(base, acceptance=WithinTolerance(0.0))
+    for _ in optimizer.rounds(batches, squared_error(model)):
+        assert same(snapshot(model), trajectory[optimizer.steps_taken - 1])
+    assert optimizer.steps_taken == 15
+
+
+def test_what_cannot_be_put_back_is_refused_by_name():
+    model = network()
+    optimizer = OptEx(Counting(model.parameters(), 0.05, Count), acceptance=WithinTolerance(0.0))
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=r"Counting changes its attribute 'keep' \(Count\) in place"):
+        list(optimizer.rounds(regression_batches(15), squared_error(model)))
+    assert same(snapshot(model), before)
+
+
+def test_state_that_is_no_dict_is_refused():
+    class Odd(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step()
+            for p in self.param_groups[0]["params"]:
+                self.state[p] = [1]
+
+    model = network()
+    optimizer = OptEx(Odd(model.parameters(), lr=0.1))
+    with pytest.raises(TypeError, match="Odd keeps a list as the state of a parameter"):
+        list(optimizer.rounds(regression_batches(8), squared_error(model)))
+
+
+# ---------------------------------------------------------------- what is done to the model behind our back
+
+
+def test_parameters_of_another_kind_are_refused_by_name():
+    model = network(dtype=torch.float32)
+    optimizer = OptEx(adam(model.parameters()))
+    batches = regression_batches(8, dtype=torch.float32)
+    list(optimizer.rounds(batches, squared_error(model)))
+    model.double()
+    with pytest.raises(TypeError, match=r"parameter 0 was of torch.float32 on cpu .*is of torch.float64"):
+        next(optimizer.rounds(regression_batches(8), squared_error(model)))
+    model.float()
+    model[0].weight.data = torch.zeros(5, 7)
+    with pytest.raises(ValueError, match="parameter 0 held 30 numbers when OptEx was built and holds 35 now"):
+        next(optimizer.rounds(batches, squared_error(model)))
+
+
+def test_nothing_to_optimise_is_refused():
+    with pytest.raises(ValueError, match="no parameter that requires a gradient and holds a number"):
+        OptEx(torch.optim.SGD([nn.Parameter(torch.zeros(0))], lr=0.1))
+
+
+@pytest.mark.parametrize("way", ["closure", "objective"])
+def test_an_iterator_that_ends_in_the_objective_is_named(way):
+    model = network()
+    optimizer, batches = OptEx(adam(model.parameters())), iter(regression_batches(2))
+    error = squared_error(model)
+    actions = {
+        "closure": lambda: optimizer.step(drawing_closure(optimizer, model, regression_batches(2))),
+        "objective": lambda: next(optimizer.rounds(range(9), lambda _: error(next(batches)))),
+    }
+    with pytest.raises(RuntimeError, match="raised StopIteration: an iterator that it draws from has ended"):
+        actions[way]()
+
+
+def test_a_history_that_cannot_be_fitted_holds_the_last_gradient():
+    class Failing(HoldLast):
+        def fit(self, history):
+            if history.appended == 12:
+                raise NotPositiveDefiniteError("kernel matrix of size 12")
+            return super().fit(history)
+
+    model, twin = network(), network()
+    failing = OptEx(adam(model.parameters()), estimator=Failing())
+    whole = OptEx(adam(twin.parameters()), estimator=HoldLast())
+    with pytest.warns(JitterWarning, match="kernel matrix of size 12. The last gradient is held"):
+        list(failing.rounds(regression_batches(30), squared_error(model)))
+    list(whole.rounds(regression_batches(30), squared_error(twin)))
+    assert same(snapshot(model), snapshot(twin))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final, cast
 
@@ -248,8 +248,8 @@ class ShardedStepper(Stepper):
         self._hyperparameters = Hyperparameters(self._owner)
         return super().mark()
 
-    def rewind(self) -> None:
-        super().rewind()
+    def take_back(self) -> None:
+        super().take_back()
         self._hyperparameters.restore()
 
     def _step_base(self) -> None:
@@ -273,6 +273,25 @@ class ShardedStepper(Stepper):
 
     def gather(self) -> None:
         self.vector.gather()
+
+    def held(self) -> Callable[[], None]:
+        put_back_slices, owner = super().held(), self._owner
+        state, groups, stale = owner.state, owner.param_groups, self.vector.stale
+        slices = [shadow.detach().clone() for shadow in self.vector.parameters]
+        # Loading fills the slices' state in place.
+        entries = {shadow: dict(values) for shadow, values in self._base.state.items()}
+
+        def put_back() -> None:
+            put_back_slices()
+            owner.state, owner.param_groups = state, groups
+            self._base.state.clear()
+            self._base.state.update(entries)
+            with torch.no_grad():
+                for shadow, values in zip(self.vector.parameters, slices, strict=True):
+                    shadow.copy_(values)
+            self.vector.stale = stale
+
+        return put_back
 
     # ------------------------------------------------------------------ the base optimizer's state
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Final
@@ -10,12 +9,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from optex.checks import check_integer
-from optex.errors import JitterWarning
+from optex.checks import check_integer, saved_integer, saved_tensor
+from optex.errors import NotPositiveDefiniteError
 from optex.estimators.curl_free import CurlFreeEstimator
 from optex.estimators.history import GradientHistory, Locations
 from optex.estimators.hold_last import HoldLast
 from optex.estimators.interface import Estimator, Posterior
+from optex.linalg import jitter_unsaid
 
 __all__ = ["CommitteeEstimator", "CommitteePosterior", "default_members"]
 
@@ -125,8 +125,12 @@ class CommitteeEstimator(Estimator):
         return {"scores": self.scores.clone(), "rounds": self._rounds, "judged": self._judged}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.scores = state["scores"].to("cpu", torch.float64, copy=True)
-        self._rounds, self._judged = state["rounds"], state["judged"]
+        owner = "CommitteeEstimator.load_state_dict"
+        scores = saved_tensor(owner, state, "scores", (len(self.members),), finite=False)
+        if scores.isnan().any():
+            raise ValueError(f"{owner}: saved scores are not numbers")
+        rounds, judged = (saved_integer(owner, state, name) for name in ("rounds", "judged"))
+        self.scores, self._rounds, self._judged = scores.to("cpu", torch.float64, copy=True), rounds, judged
 
     def __repr__(self) -> str:
         members = ", ".join(map(repr, self.members))
@@ -134,10 +138,13 @@ class CommitteeEstimator(Estimator):
 
 
 def _fit(member: Estimator, history: GradientHistory) -> Posterior:
-    # A member that needs jitter is not repaired in silence: it is judged by how it predicts, jitter and all.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", JitterWarning)
-        return member.fit(history)
+    # A member that needs jitter, or cannot be fitted at all, is not repaired in silence: it is judged by how it
+    # predicts, and without a model that is as the last gradient does.
+    with jitter_unsaid():
+        try:
+            return member.fit(history)
+        except NotPositiveDefiniteError:
+            return HoldLast().fit(history)
 
 
 class CommitteePosterior(Posterior):

@@ -4,107 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from optex.checks import check_integer
-from optex.linalg import inner_products, squared_distances, squared_norms
+from optex.estimators.locations import Locations
+from optex.estimators.saved import Overwritten, check_saved
+from optex.linalg import inner_products, squared_distances
 from optex.vector_space import VectorSpace
 
-__all__ = ["GradientHistory", "Locations"]
+__all__ = ["GradientHistory", "Locations", "Overwritten"]
 
 FARTHEST_ANCHOR: Final = 3.0  # median distances from the newest iterate
-
-
-class Locations:
-    """Points seen from a history: their inner products with its rows, each computed once, when asked for.
-
-    Several posteriors of one history share them.
-
-    Attributes:
-        history: the history.
-        points: [n, d].
-    """
-
-    def __init__(
-        self,
-        history: GradientHistory,
-        points: Tensor,  # [n, d]
-    ) -> None:
-        self.history = history
-        self.points = points
-        self._offsets: Tensor | None = None  # [n, d]
-        self._on_gradients: Tensor | None = None  # [n, T0]
-        self._near: tuple[Tensor, Tensor] | None = None  # norms [n] and on_displacements [n, T0]
-
-    def __len__(self) -> int:
-        return len(self.points)
-
-    def __getitem__(self, index: int) -> Locations:
-        """One of the points, with what is known of it."""
-        if self.history.space.is_split:
-            _ = self.on_gradients  # of all points in one message, rather than one for each
-        row = slice(index, index + 1)
-        one = Locations(self.history, self.points[row])
-        one._offsets = None if self._offsets is None else self._offsets[row]
-        one._on_gradients = None if self._on_gradients is None else self._on_gradients[row]
-        one._near = None if self._near is None else (self._near[0][row], self._near[1][row])
-        return one
-
-    @property
-    def offsets(self) -> Tensor:  # [n, d]
-        """Displacements from the history's anchor."""
-        if self._offsets is None:
-            self._offsets = self.history.displacement(self.points)
-        return self._offsets
-
-    @property
-    def norms(self) -> Tensor:  # [n] float64
-        """Squared norms of the offsets."""
-        return self._products_nearby()[0]
-
-    @property
-    def on_displacements(self) -> Tensor:  # [n, T0] float64
-        """Inner products of the offsets with the stored displacements."""
-        return self._products_nearby()[1]
-
-    @property
-    def on_gradients(self) -> Tensor:  # [n, T0] float64
-        """Inner products of the offsets with the stored gradients; they bring the others along."""
-        if self._on_gradients is None:
-            products = inner_products(self.offsets, self.history.gradients)
-            if self._near is not None:
-                (self._on_gradients,) = self.history.space.total(products)
-            else:  # one message between processes for all three
-                total = self.history.space.total(products, *self._nearby_here())
-                self._on_gradients, self._near = total[0], (total[1], total[2])
-        return self._on_gradients
-
-    def _products_nearby(self) -> tuple[Tensor, Tensor]:  # [n], [n, T0]
-        if self._near is None:
-            norms, products = self.history.space.total(*self._nearby_here())
-            self._near = norms, products
-        return self._near
-
-    def _nearby_here(self) -> tuple[Tensor, Tensor]:
-        return squared_norms(self.offsets), inner_products(self.offsets, self.history.displacements)
-
-    @property
-    def squared_distances(self) -> Tensor:  # [n, T0] float64
-        """‖θ - θ_j‖² from each point to each stored iterate."""
-        return squared_distances(self.norms, self.history.iterate_gram.diagonal(), self.on_displacements)
-
-
-@dataclass(frozen=True)
-class Overwritten:
-    """What an append of some pairs is about to change, so that it can be taken back."""
-
-    slots: list[int]
-    rows: tuple[Tensor, Tensor]  # displacements and gradients [n, d]
-    attributes: dict[str, Any]
 
 
 class GradientHistory:
@@ -158,7 +71,8 @@ class GradientHistory:
         width = self.space.width
         self.displacements = torch.zeros(size, width, dtype=dtype, device=device)  # [T0, d]
         self.gradients = torch.zeros(size, width, dtype=dtype, device=device)  # [T0, d]
-        self._spare = (self.gradients.new_empty(0, width),) * 2  # rows that may have to be put back
+        nothing = self.gradients.new_empty(0, width)
+        self._spare = nothing, nothing  # rows that may have to be put back
         self.iterate_gram = torch.zeros(size, size, dtype=torch.float64, device=device)  # [T0, T0]
         self._groups: list[int | None] = [None] * size  # slots of one iterate share a number
         self._noise = [0.0] * size  # variance of one component by slot; NaN where it is not known
@@ -430,32 +344,26 @@ class GradientHistory:
             "appended": self.appended,
         }
 
+    def like(self) -> GradientHistory:
+        """An empty history of the same size, space, dtype and device."""
+        rows = self.gradients
+        return GradientHistory(self.size, self.space, dtype=rows.dtype, device=rows.device)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a saved history of the same size and dimension.
+        """Take over a saved history of the same size and dimension; it is checked before anything changes.
 
         Raises:
-            ValueError: size or dimension differ.
+            ValueError: size or dimension differ, or an entry is missing, of another kind, or not finite.
         """
-        shapes = [tuple(state[name].shape) for name in ("displacements", "gradients")]
-        wanted = [(self.size, self.dimension)] * 2
-        if shapes != wanted:
-            raise ValueError(
-                f"GradientHistory.load_state_dict: saved iterates are {shapes[0]}, gradients {shapes[1]} "
-                f"[T0, d], this history's {wanted[0]} and {wanted[1]}; "
-                "build it with the same history_size and parameters"
-            )
-        self.displacements.copy_(self.space.local(state["displacements"]))
-        self.gradients.copy_(self.space.local(state["gradients"]))
-        self._groups = list(state["groups"])
-        self._noise = [math.nan if variance is None else variance for variance in state["noise"]]
-        self.iterate_gram.copy_(state["iterate_gram"])
-        self._gradient_gram.copy_(state["gradient_gram"])
-        self._cross_gram.copy_(state["cross_gram"])
+        saved = check_saved(state, self.size, self.space)
+        self.displacements.copy_(saved.displacements)
+        self.gradients.copy_(saved.gradients)
+        self._groups, self._noise = saved.groups, saved.noise
+        self.iterate_gram.copy_(saved.iterate_gram)
+        self._gradient_gram.copy_(saved.gradient_gram)
+        self._cross_gram.copy_(saved.cross_gram)
         self._stale.clear()
         self._cross_stale.clear()
-        anchor = state["anchor"]
-        self.anchor = (
-            None if anchor is None else self.space.local(anchor).to(self.displacements.device, copy=True)
-        )
-        self.appended = state["appended"]
+        self.anchor = None if saved.anchor is None else saved.anchor.to(self.displacements.device, copy=True)
+        self.appended = saved.appended
         self._merge_groups()

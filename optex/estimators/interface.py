@@ -98,4 +98,8 @@ class Estimator(ABC):
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what another estimator of these settings has learned."""
+        """Take over what another estimator of these settings has learned; checked before anything changes.
+
+        Raises:
+            ValueError: it is not what such an estimator saves.
+        """

@@ -13,8 +13,10 @@ vectorized     nowhere: ``torch.func.vmap`` draws for all points at once, anew e
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Final
 
 import numpy as np
 import torch
@@ -23,8 +25,15 @@ from torch import Tensor
 __all__ = ["RandomDraws", "generator_states", "seeded_states", "set_generator_states"]
 
 
+# Replays set torch's generators, which all threads of the program share: one at a time.
+_REPLAYING: Final = threading.RLock()
+
+
 class RandomDraws:
     """The random numbers of a step, dropout's say: the same ones each time the step is evaluated.
+
+    A step that drew none at its first evaluation leaves the generators alone for good. Threads whose objectives
+    do draw share torch's generators, and cannot count on the same numbers twice.
 
     Attributes:
         state: of torch's generators before the first evaluation: the CPU's, then every CUDA device's if CUDA is
@@ -33,6 +42,7 @@ class RandomDraws:
 
     def __init__(self, state: list[Tensor] | None = None) -> None:
         self.state = state
+        self._none_drawn = False
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
@@ -42,20 +52,26 @@ class RandomDraws:
         the plain loop would; one that fails leaves no trace. A later evaluation starts from the state
         remembered and leaves the generators as they were.
         """
-        now, first = generator_states(), self.state is None
-        try:
-            if self.state is None:
-                self.state = now
-            else:
-                set_generator_states(self.state)
+        if self._none_drawn:
             yield
-        except BaseException:
-            if first:
-                self.state = None
-            set_generator_states(now)
-            raise
-        if not first:
-            set_generator_states(now)
+        elif self.state is None:
+            now = generator_states()
+            try:
+                yield
+            except BaseException:
+                if not _equal(now, generator_states()):
+                    set_generator_states(now)
+                raise
+            self._none_drawn = _equal(now, generator_states())
+            self.state = now
+        else:
+            with _REPLAYING:
+                now = generator_states()
+                try:
+                    set_generator_states(self.state)
+                    yield
+                finally:
+                    set_generator_states(now)
 
     def apart(self, part: int) -> RandomDraws:
         """Draws for one part of the step's batch: parts must not share their dropout. Part 0 has the step's."""
@@ -64,6 +80,10 @@ class RandomDraws:
         generator = torch.Generator()
         generator.set_state(self.state[0])
         return RandomDraws(seeded_states([generator.initial_seed(), part]))
+
+
+def _equal(left: list[Tensor], right: list[Tensor]) -> bool:
+    return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
 def generator_states() -> list[Tensor]:

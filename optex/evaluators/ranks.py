@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor
 
+from optex.checks import saved_integer
 from optex.distributed.ranks import Ranks, Traffic
 from optex.distributed.sharding import ShardedVector
 from optex.evaluators.buffers import buffers_refused
@@ -108,7 +109,8 @@ class DistributedEvaluator(Evaluator):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
-            self.seed, self._drawn = state["seed"], state["drawn"]
+            owner = "DistributedEvaluator.load_state_dict"
+            self.seed, self._drawn = (saved_integer(owner, state, name) for name in ("seed", "drawn"))
 
     def evaluate(self, request: EvaluationRequest) -> Evaluation:
         ranks, vector, count = self.ranks, request.vector, len(request)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from optex.evaluators.buffers import statistics_watched
 from optex.evaluators.interface import Evaluation, EvaluationRequest, Evaluator, with_hook
+from optex.sources import GradientSource
 from optex.stepping import Buffers, ParameterVector
 
-__all__ = ["SequentialEvaluator", "stack_noise"]
+__all__ = ["SequentialEvaluator", "gradient_of", "stack_noise"]
 
 _REMEDY: Final = "Hand the module that owns them to OptEx(..., model=model)"
 
@@ -50,7 +51,7 @@ class SequentialEvaluator(Evaluator):
                     vector.clear_gradients()
                     torch.clear_autocast_cache()  # or a caller's autocast keeps the last point's weights
                     with torch.enable_grad(), drawn.replayed():
-                        loss, variance = request.source.gradient(batch)
+                        loss, variance = gradient_of(request.source, batch)
                     _check_gradients(vector)
                     gradient, mask = vector.read_gradients()
                     row.copy_(gradient)
@@ -67,6 +68,21 @@ class SequentialEvaluator(Evaluator):
             self._watched = vector.parameters
         evaluation = Evaluation(torch.stack(losses), gradients, tuple(masks), stack_noise(noise), tuple(after))
         return with_hook(request, evaluation)
+
+
+def gradient_of(source: GradientSource, batch: Any) -> tuple[Tensor, Tensor | None]:  # [], []
+    """What the source answers; a ``StopIteration`` from in there would end the wrong loop.
+
+    Raises:
+        RuntimeError: in its place.
+    """
+    try:
+        return source.gradient(batch)
+    except StopIteration as error:
+        raise RuntimeError(
+            "OptEx: the objective or closure raised StopIteration: an iterator that it draws from has ended. "
+            "Hand the batches to rounds(batches, objective), or let the closure's iterator go on for ever"
+        ) from error
 
 
 def stack_noise(

@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
+from optex.checks import saved_entry, saved_integer, saved_number
 from optex.round.record import RoundRecord
 from optex.vector_space import VectorSpace
 
@@ -58,7 +59,11 @@ class Acceptance(ABC):
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what another rule of these settings has learned."""
+        """Take over what another rule of these settings has learned; checked before anything changes.
+
+        Raises:
+            ValueError: it is not what such a rule saves.
+        """
 
     @abstractmethod
     def replay(self, record: RoundRecord) -> int:
@@ -197,8 +202,14 @@ class WithinTolerance(Acceptance):
         return {"tolerance": self.tolerance, "kept": self._kept}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.tolerance = state["tolerance"]
-        self._kept = state["kept"]
+        owner = "WithinTolerance.load_state_dict"
+        tolerance = saved_number(owner, state, "tolerance", least=0)
+        kept = None if saved_entry(owner, state, "kept") is None else saved_integer(owner, state, "kept")
+        if (tolerance == 0) != (self.tolerance == 0):
+            raise ValueError(
+                f"{owner}: saved tolerance is {tolerance:g}, this rule's {self.tolerance:g}; 0 stays 0"
+            )
+        self.tolerance, self._kept = tolerance, kept
 
     def ahead(self, parallelism: int) -> int:
         if self.lookahead is None or self._kept is None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from optex.estimators import Estimator, GradientHistory, Posterior
+from optex.checks import saved_entry
+from optex.errors import JitterWarning, NotPositiveDefiniteError, warn
+from optex.estimators import Estimator, GradientHistory, HoldLast, Posterior
 from optex.estimators.history import Overwritten
 
 __all__ = ["Predictor", "default_history_size"]
@@ -48,7 +51,11 @@ class Predictor:
     def posterior(self) -> Posterior | None:
         """The estimator fitted to the history, anew only when that has changed; None while it is empty."""
         if self._posterior is None and len(self.history):
-            self._posterior = self.estimator.fit(self.history)
+            try:
+                self._posterior = self.estimator.fit(self.history)
+            except NotPositiveDefiniteError as error:
+                warn(f"OptEx: {error}. The last gradient is held for this round.", JitterWarning)
+                self._posterior = HoldLast().fit(self.history)
         return self._posterior
 
     def remember(
@@ -82,21 +89,17 @@ class Predictor:
         self.estimator.load_state_dict(before.estimator)
         self._posterior = before.posterior
 
-    def forget(self) -> None:
-        """Empty the history."""
-        self._posterior = None
-        self.history.clear()
-
     def state_dict(self) -> dict[str, Any]:
         """History, and what the estimator has learned."""
         return {"history": self.history.state_dict(), "estimator": self.estimator.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a saved history of the same size and dimension, and what was learned.
+    def loaded(self, state: dict[str, Any]) -> Predictor:
+        """A predictor of these settings with a saved history and what was learned; this one stays as it is.
 
         Raises:
-            ValueError: the history is of another size or dimension.
+            ValueError: the history is of another size or dimension, or the state is not what is saved here.
         """
-        self._posterior = None
-        self.history.load_state_dict(state["history"])
-        self.estimator.load_state_dict(state["estimator"])
+        history, estimator = self.history.like(), copy.deepcopy(self.estimator)
+        history.load_state_dict(saved_entry("OptEx.load_state_dict", state, "history"))
+        estimator.load_state_dict(saved_entry("OptEx.load_state_dict", state, "estimator"))
+        return Predictor(estimator, history)

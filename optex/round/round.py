@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from optex import linalg
+from optex.checks import saved_entry
 from optex.errors import NonFiniteError, NotDeterministicWarning, warn
 from optex.estimators import Posterior
 from optex.estimators.history import Locations
@@ -20,6 +22,7 @@ from optex.evaluators.randomness import generator_states, set_generator_states
 from optex.round.acceptance import Acceptance
 from optex.round.predictor import Predictor
 from optex.round.record import RoundRecord
+from optex.round.saved import OWNER, load_generators, load_mask, load_progress
 from optex.round.window import BatchQueue, PlannedStep, Progress
 from optex.sources import GradientSource
 from optex.stepping import Buffers, Stepper
@@ -97,7 +100,7 @@ class Rounds:
         )
         self.record = record
         self.stepper.mark()
-        record.undo.append(self.stepper.rewind)
+        record.undo.append(self.stepper.take_back)
         try:
             with linalg.threads_for(record.space.width):
                 self._draft(record)
@@ -363,33 +366,47 @@ class Rounds:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there.
+        """Go on from there; the saved state is checked, and all is built aside before anything changes.
 
         Raises:
-            ValueError: the history is of another size or dimension.
+            ValueError: it is not what ``state_dict`` saves, or of another history, estimator or acceptance.
         """
-        vector = self.stepper.vector
+        predictor = self.predictor.loaded(state)
+        progress = load_progress(state, self.stepper.vector)
+        mask = load_mask(state, len(self.stepper.mask))
+        random = load_generators(state)
+        acceptance = copy.deepcopy(self.acceptance)
+        acceptance.load_state_dict(saved_entry(OWNER, state, "acceptance"))
+        evaluator = saved_entry(OWNER, state, "evaluator")
+        before = self.evaluator.state_dict()
+        try:
+            self.evaluator.load_state_dict(evaluator)
+            self.predictor, self.acceptance, self.stepper.mask = predictor, acceptance, mask
+            set_generator_states(random)
+            self.queue.clear()
+            self.progress = progress
+        except BaseException:
+            self.evaluator.load_state_dict(before)
+            raise
 
-        def local(rows: Tensor) -> Tensor:
-            return vector.space.local(rows.to(vector.device))
+    def held(self) -> Callable[[], None]:
+        """What puts the rounds back to where they are now."""
+        parts = self.predictor, self.acceptance, self.stepper.mask, self.progress
+        queue, evaluator, random = copy.copy(self.queue), self.evaluator.state_dict(), generator_states()
+        put_stepper_back = self.stepper.held()
 
-        window = tuple(
-            PlannedStep(
-                batch, number, measured and (local(measured[0]), local(measured[1])), RandomDraws(draws)
-            )
-            for batch, number, measured, draws in state["window"]
-        )
-        self.predictor.load_state_dict(state)
-        self.acceptance.load_state_dict(state["acceptance"])
-        self.evaluator.load_state_dict(state["evaluator"])
-        set_generator_states(state["random"])
-        self.stepper.mask = tuple(state["mask"])
-        self.queue.clear()
-        self.progress = Progress(state["rounds"], state["steps_taken"], state["batches_drawn"], window)
+        def put_back() -> None:
+            self.predictor, self.acceptance, self.stepper.mask, self.progress = parts
+            self.queue = queue
+            self.evaluator.load_state_dict(evaluator)
+            set_generator_states(random)
+            put_stepper_back()
+
+        return put_back
 
     def forget(self) -> None:
         """Start with an empty history and window; the steps taken stay counted."""
-        self.predictor.forget()
+        self.predictor = Predictor(self.predictor.estimator, self.predictor.history.like())
         self.queue.clear()
         self.progress = replace(self.progress, window=())
 

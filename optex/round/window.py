@@ -55,6 +55,11 @@ class BatchQueue:
     def __init__(self) -> None:
         self._drawn: deque[tuple[int, Any]] = deque()
 
+    def __copy__(self) -> BatchQueue:
+        twin = BatchQueue()
+        twin._drawn.extend(self._drawn)
+        return twin
+
     def draw(self, batches: Iterator[Any], progress: Progress, count: int) -> None:
         """Take batches until ``count`` of them wait in the window and here, or there are no more."""
         missing = count - len(progress.window) - len(self.waiting(progress))

@@ -9,16 +9,19 @@ from optex.stepping.bases import (
     default_rate,
 )
 from optex.stepping.parameters import Buffers, GradientMask, ParameterVector
-from optex.stepping.snapshot import Hyperparameters, Snapshot
+from optex.stepping.snapshot import Attributes, Hyperparameters, Snapshot
 from optex.stepping.stepper import FreezesWhileDrafting, Stepper
+from optex.stepping.wrapper import OptimizerWrapper
 
 __all__ = [
     "ELEMENTWISE",
     "OPTIMIZERS",
+    "Attributes",
     "Buffers",
     "FreezesWhileDrafting",
     "GradientMask",
     "Hyperparameters",
+    "OptimizerWrapper",
     "ParameterVector",
     "Snapshot",
     "Stepper",

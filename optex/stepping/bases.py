@@ -139,8 +139,11 @@ def check_base(base: Any) -> None:
         if isinstance(base, refused):
             raise TypeError(f"OptEx: {type(base).__name__} cannot be the base: {reason}")
     parameters = [p for group in base.param_groups for p in group["params"]]
-    if not any(p.requires_grad for p in parameters):
-        raise ValueError("OptEx: base has no parameter that requires a gradient; there is nothing to optimise")
+    if not any(p.requires_grad and p.numel() for p in parameters):
+        raise ValueError(
+            "OptEx: base has no parameter that requires a gradient and holds a number; there is nothing to "
+            "optimise"
+        )
     for p in parameters:
         if p.is_complex():
             raise TypeError(

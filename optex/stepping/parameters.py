@@ -29,7 +29,27 @@ class ParameterVector:
         for p in self.parameters:
             self.dtype = torch.promote_types(self.dtype, p.dtype)
         self.device = self.parameters[0].device if self.parameters else torch.device("cpu")
+        self._kinds = [(p.dtype, p.device) for p in self.parameters]
         self._space = VectorSpace(self.dimension)
+
+    def check(self) -> None:
+        """Refuse parameters that are of another dtype, device or size than when this vector was laid out.
+
+        Raises:
+            TypeError, ValueError: one is; the message says which and what was and is.
+        """
+        kinds = zip(self.parameters, self._kinds, self.sizes, strict=False)
+        for i, (p, (dtype, device), size) in enumerate(kinds):
+            if (p.dtype, p.device) != (dtype, device):
+                raise TypeError(
+                    f"OptEx: parameter {i} was of {dtype} on {device} when OptEx was built and is of {p.dtype} "
+                    f"on {p.device} now; convert or move the model first, then build base and OptEx"
+                )
+            if p.numel() != size:
+                raise ValueError(
+                    f"OptEx: parameter {i} held {size} numbers when OptEx was built and holds {p.numel()} now; "
+                    "build base and OptEx anew over the parameters as they are"
+                )
 
     @property
     def whole(self) -> ParameterVector:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+import pickle
+from collections import deque
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -44,8 +46,84 @@ class Hyperparameters:
             _restore_entries(group, settings)
 
 
+# What torch itself keeps in an optimizer, beside the state and the groups: none of it is a step's to change.
+_TORCHS_OWN: Final = frozenset(vars(torch.optim.SGD([torch.zeros(1)]))) | {"step", "_opt_called"}
+
+
+class Attributes:
+    """What a base optimizer keeps in attributes of its own, outside state and groups: counters, lists, tensors.
+
+    Numbers, strings, tensors and containers of these are saved. An object of another kind is put back where a
+    step replaced it; a step that changes one in place is refused, as that could not be taken back.
+    """
+
+    def __init__(self, base: Optimizer) -> None:
+        self._base = base
+        own = {name: value for name, value in vars(base).items() if name not in _TORCHS_OWN}
+        self._saved = {name: _copy_plain(value) for name, value in own.items() if _is_plain(value)}
+        self._others = {name: value for name, value in own.items() if name not in self._saved}
+        self._fingerprints = {name: _fingerprint(value) for name, value in self._others.items()}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put them back; may be called again."""
+        live = vars(self._base)
+        for name in [name for name in live if name not in _TORCHS_OWN]:
+            if name not in self._saved and name not in self._others:
+                delattr(self._base, name)
+        for name, value in self._others.items():
+            setattr(self._base, name, value)
+        for name, value in self._saved.items():
+            there = live.get(name)
+            if isinstance(value, Tensor) and isinstance(there, Tensor) and there.shape == value.shape:
+                there.copy_(value)
+            else:
+                setattr(self._base, name, _copy_plain(value))
+
+    def check(self) -> None:
+        """Refuse steps that changed an object which is not saved.
+
+        Raises:
+            TypeError: they did; the message names the attribute.
+        """
+        for name, value in self._others.items():
+            if _fingerprint(value) != self._fingerprints[name]:
+                kind = type(self._base).__name__
+                raise TypeError(
+                    f"OptEx: a step of {kind} changes its attribute {name!r} ({type(value).__name__}) in "
+                    "place, and that cannot be taken back; keep what a step changes in state, in the groups, "
+                    "or in plain numbers and tensors"
+                )
+
+
+def _fingerprint(value: Any) -> bytes | None:
+    """Its content; None where that cannot be told."""
+    if callable(value):
+        return None
+    try:
+        return pickle.dumps(value)
+    except Exception:  # noqa: BLE001  (any object may refuse in its own way)
+        return None
+
+
+_Plain = (bool, int, float, complex, str, bytes, type(None), Tensor, torch.dtype, torch.device)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_plain(key) and _is_plain(entry) for key, entry in value.items())
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        return all(map(_is_plain, value))
+    # A parameter is the snapshot's already, and a copy of it would be another one.
+    return isinstance(value, _Plain) and not isinstance(value, torch.nn.Parameter)
+
+
+def _copy_plain(value: Any) -> Any:
+    return copy.deepcopy(value.detach()) if isinstance(value, Tensor) else copy.deepcopy(value)
+
+
 class Snapshot:
-    """Parameters, state, hyperparameters and schedule of a base optimizer, saved.
+    """Parameters, state, hyperparameters, further attributes and schedule of a base optimizer, saved.
 
     Memory: the parameters and the base optimizer's state once more (for Adam 3 · d numbers).
     """
@@ -55,10 +133,16 @@ class Snapshot:
         self._scheduler = scheduler
         self._values = [[p.detach().clone() for p in group["params"]] for group in base.param_groups]
         self._hyperparameters = Hyperparameters(base)
+        self._attributes = Attributes(base)
+        _check_entries(base)
         self._state = {
             p: {key: _copy_value(value) for key, value in entries.items()} for p, entries in base.state.items()
         }
         self._schedule = None if scheduler is None else copy.deepcopy(scheduler.state_dict())
+
+    def check(self) -> None:
+        """Refuse steps since then that could not be taken back; as ``Attributes.check``."""
+        self._attributes.check()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -67,6 +151,7 @@ class Snapshot:
             if values:
                 torch._foreach_copy_(group["params"], values)
         self._hyperparameters.restore()
+        self._attributes.restore()
         for p in [p for p in self._base.state if p not in self._state]:
             del self._base.state[p]
         for p, saved in self._state.items():
@@ -76,3 +161,12 @@ class Snapshot:
             _restore_entries(live, saved)
         if self._scheduler is not None and self._schedule is not None:
             self._scheduler.load_state_dict(copy.deepcopy(self._schedule))
+
+
+def _check_entries(base: Optimizer) -> None:
+    for entries in base.state.values():
+        if not isinstance(entries, dict):
+            raise TypeError(
+                f"OptEx: {type(base).__name__} keeps a {type(entries).__name__} as the state of a parameter, "
+                "where torch's optimizers keep a dict; wrap it in one, as state[p] = {'value': ...}"
+            )

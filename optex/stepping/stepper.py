@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from optex.stepping.parameters import GradientMask, ParameterVector
-from optex.stepping.snapshot import Snapshot
+from optex.stepping.snapshot import Attributes, Snapshot
 
 __all__ = ["FreezesWhileDrafting", "Stepper"]
 
@@ -55,7 +59,16 @@ class Stepper:
         return self._start
 
     def rewind(self) -> None:
-        """Back to the mark, bit for bit."""
+        """Back to the mark, bit for bit.
+
+        Raises:
+            TypeError: a step since then changed what cannot be put back.
+        """
+        self.take_back()
+        self._start.check()
+
+    def take_back(self) -> None:
+        """Back to the mark as far as that can be, whatever the steps were."""
         self._start.restore()
         self.taken = 0
 
@@ -107,5 +120,52 @@ class Stepper:
         return self._base.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a saved state of the base optimizer."""
+        """Take over a saved state of the base optimizer.
+
+        Raises:
+            ValueError: it is of other groups or parameters.
+        """
         self._base.load_state_dict(state)
+
+    def held(self) -> Callable[[], None]:
+        """What puts the base optimizer's state, groups and schedule back to where they are now."""
+        base, state, groups = self._base, self._base.state, self._base.param_groups
+        attributes, schedule = Attributes(base), self._schedule()
+
+        def put_back() -> None:
+            base.state, base.param_groups = state, groups  # torch's loading makes new ones
+            attributes.restore()
+            if self._scheduler is not None and schedule is not None:
+                self._scheduler.load_state_dict(schedule)
+
+        return put_back
+
+    def _schedule(self) -> dict[str, Any] | None:
+        return None if self._scheduler is None else copy.deepcopy(self._scheduler.state_dict())
+
+    def check_step(self) -> None:
+        """Take a step with gradients of zero, and take it back: a state that cannot be stepped with shows.
+
+        Raises:
+            Exception: whatever the base optimizer or the schedule raise.
+            ValueError: the step leads to parameters that are not finite.
+        """
+        self.mark()
+        gradients = [p.grad for p in self.vector.parameters]
+        hooks = self._base._optimizer_step_pre_hooks, self._base._optimizer_step_post_hooks
+        try:
+            # The user's hooks are for steps that count.
+            self._base._optimizer_step_pre_hooks, self._base._optimizer_step_post_hooks = (
+                OrderedDict(),
+                OrderedDict(),
+            )
+            for p in self.vector.parameters:
+                p.grad = torch.zeros_like(p)
+            self._step()
+            if not all(bool(p.isfinite().all()) for p in self.vector.parameters):
+                raise ValueError("a step with it leads to parameters that are not finite")
+        finally:
+            self._base._optimizer_step_pre_hooks, self._base._optimizer_step_post_hooks = hooks
+            self.take_back()
+            for p, gradient in zip(self.vector.parameters, gradients, strict=True):
+                p.grad = gradient
