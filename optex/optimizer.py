@@ -403,7 +403,7 @@ class OptEx(OptimizerWrapper):
             self._take_over(state_dict, own)
         except Exception as error:
             put_back()
-            if isinstance(error, ValueError):
+            if isinstance(error, (ValueError, MemoryError, torch.OutOfMemoryError)):
                 raise
             raise ValueError(
                 f"OptEx.load_state_dict: this state cannot be taken over ({type(error).__name__}: {error}); "

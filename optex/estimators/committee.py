@@ -116,9 +116,10 @@ class CommitteeEstimator(Estimator):
         floor = torch.finfo(gradients.dtype).tiny
         errors = space.norms(gaps).to("cpu", torch.float64).clamp_min(floor).log()
         errors = errors.view(len(self.members), -1)  # [members, n]
-        excess = (errors - errors.amin(0)).mean(1)
-        scores = self.memory * self.scores + (1 - self.memory) * excess.nan_to_num(nan=torch.inf)
-        self.scores = space.broadcast(scores)
+        errors = torch.where(errors.isnan(), torch.inf, errors)  # or one that fails would fail for all
+        excess = (errors - errors.amin(0)).mean(1).nan_to_num(nan=torch.inf, posinf=torch.inf)
+        kept = self.memory * self.scores if self.memory else torch.zeros_like(self.scores)  # 0 · inf is NaN
+        self.scores = space.broadcast(kept + (1 - self.memory) * excess)
         self._judged += 1
 
     def state_dict(self) -> dict[str, Any]:

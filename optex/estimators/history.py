@@ -283,9 +283,10 @@ class GradientHistory:
         gaps = squared_distances(norms[slots], norms, self.iterate_gram[slots])
         close = (gaps <= 4 * eps * (norms[slots][:, None] + norms)).tolist()
         numbers = range(self.appended - len(slots), self.appended)
-        for slot, number in zip(slots, numbers, strict=True):
+        for slot in slots:
+            self._groups[slot] = None
+        for slot, number, row in zip(slots, numbers, close, strict=True):
             self._groups[slot] = number
-        for slot, row in zip(slots, close, strict=True):
             for other, candidate in enumerate(row):
                 group = self._groups[other]
                 if candidate and other != slot and group is not None and self._same_iterate(slot, other, eps):

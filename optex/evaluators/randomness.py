@@ -73,6 +73,14 @@ class RandomDraws:
                 finally:
                     set_generator_states(now)
 
+    def held(self) -> tuple[list[Tensor] | None, bool]:
+        """What is known now, for ``put_back``."""
+        return self.state, self._none_drawn
+
+    def put_back(self, held: tuple[list[Tensor] | None, bool]) -> None:
+        """Be as when ``held`` was asked."""
+        self.state, self._none_drawn = held
+
     def apart(self, part: int) -> RandomDraws:
         """Draws for one part of the step's batch: parts must not share their dropout. Part 0 has the step's."""
         if not part or self.state is None:

@@ -99,8 +99,7 @@ class Rounds:
             buffers,
         )
         self.record = record
-        self.stepper.mark()
-        record.undo.append(self.stepper.take_back)
+        self._note_start(record)
         try:
             with linalg.threads_for(record.space.width):
                 self._draft(record)
@@ -117,6 +116,17 @@ class Rounds:
             raise
         record.undo.clear()
         return record
+
+    def _note_start(self, record: RoundRecord) -> None:
+        """What takes back all that drafting and evaluating change."""
+        self.stepper.mark()
+        record.undo.append(self.stepper.take_back)
+        record.undo.append(partial(setattr, self.stepper, "mask", self.stepper.mask))
+        if record.buffers is not None:
+            record.undo.append(partial(record.buffers.write, record.buffers.read()))
+        record.undo.append(partial(self.evaluator.load_state_dict, self.evaluator.state_dict()))
+        record.undo.append(partial(set_generator_states, generator_states()))
+        record.undo += [partial(step.draws.put_back, step.draws.held()) for step in record.window]
 
     def _ahead(self, source: GradientSource, window: Sequence[PlannedStep]) -> Sequence[PlannedStep]:
         """Those of the window that this round drafts."""
@@ -291,7 +301,6 @@ class Rounds:
         """Steps taken leave the window, others keep what was measured for them. The commit is last."""
         accepted = record.accepted
         if record.buffers is not None and record.buffers_after is not None:
-            record.undo.append(partial(record.buffers.write, record.buffers.read()))
             record.buffers.write(record.buffers_after[accepted - 1 - record.evaluated.start])
         steps_taken = self.progress.steps_taken + accepted
         after = replace(self.progress, rounds=record.number + 1, steps_taken=steps_taken)

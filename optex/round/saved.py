@@ -39,7 +39,8 @@ def load_progress(state: Any, vector: ParameterVector) -> Progress:
 def _load_step(i: int, entry: Any, vector: ParameterVector) -> PlannedStep:
     if not isinstance(entry, (list, tuple)) or len(entry) != 4:
         raise ValueError(
-            f"{OWNER}: step {i} of the saved window must be (batch, number, measured, draws), got {_short(entry)}"
+            f"{OWNER}: step {i} of the saved window must be (batch, number, measured, draws), got "
+            f"{_short(entry)}"
         )
     batch, number, measured, draws = entry
     where = f"step {i} of the saved window"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from optex.stepping.parameters import GradientMask, ParameterVector
-from optex.stepping.snapshot import Attributes, Snapshot
+from optex.stepping.snapshot import Snapshot
 
 __all__ = ["FreezesWhileDrafting", "Stepper"]
 
@@ -128,27 +127,26 @@ class Stepper:
         self._base.load_state_dict(state)
 
     def held(self) -> Callable[[], None]:
-        """What puts the base optimizer's state, groups and schedule back to where they are now."""
+        """What puts parameters, state, groups and schedule of the base optimizer back to where they are now."""
         base, state, groups = self._base, self._base.state, self._base.param_groups
-        attributes, schedule = Attributes(base), self._schedule()
+        hooks = base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks
+        snapshot = Snapshot(base, self._scheduler)
 
         def put_back() -> None:
             base.state, base.param_groups = state, groups  # torch's loading makes new ones
-            attributes.restore()
-            if self._scheduler is not None and schedule is not None:
-                self._scheduler.load_state_dict(schedule)
+            base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks = hooks
+            snapshot.restore()
 
         return put_back
 
-    def _schedule(self) -> dict[str, Any] | None:
-        return None if self._scheduler is None else copy.deepcopy(self._scheduler.state_dict())
-
     def check_step(self) -> None:
-        """Take a step with gradients of zero, and take it back: a state that cannot be stepped with shows.
+        """Take two steps with gradients of zero, and take them back: a state that cannot be stepped with shows.
+
+        Two, as the schedule's rate is the second one's.
 
         Raises:
             Exception: whatever the base optimizer or the schedule raise.
-            ValueError: the step leads to parameters that are not finite.
+            ValueError: the steps lead to parameters that are not finite.
         """
         self.mark()
         gradients = [p.grad for p in self.vector.parameters]
@@ -159,11 +157,12 @@ class Stepper:
                 OrderedDict(),
                 OrderedDict(),
             )
-            for p in self.vector.parameters:
-                p.grad = torch.zeros_like(p)
-            self._step()
+            for _ in range(2):
+                for p in self.vector.parameters:
+                    p.grad = torch.zeros_like(p)
+                self._step()
             if not all(bool(p.isfinite().all()) for p in self.vector.parameters):
-                raise ValueError("a step with it leads to parameters that are not finite")
+                raise ValueError("steps with it lead to parameters that are not finite")
         finally:
             self._base._optimizer_step_pre_hooks, self._base._optimizer_step_post_hooks = hooks
             self.take_back()
