@@ -16,8 +16,10 @@ from optex import (
     VectorizedEvaluator,
     WithinTolerance,
 )
+from optex.estimators.hold_last import _HeldGradient
 from optex.round import Last, RoundRecord
 from optex.sources import ObjectiveSource
+from optex.stepping import ParameterVector, Stepper
 from optex.studies.problems import make_problem
 from optex.vector_space import VectorSpace
 from tests.bases import BASES
@@ -121,6 +123,101 @@ def test_corrected_gradients_are_those_of_the_formula():
     for proxy in proxies[1:]:
         y = y - 0.05 * (4 * proxy**3 + posterior.mean(y) - posterior.mean(proxy))
     torch.testing.assert_close(theta.detach(), y, rtol=1e-12, atol=1e-12)
+
+
+def record_of(steps, gaps, posterior=None):
+    """A round whose exact steps are these, from 0, each proxy beside the point that they lead to."""
+    theta = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    base = torch.optim.SGD([theta], lr=1.0)
+    record = RoundRecord(
+        0, ObjectiveSource(print), [], Stepper(base, ParameterVector([theta])), VectorSpace(1), None
+    )
+    steps = torch.tensor(steps, dtype=torch.float64)
+    reached = torch.cat([steps.new_zeros(1), steps.cumsum(0)])[:-1]
+    record.gradients = -steps[:, None]
+    record.proxies = (reached + torch.tensor([0.0, *gaps], dtype=torch.float64))[:, None]
+    record.usable, record.posterior = [True] * len(steps), posterior
+    return record
+
+
+@pytest.mark.parametrize(
+    ("steps", "gap", "accepted"),
+    [
+        ([1.0, 10.0, 1.0], 2.0, 3),
+        ([1.0, 10.0, 1.0], 3.0, 2),  # steps that grow: the first is the measure, not the last
+        ([10.0, 1.0, 1.0], 2.0, 3),
+        ([10.0, 1.0, 1.0], 3.0, 2),  # steps that shrink: the last is
+        ([10.0, 1.0, 10.0, 1.0], 3.0, 3),  # and in between, neither is
+        ([10.0, 10.0, 1.0], 3.0, 3),
+        ([10.0, 10.0, 1.0], 20.0, 3),
+        ([10.0, 10.0, 1.0], 20.1, 2),
+    ],
+)
+def test_distance_is_measured_in_the_shortest_step_so_far(steps, gap, accepted):
+    # Every proxy but the last is where the replay comes by.
+    record = record_of(steps, [0.0] * (len(steps) - 2) + [gap])
+    assert WithinTolerance(2.0, adaptive=False).replay(record) == accepted
+    assert record.stepper.point.item() == sum(steps[:accepted])
+
+
+class ConstantChange(_HeldGradient):
+    """Holds the last gradient, and takes one amount for the change to anywhere, its own place included."""
+
+    amount = 0.0
+
+    def differences(self, locations, origins):
+        return torch.full_like(locations.points, self.amount)
+
+
+class Changing(HoldLast):
+    def __init__(self, amount):
+        object.__setattr__(self, "amount", amount)
+
+    def fit(self, history):
+        posterior = ConstantChange(history)
+        posterior.amount = self.amount
+        return posterior
+
+
+@pytest.mark.parametrize("amount", [torch.nan, torch.inf, 1e308])
+@pytest.mark.parametrize("parallelism", [2, 4])
+def test_corrections_that_are_not_finite_leave_the_exact_first_step(amount, parallelism):
+    plain, model, batches = network(), network(), regression_batches(6)
+    settings = {"lr": 10.0, "momentum": 0.9}  # 10 times 1e308 is not finite either
+    base, twin = (torch.optim.SGD(each.parameters(), **settings) for each in (plain, model))
+    optimizer = OptEx(
+        twin,
+        parallelism=parallelism,
+        estimator=Changing(amount),
+        acceptance=WithinTolerance(1e9, adaptive=False),
+    )
+    report = next(optimizer.rounds(batches, squared_error(model)))
+    assert report.accepted == 1
+    assert report.dropped == ()
+    plain_run(plain, base, batches[:1])
+    assert same(snapshot(model), snapshot(plain))
+    assert_same_state(twin, base)
+
+
+def test_where_a_gradient_was_measured_it_is_not_corrected():
+    # A constant gradient is predicted exactly, so every proxy is a point of vanilla's; what the estimator takes
+    # for the change from a point to itself, rounding as a rule, must not get in.
+    slope = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    plain, theta = (torch.nn.Parameter(torch.zeros(3, dtype=torch.float64)) for _ in range(2))
+    base = torch.optim.Adam([plain], lr=0.1)
+    for _ in range(9):
+        plain.grad = slope.clone()
+        base.step()
+    optimizer = OptEx(
+        torch.optim.Adam([theta], lr=0.1),
+        parallelism=4,
+        estimator=Changing(1e-3),
+        acceptance=WithinTolerance(0.0),
+        deterministic=True,
+    )
+    reports = list(optimizer.rounds([None] * 9, lambda _: theta @ slope))
+    assert [report.accepted for report in reports] == [1, 4, 4]
+    assert torch.equal(theta, plain)
 
 
 def test_absurd_gradients_count_as_implausible():
@@ -248,3 +345,39 @@ def test_lookahead_limits_what_is_evaluated(lookahead, expected):
     for before, after in itertools.pairwise(reports):
         if lookahead:
             assert after.evaluated == min(16, max(4, 2 * before.accepted))
+
+
+@pytest.mark.parametrize(
+    ("lookahead", "kept", "expected"),
+    [
+        (1.5, 5, 8),  # 7.5 steps
+        (1.25, 5, 7),  # 6.25
+        (1.01, 10, 11),
+        (2.0, 5, 10),
+        (1.0, 7, 7),
+        (1.5, 2, 4),  # the least
+        (1.5, 12, 16),  # the most
+        (1.5, None, 16),  # before the first round
+    ],
+)
+def test_parts_of_a_step_ahead_count_as_one(lookahead, kept, expected):
+    rule = WithinTolerance(lookahead=lookahead)
+    rule.load_state_dict({"tolerance": 2.0, "kept": kept})
+    assert rule.ahead(16) == expected
+
+
+def test_a_round_is_taken_back_from_its_end():
+    calls, record = [], record_of([1.0], [])
+
+    def interrupted():
+        calls.append("interrupted")
+        if calls.count("interrupted") == 1:
+            raise KeyboardInterrupt
+
+    record.undo += [lambda: calls.append("first"), interrupted, lambda: calls.append("last")]
+    with pytest.raises(KeyboardInterrupt):
+        record.take_back()
+    assert calls == ["last", "interrupted"]
+    record.take_back()  # goes on with what was not finished
+    assert calls == ["last", "interrupted", "interrupted", "first"]
+    assert record.undo == []

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optex import CurlFreeEstimator, GradientHistory
+from optex.estimators.curl_free import NOISE_FLOOR, _span
 from tests.references import dense_curl_free as dense
 from tests.test_separable import KINDS, history_of, sample
 
@@ -107,6 +108,53 @@ def test_never_fails_on_a_run_that_converges(dtype, size):
                 largest = history.gradients.norm(dim=1).max()
                 assert (prediction - 0.9 * theta).norm() <= 3e-3 * largest
             theta = theta * 0.7
+
+
+@pytest.mark.parametrize("prior_mean", ["zero", "last"])
+def test_a_narrow_valley_keeps_its_short_direction(prior_mean):
+    # F = θ₀ θ₁ / w at points (t, w s): the Gram matrix sees the second axis as w² = 1e-10 of the first, and
+    # what the first component is between the points is known from the second alone.
+    width = 1e-5
+    t, s = np.random.default_rng(0).normal(size=(2, 6))
+    points, gradients = np.stack([t, width * s], 1), np.stack([s, t / width], 1)
+    query = np.array([0.3, 0.4 * width])
+    mean = gradients[-1] if prior_mean == "last" else np.zeros(2)
+    expected, _ = dense.posterior(points, gradients, query, dense.rbf, 3.0, 1e-4, mean)
+    estimator = CurlFreeEstimator("rbf", 3.0, noise_variance=1e-4, prior_mean=prior_mean)
+    result = estimator.fit(history_of(points, gradients)).mean(torch.from_numpy(query)).numpy()
+    np.testing.assert_allclose(result, expected, rtol=1e-4)  # each component by its own size
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [3, 12])
+def test_the_span_ends_where_rounding_begins(dtype, count):
+    # Sums of half-precision products are taken in float32, so their Gram matrix is as good as float32's.
+    eps = torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32).eps
+    cutoff = 7.0 * count**0.5 * eps
+    eigenvalues = torch.zeros(count, dtype=torch.float64)
+    eigenvalues[:3] = torch.tensor([7.0, 3 * cutoff, cutoff / 3])
+    basis, scales = _span(eigenvalues.diag(), dtype)
+    assert scales.square().tolist() == pytest.approx([3 * cutoff, 7.0], rel=1e-3)
+    assert basis.abs().argmax(0).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("rounding", [0.0, -1e-30])
+def test_iterates_at_one_point_span_nothing(rounding):
+    basis, scales = _span(rounding * torch.eye(3, dtype=torch.float64), torch.float32)
+    assert basis.shape == (3, 0)
+    assert not len(scales)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("noise_variance", [0.0, 0.1])
+def test_noise_is_at_least_what_the_history_cannot_resolve(dtype, noise_variance):
+    # One pair, asked at its own iterate: what is left of the variance is σ² / (1 + σ²).
+    history = GradientHistory(2, 5, dtype=dtype)
+    history.append(torch.ones(1, 5, dtype=dtype), torch.ones(1, 5, dtype=dtype))
+    posterior = CurlFreeEstimator("rbf", 1.0, noise_variance=noise_variance).fit(history)
+    noise = max(noise_variance, NOISE_FLOOR * torch.finfo(dtype).eps)
+    variance = posterior.variance(torch.ones(5, dtype=dtype)).item()
+    assert variance == pytest.approx(noise / (1 + noise), rel=1e-6, abs=4e-16)
 
 
 def test_half_precision_history():

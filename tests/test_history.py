@@ -1,9 +1,13 @@
+import copy
+import math
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from optex import GradientHistory
+from tests.models import assert_equal_trees
 
 
 def rows(count, dimension, seed=0, dtype=torch.float64):
@@ -147,3 +151,226 @@ def test_errors_name_the_argument():
             GradientHistory(2, 3).append(torch.zeros(1, 3), torch.zeros(1, 3), noise)
     with pytest.raises(RuntimeError, match="the history is empty"):
         GradientHistory(2, 3).displacement(torch.zeros(1, 3))
+
+
+# Kinds of iterates: anywhere near the origin, beside the one before, that one again or the first one again, and
+# so far away that the anchor moves.
+KINDS = st.lists(st.sampled_from(["any", "near", "last", "first", "far"]), min_size=1, max_size=8)
+
+
+class Walk:
+    """Makes up pairs of the kinds that are asked for."""
+
+    def __init__(self, dimension, seed):
+        self._generator = torch.Generator().manual_seed(seed)
+        self._points = [self._random(dimension)]
+
+    def _random(self, dimension):
+        return torch.randn(dimension, generator=self._generator, dtype=torch.float64)
+
+    def pairs(self, kinds):
+        """Iterates [n, d], gradients [n, d] and n noise variances."""
+        start = len(self._points)
+        for kind in kinds:
+            last = self._points[-1]
+            random = self._random(len(last))
+            self._points.append(
+                {
+                    "any": random,
+                    "near": last + 1e-3 * random,
+                    "last": last.clone(),
+                    "first": self._points[0].clone(),
+                    "far": last + 1e4 * random,
+                }[kind]
+            )
+        points = torch.stack(self._points[start:])
+        noise = [(0.0, 0.5, math.nan)[i % 3] for i in range(start, len(self._points))]
+        return points, torch.stack([self._random(points.shape[1]) for _ in points]), noise
+
+
+def everything(history):
+    """All that a history holds, copied."""
+    held = {name: copy.deepcopy(value) for name, value in vars(history).items() if name != "space"}
+    held["_noise"] = ["unknown" if math.isnan(variance) else variance for variance in held["_noise"]]
+    return held
+
+
+def use(history):
+    """Bring up to date what is computed on demand."""
+    _ = history.gradient_gram, history.cross_gram, history.pairwise_squared_distances()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    st.integers(1, 7),
+    st.integers(1, 4),
+    st.lists(KINDS, max_size=4),
+    KINDS,
+    st.booleans(),
+    st.integers(0, 10_000),
+)
+@example(torch.float64, 4, 3, [], ["any", "last", "far"], True, 0)  # of the first round
+@example(torch.float64, 6, 3, [["any", "near", "any", "near"]], ["far"], True, 0)  # the anchor moves
+@example(torch.float32, 6, 3, [["any", "near", "last"]], ["last", "first", "last"], True, 1)  # pairs are merged
+@example(torch.float64, 5, 2, [["any", "last", "near", "last"]], ["last", "far", "far", "last"], True, 2)
+@example(torch.float64, 5, 2, [["any", "last", "near", "last"]], ["last", "far", "far", "last"], False, 2)
+@example(torch.bfloat16, 3, 2, [["any"] * 5], ["near"] * 8, True, 3)  # more than it holds
+def test_an_append_is_taken_back_to_the_bit(dtype, size, dimension, earlier, kinds, used, seed):
+    history, walk = GradientHistory(size, dimension, dtype=dtype), Walk(dimension, seed)
+    for chunk in earlier:
+        history.append(*walk.pairs(chunk))
+    if used:
+        use(history)
+    expected, twin = everything(history), copy.deepcopy(history)
+    before = history.before_append(len(kinds))
+    history.append(*walk.pairs(kinds))
+    use(history)
+    for _ in range(2):  # one that was interrupted is called again
+        history.take_back(before)
+        assert_equal_trees(everything(history), expected)
+    then = walk.pairs(["near", "first", "far"])
+    for each in (history, twin):
+        each.append(*then)
+        use(each)
+    assert_equal_trees(everything(history), everything(twin))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 6), st.lists(KINDS, min_size=1, max_size=5), st.lists(st.booleans()), st.integers(0, 10_000)
+)
+@example(8, [["any", "near", "any"], ["far"]], [True], 0)
+def test_gram_matrices_are_those_of_the_rows_wherever_the_anchor_goes(size, chunks, used, seed):
+    history, walk = GradientHistory(size, 3), Walk(3, seed)
+    for i, chunk in enumerate(chunks):
+        history.append(*walk.pairs(chunk))
+        if used[i : i + 1] == [True]:
+            use(history)
+    displacements, gradients = history.displacements, history.gradients
+    assert not displacements[~history.filled].any()
+    for ours, left, right in (
+        (history.iterate_gram, displacements, displacements),
+        (history.gradient_gram, gradients, gradients),
+        (history.cross_gram, gradients, displacements),
+    ):
+        torch.testing.assert_close(ours, left @ right.mT, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("last", "anchor"), [(5.9, 0.0), (6.5, 6.5)])
+def test_the_anchor_moves_beyond_three_median_distances(last, anchor):
+    # From 0, 1 and 2 and such a point, the lower median distance is 2.
+    history = GradientHistory(6, 1)
+    for point in (0.0, 1.0, 2.0, last):
+        history.append(torch.tensor([[point]], dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64))
+    assert history.anchor.item() == anchor
+    expected = torch.tensor([0.0, 1.0, 2.0, last, anchor, anchor], dtype=torch.float64) - anchor
+    torch.testing.assert_close(history.displacements[:, 0], expected)
+
+
+def test_distances_survive_a_run_that_goes_far():
+    # The norms are 1e12 times the squared distances, and float32 has 1e7 to tell them apart.
+    start = rows(1, 1000, dtype=torch.float32)
+    far = torch.cat([1e4 + 1e-2 * rows(1, 1000, i + 1) for i in range(5)]).float()
+    history = GradientHistory(4, 1000, dtype=torch.float32)
+    for point in torch.cat([start, far]):
+        history.append(point[None], torch.zeros(1, 1000))
+    last = far[-4:].double()
+    exact = torch.cdist(last, last, compute_mode="donot_use_mm_for_euclid_dist")
+    *_, order = stored(history)
+    ours = history.pairwise_squared_distances().sqrt()[order][:, order]
+    torch.testing.assert_close(ours, exact, rtol=1e-3, atol=0)
+    to_query = (last - far[0].double()).norm(dim=1)
+    located = history.locate(far[:1]).squared_distances[0, order].sqrt()
+    torch.testing.assert_close(located, to_query, rtol=1e-3, atol=0)
+
+
+def test_rows_are_rounded_once_while_a_run_stays_near():
+    # An anchor that moved at every append would round the rows every time.
+    history, points = GradientHistory(40, 50, dtype=torch.bfloat16), rows(40, 50)
+    for point in points:
+        history.append(point[None], point[None])
+    assert torch.equal(history.anchor, points[0])
+    assert torch.equal(history.displacements, (points - points[0]).bfloat16())
+
+
+@pytest.mark.parametrize("stored_in", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("given_in", [torch.float64, torch.float32])
+def test_displacements_are_subtracted_in_the_wider_precision(stored_in, given_in):
+    # Steps of which the narrower precision sees nothing, or but a digit, at the points themselves.
+    step = {torch.float64: 1e-10, torch.float32: 1e-5}[given_in]
+    points = (3 + step * rows(6, 20)).to(given_in)
+    history = GradientHistory(6, 20, dtype=stored_in)
+    history.append(points, points)
+    exact = points.double() - points[-1].double()
+    assert history.displacement(points).dtype == torch.promote_types(stored_in, given_in)
+    assert torch.equal(history.displacement(points).double(), exact)
+    assert torch.equal(history.displacements, exact.to(stored_in))
+    distances = torch.cdist(exact, exact, compute_mode="donot_use_mm_for_euclid_dist")
+    rounding = 4 * torch.finfo(stored_in).eps if stored_in is torch.bfloat16 else 1e-5
+    gaps = history.pairwise_squared_distances().sqrt() - distances
+    assert gaps.abs().max() < rounding * distances.max()
+
+
+@pytest.mark.parametrize("stored_in", [torch.float64, torch.float32])
+def test_points_in_less_than_the_anchor_are_subtracted_in_its_precision(stored_in):
+    # As after loading a run of float64 into one of float32, or the other way round.
+    history = GradientHistory(2, 3, dtype=stored_in)
+    history.append(torch.full((1, 3), 1.0, dtype=torch.float32), torch.zeros(1, 3))
+    points = torch.full((1, 3), 1 + 2.0**-30, dtype=torch.float64)
+    assert history.displacement(points).tolist() == [[2.0**-30] * 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_one_iterate_is_at_no_distance_from_itself(dtype):
+    # The first two rows differ in their last digit, and count as one iterate; the third is another.
+    history, eps = GradientHistory(5, 3, dtype=dtype), torch.finfo(dtype).eps
+    points = torch.tensor([[1.0, 1, 1], [1 + eps, 1, 1], [2.0, 2, 2], [0.0, 0, 0]], dtype=torch.float64)
+    history.append(points, points)
+    assert history.counts.tolist() == [0, 2, 1, 1, 0]
+    squared = history.pairwise_squared_distances()
+    assert not torch.equal(history.displacements[0], history.displacements[1])
+    assert squared[0, 1] == squared[1, 0] == 0
+    assert not squared.diagonal().any()
+    assert (squared[:2, 2:4] > 1).all()
+    assert history.median_squared_distance() >= 3  # rounding is no distance between iterates
+
+
+def assert_newest_stand_for_their_iterates(size, chunks):
+    """Append pairs at these places, whole numbers, whose differences are exact wherever the anchor is."""
+    history, places = GradientHistory(size, 1), [place for chunk in chunks for place in chunk]
+    gradients, noise = rows(len(places), 1), [0.5 + i for i in range(len(places))]
+    done = 0
+    for chunk in chunks:
+        end = done + len(chunk)
+        history.append(torch.tensor(chunk).double()[:, None], gradients[done:end], noise[done:end])
+        done = end
+    groups = {}
+    for number in range(max(0, done - size), done):
+        groups.setdefault(places[number], []).append(number)
+    assert history.representatives == sorted(numbers[-1] % size for numbers in groups.values())
+    assert history.counts.sum() == len(history)
+    for numbers in groups.values():
+        slot = numbers[-1] % size
+        assert history.counts[slot] == len(numbers)
+        merged = history.averaging[slot] @ history.gradients
+        torch.testing.assert_close(merged, gradients[numbers].mean(0))
+        variance = sum(noise[number] for number in numbers) / len(numbers) ** 2
+        assert history.noise_variance[slot].item() == pytest.approx(variance)
+        for number in numbers[:-1]:
+            assert history.counts[number % size] == 0
+            assert not history.averaging[number % size].any()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 6), st.lists(st.integers(0, 3), min_size=1, max_size=20))
+def test_the_newest_pair_stands_for_all_at_its_iterate(size, places):
+    assert_newest_stand_for_their_iterates(size, [[place] for place in places])
+
+
+@pytest.mark.xfail(
+    reason="a new pair joins a newer one, which then joins the old ones alone", raises=AssertionError
+)
+def test_pairs_that_come_together_all_join_the_old_ones_of_their_iterate():
+    # The ring has gone round: of the two new pairs, the second has the lower slot.
+    assert_newest_stand_for_their_iterates(3, [[0, 0], [0, 0]])

@@ -1,8 +1,10 @@
+import warnings
+
 import pytest
 import torch
 
-from optex.errors import JitterWarning, NotPositiveDefiniteError
-from optex.linalg import combine_rows, inner_products, jittered_cholesky
+from optex.errors import ConvergenceWarning, JitterWarning, NotPositiveDefiniteError
+from optex.linalg import combine_rows, conjugate_gradients, inner_products, jittered_cholesky
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -54,3 +56,25 @@ def test_jitter_is_announced_with_its_amount():
 def test_hopeless_matrix_is_a_named_error():
     with pytest.raises(NotPositiveDefiniteError, match=r"even with jitter 0\.01; raise noise_variance"):
         jittered_cholesky(-torch.eye(2, dtype=torch.float64))
+
+
+def one_iteration(gap):
+    """Conjugate gradients stopped after one step on diag(1, 1 + gap), where the residual is gap / 2."""
+    diagonal = torch.tensor([1.0, 1.0 + gap], dtype=torch.float64)
+    return conjugate_gradients(
+        lambda row: diagonal * row, torch.ones_like(diagonal), lambda row: row, iterations=1
+    )
+
+
+@pytest.mark.parametrize(("gap", "residual"), [(1.0, "3.3e-01"), (4e-2, "2.0e-02"), (6e-6, "3.0e-06")])
+def test_a_poor_residual_is_announced_with_its_size(gap, residual):
+    with pytest.warns(ConvergenceWarning, match=f"after 1 iterations at a relative residual of {residual};"):
+        one_iteration(gap)
+
+
+@pytest.mark.parametrize("gap", [1e-6, 1e-8])
+def test_a_good_residual_is_no_cause_for_a_warning(gap):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solution = one_iteration(gap)
+    torch.testing.assert_close(solution, torch.ones_like(solution), rtol=gap, atol=0)
