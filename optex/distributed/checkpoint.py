@@ -118,7 +118,9 @@ def _prepare(directory: Path, step: int) -> list[str]:
     """Make the directory ready; the names of complete checkpoints of later steps."""
     folders.make(directory)
     folders.tidy(directory)
-    return [found.path.name for found in _complete(directory) if found.step > step]
+    later = [found for found in folders.folders_of(directory) if found.step > step]
+    wrong = folders.what_is_wrong
+    return [found.path.name for found in later if wrong(folders.check_complete, found.path) is None]
 
 
 def _write(folder: Path, optimizer: Resumable, extra: Any, weights_only: bool) -> None:
@@ -170,7 +172,7 @@ def _commit(directory: Path, step: int, keep: int, overwrite: bool) -> Path:
     later = [found for found in folders.folders_of(directory) if overwrite and found.step > step]
     for found in later:
         folders.discard(found.path)
-    for found in _complete(directory)[:-keep]:
+    for found in folders.complete(directory)[:-keep]:
         if found.path != folder:
             folders.discard(found.path)
     return folder
@@ -236,19 +238,15 @@ def load(directory: Path | str, optimizer: Resumable, *, weights_only: bool = Fa
 
 def latest(directory: Path | str) -> Path | None:
     """The newest complete checkpoint of a directory; None where there is none. Checksums are not compared."""
-    found = _complete(Path(directory))
+    found = folders.complete(Path(directory))
     return found[-1].path if found else None
-
-
-def _complete(directory: Path) -> list[folders.StepFolder]:
-    return [found for found in folders.folders_of(directory) if folders.what_is_missing(found.path) is None]
 
 
 def _newest_intact(directory: Path, ranks: Ranks | None) -> Path:
     rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
     wrong = []
     for found in reversed(_on_first(ranks, "load", lambda: folders.folders_of(directory))):
-        here = folders.what_is_wrong(found.path, rank, size)
+        here = folders.what_is_wrong(folders.check_intact, found.path, rank, size)
         everywhere = [here] if ranks is None else ranks.gather_objects(here)
         reason = next((said for said in everywhere if said is not None), None)
         if reason is None:

@@ -17,13 +17,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 __all__ = [
     "StepFolder",
+    "check_complete",
+    "check_intact",
     "checked_in",
+    "complete",
     "discard",
     "folders_of",
     "make",
@@ -32,7 +35,6 @@ __all__ = [
     "step_folder",
     "sync_folder",
     "tidy",
-    "what_is_missing",
     "what_is_wrong",
     "write_manifest",
 ]
@@ -128,15 +130,35 @@ def manifest_of(folder: Path) -> dict[str, Record]:
     return records
 
 
-def what_is_missing(folder: Path) -> str | None:
-    """What a folder is, if not complete, by its manifest and the sizes of its files; None where it is."""
+def check_complete(folder: Path) -> None:
+    """Compare a folder with its manifest by the sizes of its files.
+
+    Raises:
+        ValueError: it is not complete; the message goes on behind the folder's name.
+        OSError: it cannot be read.
+    """
+    for name, record in manifest_of(folder).items():
+        path = folder / name
+        size = path.stat().st_size if path.exists() else None
+        if size is None:
+            raise ValueError(f"is damaged ({name} is missing)")
+        if size != record["size"]:
+            raise ValueError(f"is damaged ({name} has {size} bytes instead of {record['size']})")
+
+
+def check_intact(folder: Path, part: int = 0, parts: int = 1) -> None:
+    """As ``check_complete``, and by their content; of several parts of the files, one is read."""
+    check_complete(folder)
+    for name, record in sorted(manifest_of(folder).items())[part::parts]:
+        with (folder / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != record["sha256"]:
+                raise ValueError(f"is damaged ({name} has another SHA-256 than when it was written)")
+
+
+def what_is_wrong(check: Callable[..., None], folder: Path, *arguments: int) -> str | None:
+    """What a check found, as words that go on behind the folder's name; None where it found nothing."""
     try:
-        for name, record in manifest_of(folder).items():
-            size = (folder / name).stat().st_size
-            if size != record["size"]:
-                return f"is damaged ({name} has {size} bytes instead of {record['size']})"
-    except FileNotFoundError as error:
-        return f"is damaged ({Path(error.filename).name} is missing)"
+        check(folder, *arguments)
     except OSError as error:
         return f"cannot be read ({error})"
     except ValueError as error:
@@ -144,21 +166,9 @@ def what_is_missing(folder: Path) -> str | None:
     return None
 
 
-def what_is_wrong(folder: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What a folder is, if not intact; None where it is. Of several parts of its files, one is read in full."""
-    missing = what_is_missing(folder)
-    if missing is not None:
-        return missing
-    try:
-        for name, record in sorted(manifest_of(folder).items())[part::parts]:
-            with (folder / name).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != record["sha256"]:
-                    return f"is damaged ({name} has another SHA-256 than when it was written)"
-    except OSError as error:
-        return f"cannot be read ({error})"
-    except ValueError as error:
-        return str(error)
-    return None
+def complete(directory: Path) -> list[StepFolder]:
+    """The folders that are complete, the newest last; those that cannot be read are not among them."""
+    return [found for found in folders_of(directory) if what_is_wrong(check_complete, found.path) is None]
 
 
 # ---------------------------------------------------------------------- renaming and deleting
@@ -187,22 +197,34 @@ def discard(folder: Path) -> None:
 
 
 def tidy(directory: Path) -> None:
-    """End what a program that was stopped while it wrote or deleted had begun."""
+    """End what a program that was stopped while it wrote or deleted had begun.
+
+    Raises:
+        OSError: something cannot be read; it is not deleted for that.
+    """
     for trash in directory.glob(f"step-*{_TRASH}"):
         if _NAME.fullmatch(trash.name.removesuffix(_TRASH)):
             shutil.rmtree(trash)
     for step in {found.step for found in folders_of(directory)}:
         new, final, old = (step_folder(directory, step, suffix) for suffix in (".new", "", ".old"))
         if new.exists():
-            if what_is_wrong(new) is None:
+            if _is_intact(new):
                 put_in_place(directory, step)
             else:
                 discard(new)
-        if old.exists() and what_is_wrong(old) is None and what_is_wrong(final) is not None:
+        if old.exists() and not _is_intact(final) and _is_intact(old):
             discard(final)
             old.rename(final)
             sync_folder(directory)
         discard(old)
+
+
+def _is_intact(folder: Path) -> bool:
+    try:
+        check_intact(folder)
+    except ValueError:
+        return False
+    return True
 
 
 def sync_folder(folder: Path) -> None:

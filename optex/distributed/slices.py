@@ -110,7 +110,9 @@ def _explained(ranks: Ranks | None) -> Iterator[None]:
     except CheckpointException as error:
         own = error.failures.get(0 if ranks is None else ranks.rank)
         if own is None:
-            raise RuntimeError(str(error)) from error
+            rank, (failure, _) = next(iter(error.failures.items()))
+            reason = f"{type(failure).__name__}: {failure}"
+            raise RuntimeError(f"checkpoint: failed on rank {rank}: {reason}; see its traceback") from error
         raise_cause(own[0])
 
 
