@@ -29,8 +29,8 @@ tests: $(VENV)/.installed
 
 # torch first and by its exact version, so that no other package's requirement picks another build of it.
 $(VENV)/.installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
-		|| { echo "optex needs Python 3.11 or later; name one with: make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11, 1))" \
+		|| { echo "optex needs Python 3.11.1 or later; name one with: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install "$$(grep '^torch==' constraints.txt)"
 	$(PIP) install -c constraints.txt -e ".[studies,test]"

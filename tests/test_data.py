@@ -5,9 +5,12 @@ import gzip
 import hashlib
 import io
 import sys
+import tarfile
 import threading
+import tracemalloc
 import warnings
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -108,6 +111,67 @@ class TestFashionMNIST:
         assert "is damaged" in str(caught.value)
         assert "-ubyte.gz" in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+@contextmanager
+def little_memory(most=20_000_000):
+    """Fails where Python's memory grows by more than this."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < most
+    finally:
+        tracemalloc.stop()
+
+
+class TestBombs:
+    """Small compressed files of much content: no more is unpacked than is announced, or than data sets have."""
+
+    @pytest.mark.parametrize(
+        ("content", "reason"),
+        [
+            (datasets.idx(np.zeros((9, 28, 28), np.uint8)) + bytes(200_000_000), "more than 7056 bytes where"),
+            (b"\0\0\x08\3" + b"\xff" * 12 + bytes(100), "are announced, more than any has"),
+            (b"\0\0\x08\4" + b"\0\1\0\0" * 4 + bytes(100), "are announced, more than any has"),  # 2⁶⁴
+        ],
+        ids=["more than announced", "much announced", "an overflow announced"],
+    )
+    @pytest.mark.parametrize("suffix", [".gz", ""])
+    def test_idx(self, folder, content, reason, suffix):
+        datasets.write_fashion_mnist(folder / "fashion-mnist", suffix)
+        file = folder / "fashion-mnist" / f"train-images-idx3-ubyte{suffix}"
+        file.write_bytes(gzip.compress(content) if suffix else content)
+        del content
+        with little_memory(), pytest.raises(ValueError, match=reason):
+            data.fashion_mnist("train")
+
+    def archive(self, folder, name, size, kind=tarfile.REGTYPE):
+        """An archive with a member of many zeros."""
+        folder.mkdir(parents=True)
+        member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+        member.size, member.type = size, kind
+        with gzip.open(folder / "cifar-10-binary.tar.gz", "wb", compresslevel=1) as file:
+            file.write(member.tobuf())
+            for _ in range(size // 2**20):
+                file.write(bytes(2**20))
+
+    @pytest.mark.parametrize(
+        ("name", "kind"),
+        [("test_batch.bin", tarfile.REGTYPE), ("other", tarfile.REGTYPE), ("long", tarfile.GNUTYPE_LONGNAME)],
+    )
+    def test_archives(self, folder, name, kind, monkeypatch):
+        monkeypatch.setattr(data, "_MOST_UNPACKED", 2**25)
+        self.archive(folder / "cifar10", name, 2**26, kind)
+        with little_memory(), pytest.raises(ValueError, match="it unpacks to more than 33554432 bytes"):
+            data.cifar10("test")
+
+    def test_images(self, folder, monkeypatch):
+        datasets.write_cifar10(folder / "cifar10")
+        monkeypatch.setattr(Image.Image, "convert", lambda *arguments: pytest.fail("it was decoded"))
+        pixels, labels = np.zeros((1, 3, 2000, 2000), np.uint8), np.zeros(1, np.uint8)
+        datasets.write_parquet(folder / "cifar10" / "train.parquet", pixels, labels)
+        with pytest.raises(ValueError, match="image 0 is 2000 × 2000 pixels"):
+            data.cifar10("train")
 
 
 def as_rows(pixels, labels):
@@ -264,7 +328,8 @@ def offered(folder, server, monkeypatch):
     served, address, asked = server
     content = b"To be, or not to be" * 4000
     (served / "input.txt").write_bytes(content)
-    download = data.Download("input.txt", f"{address}/input.txt", hashlib.sha256(content).hexdigest())
+    digest = hashlib.sha256(content).hexdigest()
+    download = data.Download("input.txt", f"{address}/input.txt", digest, len(content))
     entry = replace(data.DATA_SETS["shakespeare"], downloads=(download,))
     monkeypatch.setitem(data.DATA_SETS, "shakespeare", entry)
     return served / "input.txt", asked
@@ -289,6 +354,36 @@ class TestFetching:
     def test_a_wrong_file_is_refused_and_not_kept(self, folder, offered):
         offered[0].write_bytes(b"To be, or to be")
         with pytest.raises(ValueError, match="does not match the known hash"):
+            data.fetch("shakespeare")
+        assert data.find("shakespeare") is None
+        assert list((folder / "cache" / "tinyshakespeare").iterdir()) == []
+
+    def test_a_file_that_is_too_long_is_stopped_there_and_not_kept(self, folder, offered):
+        (path,) = data.fetch("shakespeare")
+        before = path.read_bytes()
+        path.write_bytes(before[:-1])  # so that it is fetched again
+        offered[0].write_bytes(before + b"!")
+        with pytest.raises(OSError, match=r"fetch: could not get http.*input\.txt: more than the 76000 bytes"):
+            data.fetch("shakespeare")
+        assert [kept.name for kept in path.parent.iterdir()] == ["input.txt"]
+        assert path.read_bytes() == before[:-1]
+
+    def test_a_stream_without_an_end_is_stopped(self, folder, offered, monkeypatch):
+        sent = []
+
+        class Endless(io.RawIOBase):
+            def read(self, size=-1):
+                sent.append(size)
+                return b"x" * max(size, 1)
+
+        def send_head(handler):
+            handler.send_response(200)
+            handler.end_headers()  # no length is announced
+            return Endless()
+
+        monkeypatch.setattr(SimpleHTTPRequestHandler, "send_head", send_head)
+        monkeypatch.setattr(ThreadingHTTPServer, "handle_error", lambda *arguments: None)
+        with pytest.raises(OSError, match="more than the 76000 bytes that it has came, and were not kept"):
             data.fetch("shakespeare")
         assert data.find("shakespeare") is None
         assert list((folder / "cache" / "tinyshakespeare").iterdir()) == []
@@ -339,6 +434,7 @@ class TestFetching:
             assert download.url.startswith("https://")
             assert download.url.endswith(f"/{download.file}")
             assert len(bytes.fromhex(download.sha256)) == 32
+            assert 0 < download.size < 2**28
 
 
 class TestListing:

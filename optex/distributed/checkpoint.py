@@ -1,18 +1,22 @@
-"""Checkpoints of a run, written by all its ranks and read by any other number of them."""
+"""Checkpoints of a run, written by all its ranks and read by any other number of them.
+
+A checkpoint is a folder: vectors split among ranks through ``torch.distributed.checkpoint``, all else in a file
+``rest-<part>.pt`` for each part of the batches, and the manifest with everybody's checksum.
+"""
 
 from __future__ import annotations
 
+import os
+import pickle
 import shutil
-import warnings
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
+import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
@@ -20,13 +24,21 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from optex.checks import check_integer
+from optex.distributed import folders
 from optex.distributed.ranks import Ranks
 from optex.distributed.sharding import ShardedStepper, joined_state
+from optex.distributed.slices import raise_cause, read_slices, slices_reader, stored_slices, write_slices
+from optex.errors import warn
 from optex.stepping import Stepper
 
-__all__ = ["Resumable", "latest", "load", "save"]
+__all__ = ["CheckpointWarning", "Resumable", "latest", "load", "save"]
 
 _PARAMETERS: Final = "parameters"
+Item = TypeVar("Item")
+
+
+class CheckpointWarning(RuntimeWarning):
+    """The newest checkpoint is not complete or not intact, and an earlier one was loaded; says why."""
 
 
 class Resumable(Protocol):
@@ -43,136 +55,296 @@ class Resumable(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None: ...
 
 
-@dataclass(frozen=True)
-class _Rest:
-    """All but the tensors stored in slices; one object, or it would be stored leaf by leaf."""
-
-    state: Any
+# ---------------------------------------------------------------------- saving
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """Stands in the pickled part for a tensor that is stored in slices."""
-
-    key: str
-
-
-def save(directory: Path | str, optimizer: Resumable, extra: Any = None, *, keep: int = 2) -> Path:
+def save(
+    directory: Path | str,
+    optimizer: Resumable,
+    extra: Any = None,
+    *,
+    keep: int = 2,
+    overwrite: bool = False,
+    weights_only: bool = False,
+) -> Path:
     """Write parameters, base state, history, window and schedule into a new folder of ``directory``.
 
     Every rank calls it, between rounds, and writes its own slices through ``torch.distributed.checkpoint``;
-    without a process group it writes everything. A checkpoint that was not finished is not found by ``latest``.
+    without a process group it writes everything. One run at a time writes to a directory.
+
+    The folder is written beside the others, made durable and renamed when it is complete. Wherever that ends
+    early, by an error, an interrupt or a power cut, the checkpoints that were complete stay so, one of the
+    same step among them; what is left of the new one is passed over by ``load`` and deleted by the next
+    ``save``.
 
     Args:
         directory: on storage that all ranks see.
         optimizer: what to save; the model's parameters it trains are saved with it, its buffers are not.
         extra: anything picklable to keep beside it, as an epoch; the first rank's.
         keep: how many of the newest checkpoints stay, at least 1.
+        overwrite: delete checkpoints of later steps, which another run left here, when this one is complete.
+        weights_only: make sure that ``load(..., weights_only=True)`` can read it; see there what ``extra`` and
+            batches may then be.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: ``keep`` is less than 1.
+        ValueError: ``keep`` is less than 1; the directory has checkpoints of later steps; ``weights_only`` is
+            asked for, and ``extra`` or a batch of the window is something else.
+        OSError: it could not be written.
+        RuntimeError: another rank failed.
     """
     check_integer("checkpoint.save", "keep", keep)
-    stepper, ranks = optimizer.stepper, optimizer.ranks
+    ranks, step, directory = _ranks(optimizer), optimizer.steps_taken, Path(directory)
+    later = _on_first(ranks, "save", lambda: _prepare(directory, step))
+    if later and not overwrite:
+        raise ValueError(
+            f"checkpoint.save: {directory} has checkpoints of later steps than {step} ({', '.join(later)}), of "
+            "another run; save to another directory, or pass overwrite=True to delete them"
+        )
+    new = folders.step_folder(directory, step, ".new")
+    try:
+        _on_first(ranks, "save", new.mkdir)
+        _write(new, optimizer, extra, weights_only)
+    except BaseException:
+        if ranks is None or ranks.rank == 0:
+            shutil.rmtree(new, ignore_errors=True)
+        raise
+    return _on_first(ranks, "save", lambda: _commit(directory, step, keep, overwrite))
+
+
+def _prepare(directory: Path, step: int) -> list[str]:
+    """Make the directory ready; the names of complete checkpoints of later steps."""
+    folders.make(directory)
+    folders.tidy(directory)
+    later = [found for found in folders.folders_of(directory) if found.step > step]
+    wrong = folders.what_is_wrong
+    return [found.path.name for found in later if wrong(folders.check_complete, found.path) is None]
+
+
+def _write(folder: Path, optimizer: Resumable, extra: Any, weights_only: bool) -> None:
+    ranks, stepper = _ranks(optimizer), optimizer.stepper
+    proxy, part = (0, 0) if ranks is None else ranks.place
     parameters = stepper.vector.space.whole(stepper.point)
     state = {_PARAMETERS: parameters, "optimizer": optimizer.state_dict(), "extra": extra}
-    leaves, structure = pytree.tree_flatten(state)
-    tensors = {f"{i}": leaf for i, leaf in enumerate(leaves) if isinstance(leaf, DTensor)}
-    rest = [_Stored(f"{i}") if isinstance(leaf, DTensor) else leaf for i, leaf in enumerate(leaves)]
-    folder = Path(directory) / f"step-{optimizer.steps_taken:08d}"
-    content: dict[str, Any] = {"tensors": tensors}
-    proxy, part = (0, 0) if ranks is None else ranks.place
-    if proxy == 0:  # batches of the window differ along the data alone
-        content[_rest_key(part)] = _Rest(pytree.tree_unflatten(rest, structure))
-    with _alone_without_warning():
-        dcp.save(
-            content, checkpoint_id=folder, no_dist=not _is_distributed(), process_group=ranks and ranks.group
-        )
-    if not _is_distributed() or dist.get_rank(ranks and ranks.group) == 0:
-        for old in _complete(Path(directory))[:-keep]:
-            shutil.rmtree(old)
+    leaves, structure = _leaves(state)
+    slices = {f"{i}": leaf for i, leaf in enumerate(leaves) if isinstance(leaf, DTensor)}
+    # A list of places, not an object in each: plain containers load without running code.
+    rest = [None if isinstance(leaf, DTensor) else leaf for leaf in leaves]
+    content = {"state": pytree.tree_unflatten(rest, structure), "slices": [int(key) for key in slices]}
+
+    def write_rest() -> None:
+        if proxy == 0:  # batches of the window differ along the data alone
+            _write_rest(folder / _rest_file(part), content, weights_only)
+
+    _together(ranks, "save", write_rest)
+    if slices:
+        _together(ranks, "save", lambda: write_slices(folder, slices, ranks))
+    names = _on_first(ranks, "save", lambda: sorted(path.name for path in folder.iterdir()))
+    rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
+    records = _together(ranks, "save", lambda: folders.checked_in(folder, names[rank::size]))
+    parts = [records] if ranks is None else ranks.gather_objects(records)
+    everything = {name: record for found in parts for name, record in found.items()}
+    _on_first(ranks, "save", lambda: folders.write_manifest(folder, everything))
+
+
+def _write_rest(path: Path, content: dict[str, Any], weights_only: bool) -> None:
+    with path.open("wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            raise_cause(error)
+        file.flush()
+        os.fsync(file.fileno())
+    if weights_only:
+        try:
+            torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                "checkpoint.save: with weights_only=True, extra and batches must be tensors, numbers, strings "
+                f"and lists, tuples and dicts of them ({_first_line(error)}); pass them so, or save without it"
+            ) from error
+
+
+def _commit(directory: Path, step: int, keep: int, overwrite: bool) -> Path:
+    folder = folders.put_in_place(directory, step)
+    later = [found for found in folders.folders_of(directory) if overwrite and found.step > step]
+    for found in later:
+        folders.discard(found.path)
+    for found in folders.complete(directory)[:-keep]:
+        if found.path != folder:
+            folders.discard(found.path)
     return folder
 
 
-def load(directory: Path | str, optimizer: Resumable) -> Any:
-    """Go on from the newest complete checkpoint of ``directory``, on any number of ranks.
+# ---------------------------------------------------------------------- loading
+
+
+def load(directory: Path | str, optimizer: Resumable, *, weights_only: bool = False) -> Any:
+    """Go on from the newest checkpoint of ``directory`` that is complete and intact, on any number of ranks.
 
     Every rank calls it, with an optimizer built as the saved one was, over the same parameters and with the
-    same settings; ranks and ``shard`` may differ. Each reads the slices it needs.
+    same settings; ranks and ``shard`` may differ. Each reads the slices it needs, after the checksums of all
+    files were compared. Nothing of the optimizer changes before everything is read.
 
-    The pickled part of a checkpoint can run code: load only what you trust.
+    Args:
+        directory: where ``save`` wrote to.
+        optimizer: takes over what was saved.
+        weights_only: read nothing that can run code, as ``torch.load(..., weights_only=True)``. ``extra`` and
+            the batches may then be tensors, numbers, strings, None, lists, tuples and dicts of them, and what
+            ``torch.serialization.add_safe_globals`` was told; NumPy's arrays are not among them.
+            ``save(..., weights_only=True)`` makes sure of it. Without it a checkpoint is unpickled, which can
+            run code: load only what you trust. Checksums tell damage, not intent.
 
     Returns:
         The ``extra`` that was saved.
 
     Raises:
-        FileNotFoundError: there is no complete checkpoint.
-        ValueError: it was saved with another number of ranks along "data", whose batches it holds.
+        FileNotFoundError: there is no complete and intact checkpoint; says what is wrong with each.
+        ValueError: it was saved with another number of ranks along "data", whose batches it holds; it is of
+            other parameters; or with ``weights_only`` it holds something else.
+        RuntimeError: another rank failed.
+
+    Warns:
+        CheckpointWarning: it is not the newest, which is damaged or was not finished.
     """
-    folder = latest(directory)
-    if folder is None:
-        raise FileNotFoundError(f"checkpoint.load: no complete checkpoint in {directory}")
-    stepper, ranks = optimizer.stepper, optimizer.ranks
-    known = FileSystemReader(folder).read_metadata().state_dict_metadata
-    data, part = (1, 0) if ranks is None else (ranks.data, ranks.place[1])
-    if data != sum(key.startswith("rest-") for key in known):
-        raise ValueError(
-            f"checkpoint.load: {folder} was saved with another number of ranks along 'data'; the batches "
-            "that were drawn ahead belong to that split. Load it with as many"
-        )
-    tensors = {
-        key.removeprefix("tensors."): _room(stepper, metadata)
-        for key, metadata in known.items()
-        if isinstance(metadata, TensorStorageMetadata)
-    }
-    rest_key = _rest_key(part)
-    content: dict[str, Any] = {"tensors": tensors, rest_key: None}
-    with _alone_without_warning():
-        dcp.load(
-            content, checkpoint_id=folder, no_dist=not _is_distributed(), process_group=ranks and ranks.group
-        )
-    leaves, structure = pytree.tree_flatten(content[rest_key].state)
-    filled = [content["tensors"][leaf.key] if isinstance(leaf, _Stored) else leaf for leaf in leaves]
-    state = pytree.tree_unflatten(filled, structure)
+    ranks, stepper = _ranks(optimizer), optimizer.stepper
+    folder = _newest_intact(Path(directory), ranks)
+    state = _together(ranks, "load", lambda: _read_rest(folder, ranks, weights_only))
+    leaves, structure = _leaves(state["state"])
+    if state["slices"]:
+        reader = slices_reader(folder, weights_only)
+        known = _together(ranks, "load", lambda: _known_slices(reader, stepper, weights_only))
+        tensors = _together(ranks, "load", lambda: read_slices(reader, known, stepper.vector, ranks))
+        for place in state["slices"]:
+            leaves[place] = tensors[f"{place}"]
+    state = pytree.tree_unflatten(leaves, structure)
+    _check_length(folder, state[_PARAMETERS].shape, stepper)
     own = state["optimizer"]
     if "sliced" in own and not isinstance(stepper, ShardedStepper):
         base = {key: value for key, value in own.items() if key != "optex"}
         own = joined_state(base, optimizer.base, stepper.vector.parameters) | {"optex": own["optex"]}
+    point = stepper.vector.space.local(state[_PARAMETERS])
     optimizer.load_state_dict(own)
-    stepper.move_to(stepper.vector.space.local(state[_PARAMETERS]))
+    try:
+        stepper.move_to(point)
+    except BaseException:
+        if ranks is None:  # state and parameters belong together: an interrupt comes after both
+            stepper.move_to(point)
+        raise
     return state["extra"]
 
 
 def latest(directory: Path | str) -> Path | None:
-    """The newest complete checkpoint of a directory; None where there is none."""
-    found = _complete(Path(directory))
-    return found[-1] if found else None
+    """The newest complete checkpoint of a directory; None where there is none. Checksums are not compared."""
+    found = folders.complete(Path(directory))
+    return found[-1].path if found else None
 
 
-def _complete(directory: Path) -> list[Path]:
-    # The metadata are written last.
-    return sorted(folder for folder in directory.glob("step-*") if (folder / ".metadata").exists())
+def _newest_intact(directory: Path, ranks: Ranks | None) -> Path:
+    rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
+    wrong = []
+    for found in reversed(_on_first(ranks, "load", lambda: folders.folders_of(directory))):
+        here = folders.what_is_wrong(folders.check_intact, found.path, rank, size)
+        everywhere = [here] if ranks is None else ranks.gather_objects(here)
+        reason = next((said for said in everywhere if said is not None), None)
+        if reason is None:
+            if wrong and rank == 0:
+                said = f"checkpoint.load: {'; '.join(wrong)}. Going on from {found.path}"
+                warn(said, CheckpointWarning)
+            return found.path
+        wrong.append(f"{found.path.name} {reason}")
+    reasons = f": {'; '.join(wrong)}" if wrong else ""
+    raise FileNotFoundError(f"checkpoint.load: no complete checkpoint in {directory}{reasons}")
 
 
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
+def _read_rest(folder: Path, ranks: Ranks | None, weights_only: bool) -> dict[str, Any]:
+    data, part = (1, 0) if ranks is None else (ranks.data, ranks.place[1])
+    if data != sum(name.startswith("rest-") for name in folders.manifest_of(folder)):
+        raise ValueError(
+            f"checkpoint.load: {folder} was saved with another number of ranks along 'data'; the batches "
+            "that were drawn ahead belong to that split. Load it with as many"
+        )
+    with _weights_alone(folder, weights_only):
+        return torch.load(folder / _rest_file(part), weights_only=weights_only)
 
 
 @contextmanager
-def _alone_without_warning() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # A single process is what was asked for.
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+def _weights_alone(folder: Path, weights_only: bool) -> Iterator[None]:
+    try:
         yield
+    except pickle.UnpicklingError as error:
+        if not weights_only:
+            raise
+        raise ValueError(
+            f"checkpoint.load: {folder} holds more than weights_only=True reads ({_first_line(error)}); it has "
+            "to be saved with weights_only=True, or, if you trust it, loaded without"
+        ) from error
 
 
-def _rest_key(part: int) -> str:
-    return f"rest-{part}"
+def _known_slices(
+    reader: FileSystemReader, stepper: Stepper, weights_only: bool
+) -> dict[str, TensorStorageMetadata]:
+    with _weights_alone(Path(reader.path), weights_only):
+        known = stored_slices(reader)
+    for metadata in known.values():
+        _check_length(reader.path, metadata.size, stepper)
+    return known
 
 
-def _room(stepper: Stepper, metadata: TensorStorageMetadata) -> Tensor:
-    vector = stepper.vector
-    return vector.space.empty_whole(metadata.size, metadata.properties.dtype, vector.device)
+def _check_length(folder: Any, size: torch.Size, stepper: Stepper) -> None:
+    if size[-1] != stepper.vector.dimension:
+        raise ValueError(
+            f"checkpoint.load: {folder} is of {size[-1]} numbers, and the optimizer's parameters are "
+            f"{stepper.vector.dimension}; build it over the same parameters"
+        )
+
+
+# ---------------------------------------------------------------------- what ranks do together
+
+
+def _ranks(optimizer: Resumable) -> Ranks | None:
+    if optimizer.ranks is not None:
+        return optimizer.ranks
+    # Every rank of a job has a whole run of its own, all alike: the first one's is written.
+    alone = not (dist.is_available() and dist.is_initialized())
+    return None if alone else Ranks(None, optimizer.stepper.vector.device)
+
+
+def _together(ranks: Ranks | None, name: str, action: Callable[[], Item]) -> Item:
+    """Do it on every rank, and go on when all have; where it fails on one it fails on all."""
+    try:
+        answer, failure = action(), None
+    except Exception as error:  # noqa: BLE001  (raised when the others know)
+        answer, failure = None, error
+    if ranks is not None:
+        said = None if failure is None else f"{type(failure).__name__}: {failure}"
+        for rank, reason in enumerate(ranks.gather_objects(said)):
+            if failure is None and reason is not None:
+                raise RuntimeError(f"checkpoint.{name}: failed on rank {rank}: {reason}; see its traceback")
+    if failure is not None:
+        raise failure
+    return answer  # type: ignore[return-value]
+
+
+def _on_first(ranks: Ranks | None, name: str, action: Callable[[], Item]) -> Item:
+    """Do it on the first rank; its answer on all."""
+    if ranks is None:
+        return action()
+    answer = _together(ranks, name, action if ranks.rank == 0 else lambda: None)
+    return ranks.gather_objects(answer)[0]
+
+
+def _leaves(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
+    # Of plain containers alone: a loaded tree then has the same leaves, whatever else torch was told to enter.
+    containers = (dict, OrderedDict, list, tuple)
+    return pytree.tree_flatten(tree, is_leaf=lambda node: type(node) not in containers)
+
+
+def _rest_file(part: int) -> str:
+    return f"rest-{part}.pt"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]

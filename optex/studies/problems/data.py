@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import math
 import os
 import struct
 import tarfile
@@ -13,7 +14,7 @@ import zlib
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +30,8 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+
+from optex.studies.problems.bounded import Bounded
 
 __all__ = [
     "DATA_SETS",
@@ -55,11 +58,13 @@ class Download:
         file: its name here.
         url: its address.
         sha256: of its content, in hexadecimal.
+        size: in bytes; a download that is longer is stopped there.
     """
 
     file: str
     url: str
     sha256: str
+    size: int
 
 
 @dataclass(frozen=True)
@@ -88,14 +93,19 @@ _FASHION_FILES: Final = {  # train first, images first
     "t10k-images-idx3-ubyte.gz": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
     "t10k-labels-idx1-ubyte.gz": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
 }
+_FASHION_SIZES: Final = (26_421_880, 29_515, 4_422_102, 5_148)
 _CIFAR_ARCHIVE: Final = "cifar-10-binary.tar.gz"
 _CIFAR_SIDE: Final = 32
+_MOST_UNPACKED: Final = 2**28  # bytes; the largest of these files, CIFAR-10's archive, has 184 million
 
 DATA_SETS: Final[dict[str, DataSet]] = {
     "fashion-mnist": DataSet(
         folder="fashion-mnist",
         layouts=(tuple(_FASHION_FILES), tuple(name.removesuffix(".gz") for name in _FASHION_FILES)),
-        downloads=tuple(Download(file, _FASHION_URL + file, sum_) for file, sum_ in _FASHION_FILES.items()),
+        downloads=tuple(
+            Download(file, _FASHION_URL + file, sum_, size)
+            for (file, sum_), size in zip(_FASHION_FILES.items(), _FASHION_SIZES, strict=True)
+        ),
         package="dataset-fashion-mnist",  # the same images and labels, compressed differently
         package_folder=Path("/usr/share/datasets/fashion-mnist"),
     ),
@@ -109,6 +119,7 @@ DATA_SETS: Final[dict[str, DataSet]] = {
                 _CIFAR_ARCHIVE,
                 f"https://www.cs.toronto.edu/~kriz/{_CIFAR_ARCHIVE}",
                 "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+                170_052_171,
             ),
         ),
     ),
@@ -120,6 +131,7 @@ DATA_SETS: Final[dict[str, DataSet]] = {
                 "input.txt",
                 "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
                 "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+                1_115_394,
             ),
         ),
     ),
@@ -197,7 +209,7 @@ def fetch(name: str) -> tuple[Path, ...]:
 
     Raises:
         ValueError: the name is unknown, or a downloaded file has another SHA-256 than expected.
-        OSError: a file could not be downloaded or written.
+        OSError: a file could not be downloaded or written, or is longer than it should be.
         ModuleNotFoundError: pooch is not installed.
     """
     if name not in DATA_SETS:
@@ -206,18 +218,25 @@ def fetch(name: str) -> tuple[Path, ...]:
     folder = _cache() / entry.folder
     with _progress(DownloadColumn()) as progress:
         for download in entry.downloads:
+            http = pooch.HTTPDownloader(progressbar=_DownloadBar(progress, download.file))
             try:
                 pooch.retrieve(
                     download.url,
                     known_hash=f"sha256:{download.sha256}",
                     fname=download.file,
                     path=folder,
-                    downloader=pooch.HTTPDownloader(progressbar=_DownloadBar(progress, download.file)),
+                    downloader=partial(_download_at_most, download.size, http),
                 )
             except OSError as error:
                 reason = textwrap.shorten(str(error), 160)
                 raise OSError(f"fetch: could not get {download.url}: {reason}") from error
     return tuple(folder / download.file for download in entry.downloads)
+
+
+def _download_at_most(size: int, http: Any, url: str, path: str, pooch: Any) -> None:
+    """Download to a temporary file, which pooch deletes where that fails."""
+    with Path(path).open("wb") as file:
+        http(url, Bounded(file, size, f"more than the {size} bytes that it has came, and were not kept"), pooch)
 
 
 def _progress(*columns: TimeRemainingColumn | DownloadColumn) -> Progress:
@@ -284,19 +303,26 @@ def _read_fashion_mnist(images_path: Path, labels_path: Path) -> tuple[np.ndarra
 def _read_idx(path: Path) -> np.ndarray:
     """An array of bytes in LeCun's idx format: 0, 0, type 8, number of dimensions, sizes, content."""
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            kind = file.read(4)
+            if len(kind) < 4 or kind[:3] != b"\0\0\x08":
+                raise _damaged(path, "it is no idx file of bytes", "fashion-mnist")
+            header = file.read(4 * kind[3])
+            if len(header) < 4 * kind[3]:
+                raise _damaged(path, "it ends within its header", "fashion-mnist")
+            shape = struct.unpack(f">{kind[3]}I", header)
+            size = math.prod(shape)
+            if size > _MOST_UNPACKED:
+                raise _damaged(path, f"{shape} are announced, more than any has", "fashion-mnist")
+            content = file.read(
+                size + 1
+            )  # not all: a small compressed file can hold more than fits into memory
     except (OSError, EOFError, zlib.error) as error:
         raise _damaged(path, str(error), "fashion-mnist") from error
-    if len(content) < 4 or content[:3] != b"\0\0\x08":
-        raise _damaged(path, "it is no idx file of bytes", "fashion-mnist")
-    start = 4 + 4 * content[3]
-    if len(content) < start:
-        raise _damaged(path, "it ends within its header", "fashion-mnist")
-    shape = struct.unpack(f">{content[3]}I", content[4:start])
-    values = np.frombuffer(bytearray(content[start:]), dtype=np.uint8)  # a copy that torch may write to
-    if len(values) != np.prod(shape, dtype=np.int64):
-        raise _damaged(path, f"{len(values)} bytes where {shape} are announced", "fashion-mnist")
-    return values.reshape(shape)
+    if len(content) != size:
+        found = len(content) if len(content) < size else f"more than {size}"
+        raise _damaged(path, f"{found} bytes where {shape} are announced", "fashion-mnist")
+    return np.frombuffer(bytearray(content), dtype=np.uint8).reshape(shape)  # a copy that torch may write to
 
 
 def _damaged(path: Path, why: str, name: str) -> ValueError:
@@ -364,11 +390,12 @@ def _decode_parquet(path: Path) -> np.ndarray:
     for i, one in enumerate(_shown(encoded, f"decoding {path.name}")):
         try:
             with image.open(io.BytesIO(one.as_py())) as opened:
+                if opened.size != (_CIFAR_SIDE, _CIFAR_SIDE):  # before it is decoded, for it may be huge
+                    width, height = opened.size
+                    raise _damaged(path, f"image {i} is {width} × {height} pixels", "cifar10")
                 pixels = np.asarray(opened.convert("RGB"))  # [32, 32, 3]
         except OSError as error:
             raise _damaged(path, f"image {i}: {error}", "cifar10") from error
-        if pixels.shape != (_CIFAR_SIDE, _CIFAR_SIDE, 3):
-            raise _damaged(path, f"image {i} is {pixels.shape[1]} × {pixels.shape[0]} pixels", "cifar10")
         rows[i, 1:] = pixels.transpose(2, 0, 1).ravel()
     return rows
 
@@ -382,9 +409,11 @@ def _read_archive(path: Path, split: Split) -> np.ndarray:
     """The authors' binary version: files of rows, each a label and the pixels, plane by plane."""
     names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
     try:
-        with tarfile.open(path, "r:gz") as archive:
-            files = [archive.extractfile(f"cifar-10-batches-bin/{name}") for name in names]
-            content = b"".join(file.read() for file in files if file is not None)
+        with gzip.open(path) as unpacked:
+            bounded = Bounded(unpacked, _MOST_UNPACKED, f"it unpacks to more than {_MOST_UNPACKED} bytes")
+            with tarfile.open(fileobj=bounded, mode="r:") as archive:
+                files = [archive.extractfile(f"cifar-10-batches-bin/{name}") for name in names]
+                content = b"".join(file.read() for file in files if file is not None)
     except (OSError, EOFError, KeyError, tarfile.TarError, zlib.error) as error:
         raise _damaged(path, str(error), "cifar10") from error
     width = 1 + 3 * _CIFAR_SIDE**2

@@ -1,0 +1,126 @@
+"""Vectors split among ranks in a checkpoint, through ``torch.distributed.checkpoint``."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, metadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+
+from optex.distributed.ranks import Ranks
+from optex.stepping import ParameterVector
+
+__all__ = ["raise_cause", "read_slices", "slices_reader", "stored_slices", "write_slices"]
+
+_PREFIX: Final = "tensors"
+_KNOWN: Final = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    *(("pathlib", name) for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
+}
+
+
+def write_slices(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks | None) -> None:
+    """Write split tensors by name, each rank its slices; they are on the disk afterwards."""
+    writer = FileSystemWriter(folder, sync_files=True)
+    with _explained(ranks):
+        dcp.save({_PREFIX: dict(tensors)}, storage_writer=writer, process_group=ranks and ranks.group)
+
+
+def slices_reader(folder: Path, weights_only: bool) -> FileSystemReader:
+    """Reads a folder's slices; with ``weights_only`` nothing in it can run code."""
+    return (_CarefulReader if weights_only else FileSystemReader)(folder)
+
+
+def stored_slices(reader: FileSystemReader) -> dict[str, TensorStorageMetadata]:
+    """The tensors that were stored, by name."""
+    stored = reader.read_metadata().state_dict_metadata.items()
+    return {
+        key.removeprefix(f"{_PREFIX}."): found
+        for key, found in stored
+        if isinstance(found, TensorStorageMetadata)
+    }
+
+
+def read_slices(
+    reader: FileSystemReader,
+    stored: Mapping[str, TensorStorageMetadata],
+    vector: ParameterVector,
+    ranks: Ranks | None,
+) -> dict[str, Tensor]:
+    """Tensors by name, whole or split as vectors are here; each rank reads its slices."""
+    tensors = {
+        key: vector.space.empty_whole(found.size, found.properties.dtype, vector.device)
+        for key, found in stored.items()
+    }
+    content = {_PREFIX: tensors}
+    with _explained(ranks):
+        if ranks is None:
+            with warnings.catch_warnings():
+                # A single process is what was asked for.
+                warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+                dcp.load(content, storage_reader=reader, no_dist=True)
+        else:
+            dcp.load(content, storage_reader=reader, process_group=ranks.group)
+    return content[_PREFIX]
+
+
+class _CarefulReader(FileSystemReader):
+    """Reads the metadata, which torch pickles, with nothing but the classes that belong there."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            found = _MetadataUnpickler(file).load()
+        if getattr(found, "storage_meta", None) is None:
+            found.storage_meta = StorageMeta()
+        found.storage_meta.load_id = self.load_id
+        return found
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str, /) -> Any:
+        if (module, name) in _KNOWN:
+            return super().find_class(module, name)
+        found = getattr({"torch": torch, metadata.__name__: metadata}.get(module), name, None)
+        if isinstance(found, torch.dtype):
+            return found
+        if isinstance(found, type) and found.__module__ == metadata.__name__:
+            return found
+        raise pickle.UnpicklingError(f"its metadata name {module}.{name}")
+
+
+# ---------------------------------------------------------------------- failures
+
+
+@contextmanager
+def _explained(ranks: Ranks | None) -> Iterator[None]:
+    """What failed here, in place of torch's collection of everyone's failures, which is no ``Exception``."""
+    try:
+        yield
+    except CheckpointException as error:
+        own = error.failures.get(0 if ranks is None else ranks.rank)
+        if own is None:
+            rank, (failure, _) = next(iter(error.failures.items()))
+            reason = f"{type(failure).__name__}: {failure}"
+            raise RuntimeError(f"checkpoint: failed on rank {rank}: {reason}; see its traceback") from error
+        raise_cause(own[0])
+
+
+def raise_cause(error: BaseException) -> NoReturn:
+    """Raise what came first: torch's writer of archives covers up a full disk and an interrupt alike."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) or not isinstance(cause, Exception):
+            raise cause
+        cause = cause.__context__
+    raise error
