@@ -96,10 +96,6 @@ class Failing(HoldLast):
         return posterior
 
 
-@pytest.mark.xfail(
-    reason="the least error is NaN where one member's is, and then all scores are infinite",
-    raises=AssertionError,
-)
 @pytest.mark.parametrize("memory", [0.0, 0.7])
 def test_a_member_that_fails_alone_leaves_the_others_in_office(memory):
     committee = CommitteeEstimator([Failing(), CurlFreeEstimator(), HoldLast()], memory=memory, interval=1)

@@ -368,9 +368,6 @@ def test_the_newest_pair_stands_for_all_at_its_iterate(size, places):
     assert_newest_stand_for_their_iterates(size, [[place] for place in places])
 
 
-@pytest.mark.xfail(
-    reason="a new pair joins a newer one, which then joins the old ones alone", raises=AssertionError
-)
 def test_pairs_that_come_together_all_join_the_old_ones_of_their_iterate():
     # The ring has gone round: of the two new pairs, the second has the lower slot.
     assert_newest_stand_for_their_iterates(3, [[0, 0], [0, 0]])
