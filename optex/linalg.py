@@ -5,8 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Final
+from contextvars import ContextVar, copy_context
+from typing import Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,17 +29,18 @@ JITTERS: Final = (1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
 _BLOCK: Final = 256  # columns summed in float32
 _SLAB: Final = 4096 * _BLOCK  # columns handled at a time, which bounds the scratch memory
 _SHORT: Final = 32_768  # torch splits elementwise work among threads from this length on
+Answer = TypeVar("Answer")
 _UNSAID: ContextVar[bool] = ContextVar("jitter_unsaid", default=False)
 
 
-@contextmanager
-def jitter_unsaid() -> Iterator[None]:
-    """No warnings of jitter in here, in this thread alone: for models that are judged by how they predict."""
-    token = _UNSAID.set(True)
-    try:
-        yield
-    finally:
-        _UNSAID.reset(token)
+def jitter_unsaid(function: Callable[[], Answer]) -> Answer:
+    """Call it without warnings of jitter, in this thread: for models that are judged by how they predict."""
+
+    def quietly() -> Answer:
+        _UNSAID.set(True)
+        return function()
+
+    return copy_context().run(quietly)  # so that nothing has to be set back
 
 
 @contextmanager
@@ -56,8 +57,8 @@ def one_thread() -> Iterator[None]:
     if threads == 1:
         yield
         return
-    torch.set_num_threads(1)
     try:
+        torch.set_num_threads(1)
         yield
     finally:
         torch.set_num_threads(threads)

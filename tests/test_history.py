@@ -190,7 +190,9 @@ class Walk:
 
 def everything(history):
     """All that a history holds, copied."""
-    held = {name: copy.deepcopy(value) for name, value in vars(history).items() if name != "space"}
+    held = {
+        name: copy.deepcopy(value) for name, value in vars(history).items() if name not in ("space", "_spare")
+    }
     held["_noise"] = ["unknown" if math.isnan(variance) else variance for variance in held["_noise"]]
     return held
 

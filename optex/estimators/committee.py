@@ -141,11 +141,10 @@ class CommitteeEstimator(Estimator):
 def _fit(member: Estimator, history: GradientHistory) -> Posterior:
     # A member that needs jitter, or cannot be fitted at all, is not repaired in silence: it is judged by how it
     # predicts, and without a model that is as the last gradient does.
-    with jitter_unsaid():
-        try:
-            return member.fit(history)
-        except NotPositiveDefiniteError:
-            return HoldLast().fit(history)
+    try:
+        return jitter_unsaid(lambda: member.fit(history))
+    except NotPositiveDefiniteError:
+        return HoldLast().fit(history)
 
 
 class CommitteePosterior(Posterior):

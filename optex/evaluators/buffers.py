@@ -71,4 +71,7 @@ def statistics_watched(who: str, remedy: str) -> Iterator[None]:
     try:
         yield
     finally:
-        handle.remove()
+        try:
+            handle.remove()
+        finally:
+            handle.remove()  # once more, should the first have been interrupted: it would refuse for ever

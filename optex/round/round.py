@@ -124,6 +124,7 @@ class Rounds:
         record.undo.append(partial(setattr, self.stepper, "mask", self.stepper.mask))
         if record.buffers is not None:
             record.undo.append(partial(record.buffers.write, record.buffers.read()))
+        record.undo.append(partial(torch.set_num_threads, torch.get_num_threads()))
         record.undo.append(partial(self.evaluator.load_state_dict, self.evaluator.state_dict()))
         record.undo.append(partial(set_generator_states, generator_states()))
         record.undo += [partial(step.draws.put_back, step.draws.held()) for step in record.window]

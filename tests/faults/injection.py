@@ -165,6 +165,10 @@ class Lines:
         return False
 
 
+# These set a flag: there is no memory that they could lack.
+NO_MEMORY = {torch._C._set_grad_enabled, torch.set_grad_enabled, torch.is_grad_enabled}
+
+
 class Operations(TorchFunctionMode):
     """Counts torch's operations, and lets memory run out at one of them."""
 
@@ -173,6 +177,8 @@ class Operations(TorchFunctionMode):
         self.at, self.count, self.where = at, 0, None
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in NO_MEMORY:
+            return func(*args, **(kwargs or {}))
         self.count += 1
         if self.count == self.at:
             self.where = getattr(func, "__name__", str(func))
@@ -220,6 +226,7 @@ def sweep(fault, prepared, action, places, expected_end):
 
 def count(fault, prepared, action):
     """How many places there are to break an action at, once torch has filled its own caches."""
+    prepared.state()  # as sweep does: what is computed on demand is then up to date
     found = []
     for _ in range(2):
         counting, run = fault(), copy.deepcopy(prepared)
