@@ -62,7 +62,7 @@ def test_no_circles_among_modules():
         parts = ("optex", *path.relative_to(PACKAGE).with_suffix("").parts)
         name = ".".join(part for part in parts if part != "__init__")
         found = set()
-        for node in ast.parse(path.read_text()).body:
+        for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("optex."):
                 found.add(node.module)
         graph[name] = found

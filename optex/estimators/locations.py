@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import Tensor
 
 from optex.linalg import inner_products, squared_distances, squared_norms
+from optex.vector_space import VectorSpace
 
-if TYPE_CHECKING:
-    from optex.estimators.history import GradientHistory
+__all__ = ["Locations", "StoredPairs"]
 
-__all__ = ["Locations"]
+
+class StoredPairs(Protocol):
+    """What is asked of a history."""
+
+    space: VectorSpace
+    displacements: Tensor  # [T0, d]
+    gradients: Tensor  # [T0, d]
+    iterate_gram: Tensor  # [T0, T0]
+
+    def displacement(self, points: Tensor) -> Tensor:  # [..., d]
+        """Points as displacements from the anchor."""
+        ...
 
 
 class Locations:
@@ -26,7 +37,7 @@ class Locations:
 
     def __init__(
         self,
-        history: GradientHistory,
+        history: StoredPairs,
         points: Tensor,  # [n, d]
     ) -> None:
         self.history = history
