@@ -93,6 +93,8 @@ def load_generators(state: Any) -> list[Tensor]:
 def _generators(where: str, states: Any) -> list[Tensor]:
     try:
         torch.Generator().set_state(states[0].cpu())
+    except torch.OutOfMemoryError:  # a RuntimeError, and no fault of the state
+        raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(
             f"{OWNER}: {where} must be states of torch's generators, got {_short(states)}"
