@@ -45,6 +45,8 @@ class Stepper:
 
     def __init__(self, base: Optimizer, vector: ParameterVector, scheduler: LRScheduler | None = None) -> None:
         self._base = base
+        # Asked once: whether a protocol is kept takes longer to find out than a small step.
+        self._freezing = base if isinstance(base, FreezesWhileDrafting) else None
         self._scheduler = scheduler
         self.vector = vector
         self.mask: GradientMask = (True,) * len(vector.parameters)
@@ -73,7 +75,7 @@ class Stepper:
 
     def drafting(self) -> AbstractContextManager[None]:
         """Steps inside are drafts: a base that freezes state while drafting does so."""
-        return self._base.drafting() if isinstance(self._base, FreezesWhileDrafting) else nullcontext()
+        return nullcontext() if self._freezing is None else self._freezing.drafting()
 
     def step(
         self,
