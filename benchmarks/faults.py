@@ -1,6 +1,6 @@
 """Break rounds and loads at every place, and see that nothing is torn.
 
-    python benchmarks/faults.py --every 1 --workers 2       all of it, about 20 minutes on 2 cores
+    python benchmarks/faults.py --every 1 --workers 2       all of it, a quarter of an hour on 2 cores
 
 A ``KeyboardInterrupt`` at every line of the package that a round or a load runs, and an out-of-memory error at
 every torch operation of a first and of a later round: each time the state has to be that of the start or of the

@@ -38,7 +38,7 @@ class GradientHistory:
         representatives: the slots with a count, in order.
         iterate_gram: [T0, T0] float64, inner products of the displacements.
         anchor: [d], None while the history is empty.
-        appended: pairs ever appended.
+        appended: pairs appended; of more than ``size`` at once the last ``size`` alone.
 
     Args:
         size: T0, how many pairs are kept, at least 1.

@@ -17,7 +17,7 @@ from optex.stepping import Buffers, GradientMask, ParameterVector
 if TYPE_CHECKING:
     from optex.distributed.ranks import Ranks
 
-__all__ = ["Evaluation", "EvaluationRequest", "Evaluator", "WrappingEvaluator", "with_hook"]
+__all__ = ["Evaluation", "EvaluationRequest", "Evaluator", "WrappingEvaluator", "stack_noise", "with_hook"]
 
 
 @dataclass(frozen=True)
@@ -140,3 +140,12 @@ def with_hook(request: EvaluationRequest, evaluation: Evaluation) -> Evaluation:
         vector.write(before)
         vector.clear_gradients()
     return evaluation
+
+
+def stack_noise(
+    found: Sequence[Tensor | float | None],  # n
+) -> Tensor | None:  # [n] float64
+    """What a source said of its noise, as an ``Evaluation`` has it."""
+    if all(variance is None for variance in found):
+        return None
+    return torch.tensor([torch.nan if v is None else float(v) for v in found], dtype=torch.float64)

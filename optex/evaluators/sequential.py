@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, Final
 
@@ -10,11 +9,11 @@ import torch
 from torch import Tensor
 
 from optex.evaluators.buffers import statistics_watched
-from optex.evaluators.interface import Evaluation, EvaluationRequest, Evaluator, with_hook
+from optex.evaluators.interface import Evaluation, EvaluationRequest, Evaluator, stack_noise, with_hook
 from optex.sources import GradientSource
 from optex.stepping import Buffers, ParameterVector
 
-__all__ = ["SequentialEvaluator", "gradient_of", "stack_noise"]
+__all__ = ["SequentialEvaluator", "gradient_of"]
 
 _REMEDY: Final = "Hand the module that owns them to OptEx(..., model=model)"
 
@@ -83,15 +82,6 @@ def gradient_of(source: GradientSource, batch: Any) -> tuple[Tensor, Tensor | No
             "OptEx: the objective or closure raised StopIteration: an iterator that it draws from has ended. "
             "Hand the batches to rounds(batches, objective), or let the closure's iterator go on for ever"
         ) from error
-
-
-def stack_noise(
-    found: Sequence[Tensor | float | None],  # n
-) -> Tensor | None:  # [n] float64
-    """What a source said of its noise, as an ``Evaluation`` has it."""
-    if all(variance is None for variance in found):
-        return None
-    return torch.tensor([torch.nan if v is None else float(v) for v in found], dtype=torch.float64)
 
 
 def _check_gradients(vector: ParameterVector) -> None:

@@ -378,6 +378,8 @@ class Rounds:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there; the saved state is checked, and all is built aside before anything changes.
 
+        What ``held`` gave before puts the rest back, should this be interrupted while it takes over.
+
         Raises:
             ValueError: it is not what ``state_dict`` saves, or of another history, estimator or acceptance.
         """
@@ -387,17 +389,11 @@ class Rounds:
         random = load_generators(state)
         acceptance = copy.deepcopy(self.acceptance)
         acceptance.load_state_dict(saved_entry(OWNER, state, "acceptance"))
-        evaluator = saved_entry(OWNER, state, "evaluator")
-        before = self.evaluator.state_dict()
-        try:
-            self.evaluator.load_state_dict(evaluator)
-            self.predictor, self.acceptance, self.stepper.mask = predictor, acceptance, mask
-            set_generator_states(random)
-            self.queue.clear()
-            self.progress = progress
-        except BaseException:
-            self.evaluator.load_state_dict(before)
-            raise
+        self.evaluator.load_state_dict(saved_entry(OWNER, state, "evaluator"))
+        self.predictor, self.acceptance, self.stepper.mask = predictor, acceptance, mask
+        set_generator_states(random)
+        self.queue.clear()
+        self.progress = progress
 
     def held(self) -> Callable[[], None]:
         """What puts the rounds back to where they are now."""

@@ -289,11 +289,9 @@ def _broken(value, kind, generator):
 def _put(state, path, value):
     """Set what is at the path, through tuples as well."""
     node = state
-    for depth, key in enumerate(path[:-1]):
+    for key in path[:-1]:
         if isinstance(node[key], tuple):
             node[key] = list(node[key])
-            if depth == 2 and path[1] == "window":
-                pass
         node = node[key]
     node[path[-1]] = value
 

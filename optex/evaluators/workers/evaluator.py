@@ -16,8 +16,7 @@ from torch import Tensor
 
 from optex.checks import check_integer
 from optex.errors import WorkerLostError
-from optex.evaluators.interface import Evaluation, EvaluationRequest, Evaluator, with_hook
-from optex.evaluators.sequential import stack_noise
+from optex.evaluators.interface import Evaluation, EvaluationRequest, Evaluator, stack_noise, with_hook
 from optex.evaluators.workers.executor_pool import ExecutorPool
 from optex.evaluators.workers.foresight import DrawForesight
 from optex.evaluators.workers.messages import Answer, Failure, Job, Lost, Outcome
