@@ -171,7 +171,7 @@ def solve(misfit: Misfit, *, rounds: int, until: float = -np.inf, **options: Any
 
 def vanilla(misfit: Misfit, *, rounds: int, lr: float) -> Run:
     """Adam as it is: one gradient a round, in this process."""
-    return solve(misfit, rounds=rounds, lr=lr, parallelism=1)
+    return solve(misfit, rounds=rounds, lr=lr, parallelism=1, stride=1)
 
 
 def pool_of(kind: str, workers: int, stack: ExitStack) -> int | Callable[..., Any]:

@@ -66,6 +66,7 @@ def minimize(
     optimizer: str | Callable[..., Optimizer] = "adam",
     lr: float | None = None,
     parallelism: int = 4,
+    stride: float | Literal["auto"] = "auto",
     history_size: int | None = None,
     estimator: Estimator | None = None,
     acceptance: Acceptance | None = None,
@@ -107,7 +108,7 @@ def minimize(
             and ``optimizer_options``, where given) that returns a ``torch.optim.Optimizer``.
         lr: its learning rate; by default ``optex.stepping.default_rate(optimizer)`` for one that is named, 0.01
             for Adam, and what it is built with for a function.
-        parallelism, history_size, estimator, acceptance: as in :class:`~optex.OptEx`.
+        parallelism, stride, history_size, estimator, acceptance: as in :class:`~optex.OptEx`.
         evaluator: how the N gradients of a round are computed: ``"sequential"`` (default), ``"vectorized"``
             (``jac=None`` only: ``fun`` goes through ``torch.func.vmap``), or an :class:`~optex.Evaluator`; of a
             ``VectorizedEvaluator`` ``chunk_size`` and ``randomness`` are used, its model is not.
@@ -156,6 +157,7 @@ def minimize(
     wrapper = OptEx(
         base,
         parallelism=parallelism,
+        stride=stride,
         history_size=history_size,
         estimator=estimator,
         acceptance=acceptance,

@@ -27,8 +27,8 @@ from optex.round import (
     WithinTolerance,
     default_history_size,
 )
-from optex.round.arguments import check_choices, check_parts, published_parts
-from optex.round.stride import Stride, read_stride
+from optex.round.arguments import check_choices, check_parts, check_stride, published_parts
+from optex.round.stride import Stride
 from optex.sources import ClosureSource, GradientSource, ObjectiveSource
 from optex.stepping import Buffers, OptimizerWrapper, Stepper, check_base
 
@@ -130,7 +130,6 @@ class OptEx(OptimizerWrapper):
         self.parallelism = check_integer("OptEx", "parallelism", parallelism)
         size = default_history_size(parallelism) if history_size is None else history_size
         self.history_size = check_integer("OptEx", "history_size", size)
-        largest = read_stride(stride)
         check_parts(base, estimator, acceptance, evaluator, scheduler, model)
         check_choices(deterministic, gradient_hook, on_nonfinite)
         self.scheduler = scheduler
@@ -148,6 +147,7 @@ class OptEx(OptimizerWrapper):
         stepper = self._lay_out(evaluator, self._trainable())
         predictor = self._predictor(copy.deepcopy(estimator) or CommitteeEstimator(), stepper)
         acceptance = copy.deepcopy(acceptance) or WithinTolerance()
+        largest = check_stride(stride, acceptance)
         self._rounds = Rounds(
             stepper, predictor, acceptance, evaluator, self.parallelism, Stride(largest), gradient_hook
         )

@@ -5,6 +5,7 @@ from optex.round.predictor import Predictor, default_history_size
 from optex.round.record import RoundRecord
 from optex.round.report import RoundReport
 from optex.round.round import Rounds
+from optex.round.stride import read_stride
 from optex.round.window import PlannedStep, Progress
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "SmallestGradient",
     "WithinTolerance",
     "default_history_size",
+    "read_stride",
 ]

@@ -13,8 +13,9 @@ from optex.estimators import Estimator, SeparableEstimator
 from optex.estimators.kernels import Kernel
 from optex.evaluators import Evaluator
 from optex.round.acceptance import SELECTIONS, Acceptance, Last, LowestLoss
+from optex.round.stride import read_stride
 
-__all__ = ["check_choices", "check_parts", "published_parts"]
+__all__ = ["check_choices", "check_parts", "check_stride", "published_parts"]
 
 
 def published_parts(
@@ -55,6 +56,25 @@ def check_parts(
         )
     if isinstance(acceptance, LowestLoss) and any(group.get("maximize") for group in base.param_groups):
         raise ValueError("OptEx: acceptance keeps the lowest loss, but base was built with maximize=True")
+
+
+def check_stride(stride: Any, acceptance: Acceptance) -> float:
+    """The largest stride.
+
+    Raises:
+        TypeError, ValueError: it is none, or the acceptance takes no steps without gradients of their own.
+    """
+    try:
+        largest = read_stride(stride)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"OptEx: {error}") from None
+    if stride != "auto" and largest > 1 and not acceptance.strides:
+        raise ValueError(
+            f"OptEx: stride {stride} would take steps without gradients of their own, which "
+            f"{type(acceptance).__name__} does not; pass stride=1, or acceptance=WithinTolerance() with a "
+            "positive tolerance"
+        )
+    return largest
 
 
 def check_choices(deterministic: Any, gradient_hook: Any, on_nonfinite: Any) -> None:

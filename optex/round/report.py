@@ -25,8 +25,8 @@ class RoundReport:
         dropped: indices of proxies whose loss or gradient was not finite or not plausible.
         retried: indices of proxies whose evaluation was lost at first (a worker that died, hung or failed).
         lost: those lost at the second try, too.
-        relative_errors: ``‖predicted - measured‖ / ‖measured‖`` at every proxy at which a gradient was predicted
-            and measured, of sampled gradients with their noise: about 1 where that is large.
+        relative_errors: ``‖predicted - measured‖ / ‖measured‖`` at every proxy at which a gradient was
+            predicted and measured, of sampled gradients with their noise: about 1 where that is large.
         prediction_error: how wrong predictions are, ``‖μ - ∇F‖ / ‖∇F‖``, free of the noise of sampled gradients
             (averaged over recent rounds) and noise-free anyway for deterministic ones; NaN where nothing is
             known yet, infinite where successive gradients have nothing in common.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from optex.checks import saved_number
 from optex.round.surprise import Surprises
@@ -24,7 +24,7 @@ LARGEST_ERROR: Final = 0.7
 SLACK: Final = 1.3  # between growing and shrinking
 
 
-def read_stride(stride: float | Literal["auto"]) -> float:
+def read_stride(stride: Any) -> float:
     """The largest stride of the argument ``stride``.
 
     Raises:
@@ -34,11 +34,11 @@ def read_stride(stride: float | Literal["auto"]) -> float:
         return LARGEST
     if isinstance(stride, bool) or not isinstance(stride, Real):
         raise TypeError(
-            "OptEx: stride must be 'auto', or how many steps a round drafts at most for each gradient that it "
+            "stride must be 'auto', or how many steps a round drafts at most for each gradient that it "
             f"evaluates (1: none on predictions alone), got {stride!r}"
         )
     if not 1 <= float(stride) < math.inf:
-        raise ValueError(f"OptEx: stride must be 'auto' or a finite number of at least 1, got {stride}")
+        raise ValueError(f"stride must be 'auto' or a finite number of at least 1, got {stride}")
     return float(stride)
 
 

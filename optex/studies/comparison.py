@@ -11,12 +11,13 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
 
 from optex.checks import check_integer
+from optex.round import read_stride
 from optex.stepping import OPTIMIZERS, base_optimizer, default_rate
 from optex.studies.baselines import Setting, Trace, make_method
 from optex.studies.measures import VANILLA, Outcome, Spread, Summary, acceleration, rounds_to_level
@@ -33,6 +34,8 @@ __all__ = [
     "summarise",
     "write_json",
 ]
+
+BEYOND: Final = 4  # times the steps of the target that vanilla is run, where strides may go past those
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,9 @@ class Comparison:
         optimizer: name of the base optimizer, of ``optex.stepping.bases.OPTIMIZERS``.
         lr: its learning rate; None is ``default_rate(optimizer)``.
         parallelism: N.
+        stride: of ``optex``: ``"auto"``, the largest, or 1 for none.
         history_size: T0 of every method that has a history; None is each method's own default.
-        rounds: of every method but vanilla, which runs ``parallelism · rounds`` of its own.
+        rounds: of every method but vanilla, which runs ``reach · rounds`` of its own.
         seeds: how many starts of each problem, 0, 1, ...
         dim, noise: of the problems that are functions.
         batch_size: of the problems with minibatches; None is each problem's own.
@@ -72,6 +76,7 @@ class Comparison:
     optimizer: str = "adam"
     lr: float | None = None
     parallelism: int = 5
+    stride: float | Literal["auto"] = "auto"
     history_size: int | None = None
     rounds: int = 60
     seeds: int = 5
@@ -86,6 +91,7 @@ class Comparison:
             if name in ("history_size", "batch_size") and value is None:
                 continue
             check_integer(None, name, value)
+        read_stride(self.stride)
         if not self.problems:
             raise ValueError(f"problems: none given; choose from {', '.join(PROBLEMS)}")
         for name in self.problems:
@@ -114,6 +120,12 @@ class Comparison:
             raise ValueError(f"problem_options: nothing here has {option}; {'; '.join(choices)}")
 
     @property
+    def reach(self) -> int:
+        """Rounds of vanilla for each of the methods': N, and more where a method may take more steps."""
+        strides = "optex" in self.methods and read_stride(self.stride) > 1
+        return self.parallelism * (BEYOND if strides else 1)
+
+    @property
     def learning_rate(self) -> float:
         """``lr``, the default filled in."""
         return self.lr if self.lr is not None else math.nan
@@ -131,8 +143,8 @@ class Comparison:
         def base(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
             return base_optimizer(self.optimizer, parameters, lr=self.learning_rate)
 
-        rounds = self.rounds * self.parallelism if method == VANILLA else self.rounds
-        return Setting(base, self.parallelism, self.history_size, rounds)
+        rounds = self.rounds * self.reach if method == VANILLA else self.rounds
+        return Setting(base, self.parallelism, self.history_size, rounds, self.stride)
 
     def check(self) -> None:
         """Build every problem and base optimizer once, so that no mistake shows up after hours of runs.
@@ -166,6 +178,7 @@ class Run:
         optimizer: what took the steps: the base optimizer, or the method's own.
         lr: its learning rate, which data-parallel has tuned.
         parallelism: N.
+        rounds: that the run is compared over; vanilla's lists go on further.
         trace: what happened.
     """
 
@@ -175,12 +188,8 @@ class Run:
     lr: float
     parallelism: int
     seed: int
+    rounds: int
     trace: Trace
-
-    @property
-    def rounds(self) -> int:
-        """Rounds that the run is compared over; vanilla's lists go on ``parallelism`` times as far."""
-        return self.trace.rounds // self.parallelism if self.method == VANILLA else self.trace.rounds
 
     def record(self) -> dict[str, Any]:
         """The run as compare's JSON has it."""
@@ -204,6 +213,7 @@ def run_case(comparison: Comparison, case: Case) -> Run:
         lr=trace.lr,
         parallelism=comparison.parallelism,
         seed=case.seed,
+        rounds=comparison.rounds,
         trace=trace,
     )
 
@@ -271,7 +281,7 @@ def _outcome(run: Run, vanilla: Sequence[float]) -> Outcome:
     return Outcome(
         final_loss=loss[-1],
         rounds_to_vanilla=rounds_to_level(loss, vanilla[run.rounds]),
-        acceleration=acceleration(loss, vanilla, run.parallelism),
+        acceleration=acceleration(loss, vanilla, (len(vanilla) - 1) // run.rounds),
         accepted=float(np.mean(run.trace.accepted[1 : run.rounds + 1])),
         gradients=run.trace.gradients[run.rounds],
         seconds=run.trace.seconds[run.rounds],

@@ -126,31 +126,31 @@ def best_so_far(
 
 def acceleration(
     loss: Sequence[float],  # [rounds + 1]
-    vanilla: Sequence[float],  # [parallelism · rounds + 1, or more]
-    parallelism: int,
+    vanilla: Sequence[float],  # [reach · rounds + 1, or more]
+    reach: int,
 ) -> float:
     """How many rounds of vanilla one round of the method is worth.
 
     At round r: (first vanilla round whose best loss so far is at most the method's best by r) / r. The
     run's acceleration is the mean of that at a third, two thirds and all of the rounds.
 
-    Only vanilla's first ``parallelism · rounds`` rounds count, as many as the target takes steps: a method that
-    is better than vanilla is in all of them gets their number, and the same run has the same acceleration
+    Only vanilla's first ``reach · rounds`` rounds count; at ``reach`` N those are the target's steps. A method
+    that is better than vanilla is in all of them gets their number, and the same run has the same acceleration
     however far vanilla was run. A method that diverges keeps its best loss and falls behind by standing still.
 
     Raises:
         ValueError: vanilla was not run that far.
 
     >>> vanilla = [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
-    >>> acceleration([8.0, 6.0, 4.0, 2.0], vanilla, parallelism=2)     # two of vanilla's steps a round
+    >>> acceleration([8.0, 6.0, 4.0, 2.0], vanilla, reach=2)     # two of vanilla's steps a round
     2.0
-    >>> acceleration([8.0, math.nan, math.nan, math.nan], vanilla, parallelism=2)
+    >>> acceleration([8.0, math.nan, math.nan, math.nan], vanilla, reach=2)
     0.0
     """
-    length = parallelism * (len(loss) - 1) + 1
+    length = reach * (len(loss) - 1) + 1
     if len(vanilla) < length:
         raise ValueError(
-            f"acceleration: {len(loss) - 1} rounds at N = {parallelism} are measured against {length - 1} of "
+            f"acceleration: {len(loss) - 1} rounds are measured against {length - 1} of "
             f"vanilla's, which was run for {len(vanilla) - 1}"
         )
     rounds = _judged(len(loss) - 1)
@@ -159,13 +159,13 @@ def acceleration(
     return float(np.mean(reached / rounds))
 
 
-def largest_acceleration(rounds: int, parallelism: int) -> float:
+def largest_acceleration(rounds: int, reach: int) -> float:
     """The acceleration of a method whose loss is at every round lower than vanilla's ever is.
 
-    >>> largest_acceleration(rounds=3, parallelism=2)     # the mean of 6 / 1, 6 / 2 and 6 / 3
+    >>> largest_acceleration(rounds=3, reach=2)     # the mean of 6 / 1, 6 / 2 and 6 / 3
     3.6666666666666665
     """
-    return float(np.mean(parallelism * rounds / np.array(_judged(rounds))))
+    return float(np.mean(reach * rounds / np.array(_judged(rounds))))
 
 
 def _judged(rounds: int) -> list[int]:

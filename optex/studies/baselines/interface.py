@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.optim import Optimizer
@@ -29,12 +29,14 @@ class Setting:
         parallelism: N, gradients evaluated at once, at least 1.
         history_size: T0, pairs to predict from, at least 1; None is each method's own default.
         rounds: how many to run, at least 1.
+        stride: of ``optex``, as there.
     """
 
     base: BaseFactory
     parallelism: int
     history_size: int | None
     rounds: int
+    stride: float | Literal["auto"] = "auto"
 
     def base_optimizer(self, problem: Problem) -> Optimizer:
         """A new base optimizer of the problem's parameters."""

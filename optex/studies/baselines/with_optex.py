@@ -14,10 +14,17 @@ __all__ = ["history_choice", "hold_last", "optex", "optex_paper", "picard", "run
 
 
 def optex(problem: Problem, setting: Setting) -> Trace:
-    """``OptEx`` with its defaults, and the setting's T0 where it has one."""
+    """``OptEx`` with its defaults, and the setting's T0 where it has one; its stride is the setting's."""
     base = setting.base_optimizer(problem)
     return run_rounds(
-        problem, setting, OptEx(base, parallelism=setting.parallelism, history_size=setting.history_size)
+        problem,
+        setting,
+        OptEx(
+            base,
+            parallelism=setting.parallelism,
+            stride=setting.stride,
+            history_size=setting.history_size,
+        ),
     )
 
 
@@ -46,6 +53,7 @@ def picard(problem: Problem, setting: Setting) -> Trace:
         OptEx(
             base,
             parallelism=setting.parallelism,
+            stride=1,
             history_size=1,
             estimator=HoldLast(),
             acceptance=WithinTolerance(1.0, adaptive=False),

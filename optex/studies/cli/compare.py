@@ -27,10 +27,13 @@ _Rate = Annotated[
     float | None, typer.Option(help="Learning rate.", show_default="the optimizer's in `optex list`")
 ]
 _Parallelism = Annotated[int, typer.Option(help="N, gradients evaluated at once in a round.")]
+_Stride = Annotated[
+    str, typer.Option(help="Steps optex drafts at most for each gradient: auto, a number, 1 for none.")
+]
 _History = Annotated[
     int | None, typer.Option(help="T0, pairs to predict from.", show_default="each method's own")
 ]
-_Rounds = Annotated[int, typer.Option(help="Rounds of every method; vanilla runs N times as many.")]
+_Rounds = Annotated[int, typer.Option(help="Rounds of every method; vanilla runs N to 4 N times as many.")]
 _Seeds = Annotated[int, typer.Option(help="Starts of each problem: seeds 0, 1, ...")]
 _Dimension = Annotated[int, typer.Option(help="Dimension of the functions; data sets have their own.")]
 _Noise = Annotated[
@@ -59,6 +62,7 @@ def compare(
     optimizer: _Optimizer = "adam",
     lr: _Rate = None,
     parallelism: _Parallelism = 5,
+    stride: _Stride = "auto",
     history: _History = None,
     rounds: _Rounds = 60,
     seeds: _Seeds = 5,
@@ -85,6 +89,7 @@ def compare(
             optimizer=optimizer,
             lr=lr,
             parallelism=parallelism,
+            stride=_read_stride(stride),
             history_size=history,
             rounds=rounds,
             seeds=seeds,
@@ -99,6 +104,14 @@ def compare(
     if threads is not None:
         torch.set_num_threads(threads)
     _run_and_report(comparison, json, plot)
+
+
+def _read_stride(text: str) -> Any:
+    """A number where it is one; what is wrong with anything else ``Comparison`` says."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _run_and_report(comparison: Comparison, json: Path | None, plot: Path | None) -> None:

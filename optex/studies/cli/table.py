@@ -57,7 +57,7 @@ def _table(comparison: Comparison, rows: Sequence[Row], gap: int) -> Table:
     headers = ("final loss", "as good\nat round", "acceleration", "gradients", "seconds", "pays\nabove")
     for header in headers:
         table.add_column(header, justify="right", no_wrap=True)
-    ceiling = largest_acceleration(comparison.rounds, comparison.parallelism)
+    ceiling = largest_acceleration(comparison.rounds, comparison.reach)
     for row in rows:
         summary = row.summary
         table.add_row(
@@ -125,9 +125,9 @@ def _footnotes(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
     summaries = [row.summary for row in rows]
     if any(0 < s.count < all_.seeds for all_ in summaries for s in (all_.final_loss, all_.rounds_to_vanilla)):
         lines.append("(n): only n of the seeds came that far")
-    ceiling = largest_acceleration(comparison.rounds, comparison.parallelism)
+    ceiling = largest_acceleration(comparison.rounds, comparison.reach)
     if any(_is_at_ceiling(summary.acceleration.mean, ceiling) for summary in summaries):
-        length = comparison.parallelism * comparison.rounds
+        length = comparison.reach * comparison.rounds
         lines.append(f"≥: better than vanilla in all of its {length} rounds; more cannot be measured")
     for method in dict.fromkeys(row.method for row in rows if METHODS[row.method].tunes_rate):
         tuned = [row for row in rows if row.method == method]
