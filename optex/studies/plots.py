@@ -40,6 +40,11 @@ METHOD_STYLES: Final[dict[str, dict[str, Any]]] = {
     "line-search": {"color": "#009e73", "linestyle": (0, (5, 1, 1, 1)), "linewidth": 1.4},
     "picard": {"color": "#e69f00", "linestyle": "-", "linewidth": 1.4},
     "lbfgs": {"color": "#b8a800", "linestyle": (0, (3, 1, 1, 1, 1, 1)), "linewidth": 1.4},
+    "lbfgs-scipy": {"color": "#b8a800", "linestyle": "-", "linewidth": 1.4},
+    "lbfgs-scipy-50": {"color": "#b8a800", "linestyle": (0, (1, 1)), "linewidth": 1.4},
+    "nonlinear-cg": {"color": "#7a5195", "linestyle": (0, (4, 1)), "linewidth": 1.4},
+    "nowcast": {"color": "#009e73", "linestyle": (0, (1, 1)), "linewidth": 1.4},
+    "nowcast-dmd": {"color": "#009e73", "linestyle": "-", "linewidth": 1.4},
     "optex-paper": {"color": "#0072b2", "linestyle": "-", "linewidth": 1.8},
     "optex": {"color": "#d55e00", "linestyle": "-", "linewidth": 2.4},
 }

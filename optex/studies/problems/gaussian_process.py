@@ -97,6 +97,6 @@ def _diabetes(rows: int) -> tuple[Tensor, Tensor]:  # [10, rows, rows], [rows]; 
     inputs, targets = torch.tensor(inputs[:rows]), torch.tensor(targets[:rows])
     inputs = (inputs - inputs.mean(0)) / inputs.std(0, correction=0)
     columns = inputs.T
-    return (columns[:, :, None] - columns[:, None, :]).square(), (
-        targets - targets.mean()
-    ) / targets.std(correction=0)
+    return (columns[:, :, None] - columns[:, None, :]).square(), (targets - targets.mean()) / targets.std(
+        correction=0
+    )

@@ -28,8 +28,9 @@ _SMOOTHNESS: Final = 1e-3  # α
 class Plate:
     """A 1 × 1 plate of n × n cells, its heaters, thermometers and what they read; J and its gradient.
 
-    Finite volumes and implicit Euler, (I + τ K) u_{t+1} = u_t + τ f with K = Dᵀ diag(W κ) D: D takes differences
-    across the faces between cells, W the mean of κ on a face's two sides. The gradient is the adjoint's,
+    Finite volumes and implicit Euler, (I + τ K) u_{t+1} = u_t + τ f with K = Dᵀ diag(W κ) D: D takes
+    differences across the faces between cells, W the mean of κ on a face's two sides. The gradient is the
+    adjoint's,
 
         (I + τ K) λ_t = λ_{t+1} + Sᵀ (S u_t - readings_t) / (σ² count),   ∂J/∂κ = -τ Wᵀ Σ_t (D λ_t) ∘ (D u_t),
 
@@ -60,7 +61,7 @@ class Plate:
         noise = np.random.default_rng(0).standard_normal(clean.shape)
         self.readings = clean + _NOISE * noise  # [steps, thermometers, heaters]
 
-    def _centres(self) -> list[NDArray[np.float64]]:  # y and x of the cells, each [n, n]
+    def _centres(self) -> tuple[NDArray[np.float64], ...]:  # y and x of the cells, each [n, n]
         return np.meshgrid(*[(np.arange(self.size) + 0.5) / self.size] * 2, indexing="ij")
 
     def truth(self) -> NDArray[np.float64]:  # [n²]
@@ -135,7 +136,7 @@ class _Misfit(torch.autograd.Function):
         return m.new_tensor(value), torch.from_numpy(gradient).to(m)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(output[1])
 
@@ -145,10 +146,11 @@ class _Misfit(torch.autograd.Function):
         return cotangents[0] * gradient, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, m: Tensor, chosen: Tensor, plate: Plate) -> Any:
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        plate = args[2]
         points, choices = (
             values.expand(info.batch_size, -1) if dim is None else values.movedim(dim, 0)
-            for values, dim in zip((m, chosen), in_dims, strict=False)
+            for values, dim in zip(args[:2], in_dims[:2], strict=True)
         )
         answers = [_Misfit.apply(*pair, plate) for pair in zip(points, choices, strict=True)]
         return tuple(torch.stack(parts) for parts in zip(*answers, strict=True)), (0, 0)
