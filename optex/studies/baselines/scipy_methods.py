@@ -35,7 +35,7 @@ def lbfgs_scipy(history: int) -> Method:
     Source: Zhu, Byrd, Lu, Nocedal, *Algorithm 778: L-BFGS-B*, ACM TOMS 1997.
     """
     options = {"maxcor": history, "ftol": 0.0, "gtol": 0.0, "maxiter": _NEVER, "maxfun": _NEVER}
-    return partial(_run, name=f"L-BFGS, history {history}", method="L-BFGS-B", options=options)
+    return partial(_run, name=f"lbfgs-scipy, history {history}", method="L-BFGS-B", options=options)
 
 
 def nonlinear_cg(problem: Problem, setting: Setting) -> Trace:
