@@ -47,12 +47,14 @@ from optex.studies.tuning import (
     attempt,
     finalists,
     first_level_within,
+    median,
     search,
     tuned,
 )
 
 FOLDER = Path(__file__).parent.parent / "results" / "tuned"
 FINALISTS = 2
+SLACK = 1.5
 CURVE = 48  # points kept of a curve
 SMOOTH = {"adam": 0.03, "momentum": 0.1, "sgd": 1.0}  # where the search for vanilla's rates begins
 NETWORK = {"adam": 3e-3, "momentum": 0.1, "sgd": 0.3, "muon": 0.01}
@@ -233,18 +235,18 @@ class Study:
             return [(runs[-1].best_by(mark),) for mark in marks]
 
         starts = [
-            Choice(optimizer, rate).times(factor)
+            Choice(optimizer, rate).beside(steps)
             for optimizer, rate in self.case.rates.items()
-            for factor in (1.0, 10.0, 0.1)
+            for steps in (0, 2, -2)
         ]
         best = finalists(search(costs, starts), FINALISTS)
         runs += [self.attempt(entry, c, seed, limits) for c in best for seed in range(1, self.case.seeds)]
         self.levels = [[] for _ in self.starts]
         for mark in marks:
             whole = [[run for run in runs if run.choice == choice] for choice in best]
-            winner = min(whole, key=lambda group: sorted(run.best_by(mark) for run in group)[len(group) // 2])
+            winner = min(whole, key=lambda group: median(run.best_by(mark) for run in group))
             for run in winner:
-                self.levels[run.seed].append(run.best_by(mark))
+                self.levels[run.seed].append(rounded_up(run.best_by(mark)))
         self.keep("vanilla 1", [self._measured(run) for run in runs])
 
     def _measured(self, run: Attempt) -> Attempt:
@@ -257,11 +259,13 @@ class Study:
 
     def tune(self, name: str, entry: Configuration) -> None:
         """Search by rounds to each level."""
-        cap, runs = self.case.rounds, []
+        runs: list[Attempt] = []
+        # One gradient at a time, to be compared with vanilla closely: so a little beyond vanilla's rounds.
+        cap = round(self.case.rounds * (SLACK if entry.parallelism == 1 else 1))
         fewest = [math.inf] * len(FRACTIONS)
 
         def limits(seed: int, rounds: float, first: float) -> Limits:
-            patience = min(cap // 2, first_level_within(first, cap))
+            patience = min(self.case.rounds // 2, first_level_within(first, cap))
             return Limits(int(min(cap, rounds)), self.levels[seed], patience, self.case.every)
 
         def costs(choice: Choice) -> list[Cost]:
@@ -286,9 +290,7 @@ class Study:
                 cost = (math.inf if rounds[-1] is None else rounds[-1], best, Choice(optimizer, rate))
                 found[optimizer] = min(found.get(optimizer, cost), cost, key=lambda entry: entry[:2])
         starts = [entry[2] for entry in sorted(found.values(), key=lambda entry: entry[:2])]
-        return finalists(
-            search(costs, [c.times(by) for by in (1.0, 10**-0.5, 10**0.5) for c in starts]), FINALISTS
-        )
+        return finalists(search(costs, [c.beside(steps) for steps in (0, -1, 1) for c in starts]), FINALISTS)
 
     def keep(self, name: str, runs: list[Attempt]) -> None:
         """Write the record with this method's runs."""
@@ -307,7 +309,7 @@ class Study:
             "rounds": self.case.rounds,
             "seeds": self.case.seeds,
             "every": self.case.every,
-            "levels": [[significant(level, 6) for level in levels] for levels in self.levels],
+            "levels": self.levels,
             "methods": self.record.get("methods", {}),
             "meta": machine(),
         }
@@ -322,6 +324,11 @@ class Study:
             json.dumps(finite_or_null(self.record), allow_nan=False, separators=(",", ":")) + "\n"
         )
         beside.replace(self.path)
+
+
+def rounded_up(loss: float) -> float:
+    """To six digits, so that the run which reached it has."""
+    return float(f"{loss + 1e-6 * abs(loss):.6g}")
 
 
 def as_row(run: Attempt) -> list[Any]:

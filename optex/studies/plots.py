@@ -43,8 +43,8 @@ METHOD_STYLES: Final[dict[str, dict[str, Any]]] = {
     "lbfgs-scipy": {"color": "#857a00", "linestyle": (0, (3, 1, 1, 1)), "linewidth": 1.4},
     "lbfgs-scipy-50": {"color": "#5c5400", "linestyle": (0, (1, 1)), "linewidth": 1.4},
     "nonlinear-cg": {"color": "#7a5195", "linestyle": (0, (4, 1)), "linewidth": 1.4},
-    "nowcast": {"color": "#5fc9a8", "linestyle": (0, (2, 1)), "linewidth": 1.4},
-    "nowcast-dmd": {"color": "#00573f", "linestyle": (0, (2, 1)), "linewidth": 1.4},
+    "nowcast": {"color": "#5fc9a8", "linestyle": "-", "linewidth": 1.4},
+    "nowcast-dmd": {"color": "#00573f", "linestyle": "-", "linewidth": 1.4},
     "optex-paper": {"color": "#0072b2", "linestyle": "-", "linewidth": 1.8},
     "optex": {"color": "#d55e00", "linestyle": "-", "linewidth": 2.4},
 }

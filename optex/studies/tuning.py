@@ -44,13 +44,14 @@ class Choice:
     optimizer: str
     rate: float
 
-    def times(self, factor: float) -> Choice:
-        """Another rate, rounded so that going up and down again comes back.
+    def beside(self, steps: int) -> Choice:
+        """So many steps up the grid of rates: ..., 0.01, 0.03, 0.1, 0.3, 1, ...
 
-        >>> Choice("adam", 0.01).times(10**0.5).times(10**-0.5)
-        Choice(optimizer='adam', rate=0.01)
+        >>> [Choice("adam", 0.01).beside(steps).rate for steps in (-2, -1, 0, 1, 2)]
+        [0.001, 0.003, 0.01, 0.03, 0.1]
         """
-        return Choice(self.optimizer, float(f"{10 ** round(math.log10(self.rate * factor), 3):.4g}"))
+        decade, half = divmod(round(2 * math.log10(self.rate)) + steps, 2)
+        return Choice(self.optimizer, float(f"{3 if half else 1}e{decade}"))
 
 
 @dataclass(frozen=True)
@@ -207,8 +208,6 @@ Cost = tuple[float, ...]  # compared entry by entry; less is better
 def search(
     run: Callable[[Choice], Sequence[Cost]],
     starts: Iterable[Choice],
-    *,
-    factor: float = 10**0.5,
     most: int = 40,
 ) -> dict[Choice, Sequence[Cost]]:
     """Try some choices, then go up and down from the best ones until these have worse neighbours on both sides.
@@ -218,15 +217,14 @@ def search(
     Args:
         run: a choice's costs, one a level.
         starts: the first ones.
-        factor: from a rate to its neighbour.
         most: choices to try in all.
 
     Returns:
         The costs of all that were tried.
 
-    >>> costs = search(lambda c: [(abs(c.rate - 100.0),)], [Choice("sgd", 1.0)], factor=10.0)
+    >>> costs = search(lambda choice: [(abs(choice.rate - 10.0),)], [Choice("sgd", 1.0)])
     >>> [choice.rate for choice in costs]
-    [1.0, 10.0, 0.1, 100.0, 1000.0]
+    [1.0, 3.0, 0.3, 10.0, 30.0]
     """
     costs: dict[Choice, Sequence[Cost]] = {}
     waiting = list(dict.fromkeys(starts))
@@ -234,7 +232,7 @@ def search(
         for choice in waiting[: most - len(costs)]:
             costs[choice] = run(choice)
         ends = {choice for choice in _leaders(costs) if any(math.isfinite(cost[-1]) for cost in costs[choice])}
-        beside = [choice.times(by) for choice in costs if choice in ends for by in (factor, 1 / factor)]
+        beside = [choice.beside(step) for choice in costs if choice in ends for step in (1, -1)]
         waiting = [choice for choice in dict.fromkeys(beside) if choice not in costs]
     return costs
 
