@@ -345,21 +345,21 @@ def machine() -> dict[str, Any]:
 
 
 def run_case(job: tuple[str, int | None, tuple[str, ...], Path]) -> tuple[str, float]:
-    """All methods of a case that are not there yet; the case's name and the seconds."""
+    """All methods of a case that are not there yet; the case's name and the seconds of its processor."""
     name, rounds, redo, folder = job
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    started = time.perf_counter()
+    started = time.process_time()
     case = CASES[name] if rounds is None else Case(**{**vars(CASES[name]), "rounds": rounds})
     study = Study(name, case, folder / f"{name}.json")
     if "vanilla 1" not in study.record.get("methods", {}):
         study.tune_vanilla()
     for key, entry in configurations(study.deterministic).items():
         if key not in study.record["methods"] or key.rpartition(" ")[0] in redo or key in redo:
-            before = time.perf_counter()
+            before = time.process_time()
             study.tune(key, entry)
-            print(f"  {name}, {key}: {time.perf_counter() - before:.0f} s", flush=True)
-    return name, time.perf_counter() - started
+            print(f"  {name}, {key}: {time.process_time() - before:.0f} s", flush=True)
+    return name, time.process_time() - started
 
 
 def run(names: Iterable[str], workers: int, rounds: int | None, redo: tuple[str, ...], folder: Path) -> None:

@@ -257,6 +257,42 @@ class TestLBFGS:
         assert len(trace.loss) == 11
 
 
+@pytest.mark.usefixtures("made_up_data")
+class TestRunningStatistics:
+    """BatchNorm's go from the point that is kept to the next one, as in the plain loop."""
+
+    @staticmethod
+    def problem():
+        return make_problem("cifar10", model="resnet", width=2, depth=8, batch_size=20, held_size=40)
+
+    def run(self, method, parallelism, rounds=4):
+        problem = self.problem()
+        trace = method(problem, setting("sgd", parallelism, rounds))
+        return trace, [buffer.clone() for buffer in problem.buffers()]
+
+    def test_data_parallel_with_one_gradient_is_vanilla(self):
+        vanilla, expected = self.run(METHODS["vanilla"].run, 1)
+        found, buffers = self.run(partial(data_parallel, factor=1.0), 1)
+        assert found.loss == pytest.approx(vanilla.loss, rel=1e-5)
+        for buffer, value in zip(buffers, expected, strict=True):
+            torch.testing.assert_close(buffer, value)
+
+    @pytest.mark.parametrize("name", ["nowcast", "nowcast-dmd"])
+    def test_nowcast_is_vanilla_until_it_jumps(self, name):
+        vanilla, expected = self.run(METHODS["vanilla"].run, 3, 8)
+        found, buffers = self.run(METHODS[name].run, 3, 8)
+        assert found.loss == pytest.approx(vanilla.loss, rel=1e-5)
+        for buffer, value in zip(buffers, expected, strict=True):
+            torch.testing.assert_close(buffer, value)
+
+    @pytest.mark.parametrize("name", ["data-parallel", "line-search", "nowcast", "nowcast-dmd"])
+    @pytest.mark.parametrize("parallelism", [1, 3])
+    def test_runs_with_points_beside(self, name, parallelism):
+        trace, _ = self.run(METHODS[name].run, parallelism, 12)
+        assert trace.stopped is None
+        assert trace.loss[-1] < trace.loss[0]
+
+
 SCIPY = {"lbfgs-scipy": "L-BFGS-B", "lbfgs-scipy-50": "L-BFGS-B", "nonlinear-cg": "CG"}
 
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from optex.errors import NonFiniteError
-from optex.evaluators import EvaluationRequest, RandomDraws, SequentialEvaluator
-from optex.sources import ObjectiveSource
+from optex.evaluators import RandomDraws
 from optex.stepping import ParameterVector, Stepper
 from optex.studies.baselines.interface import Recorder, Setting, Trace
-from optex.studies.baselines.line_search import step_factors
+from optex.studies.baselines.line_search import lowest, step_factors
+from optex.studies.baselines.points import Points
 from optex.studies.problems import Problem
 
 __all__ = ["dynamic_modes", "linear", "nowcast", "nowcast_dmd"]
@@ -98,7 +96,7 @@ def _run(problem: Problem, setting: Setting, extrapolate: Extrapolate) -> Trace:
     base = setting.base_optimizer(problem)
     lr = base.param_groups[0]["lr"]
     vector = ParameterVector(problem.parameters())
-    measure = partial(_measure, ObjectiveSource(problem), vector)
+    evaluator = Points(problem, vector)
     factors = step_factors(max(1, setting.parallelism - 1)).tolist()
     ahead = sorted({max(1, round(_TRAIL * factor)) for factor in factors})
     trail: deque[Tensor] = deque(maxlen=_TRAIL)
@@ -112,43 +110,21 @@ def _run(problem: Problem, setting: Setting, extrapolate: Extrapolate) -> Trace:
             if since >= _TRAIL:
                 jumps = extrapolate(torch.stack(list(trail)), ahead)
                 points, since = torch.cat([points, jumps[jumps.isfinite().all(1)]]), 0
-            batch, draws, losses, gradients = next(batches), RandomDraws(), [], []
+            batch, draws, parts = next(batches), RandomDraws(), []
             for part in points.split(setting.parallelism):
-                if losses:  # the round before ended without a step
-                    vector.write(here)
-                    recorder.round(gradients=len(losses[-1]), accepted=0)
+                if parts:  # the round before ended without a step
+                    evaluator.keep(0)
+                    recorder.round(gradients=len(parts[-1].losses), accepted=0)
                     if recorder.done:
                         return recorder.trace(lr)
-                evaluated = measure(part, batch, draws)
-                losses.append(evaluated[0])
-                gradients.append(evaluated[1])
-            kept = _lowest(torch.cat(losses))
+                count = len(part)
+                parts.append(evaluator.evaluate(part, [batch] * count, [draws] * count))
+            kept = lowest("nowcast", torch.cat([part.losses for part in parts]))
+            evaluator.keep(min(kept, len(parts[-1].losses) - 1))
             if kept:
                 trail.clear()  # a path that was left says nothing of the one to come
             vector.write(points[kept])
-            stepper.step(torch.cat(gradients)[kept])
+            stepper.step(torch.cat([part.gradients for part in parts])[kept])
             since += 1
-            recorder.round(gradients=len(losses[-1]), accepted=1)
+            recorder.round(gradients=len(parts[-1].losses), accepted=1)
     return recorder.trace(lr)
-
-
-def _measure(
-    source: ObjectiveSource,
-    vector: ParameterVector,
-    points: Tensor,  # [n, d]
-    batch: object,
-    draws: RandomDraws,
-) -> tuple[Tensor, Tensor]:  # [n], [n, d]
-    count = len(points)
-    request = EvaluationRequest(source, vector, points, [batch] * count, [draws] * count)
-    evaluation = SequentialEvaluator().evaluate(request)
-    return evaluation.losses, evaluation.gradients
-
-
-def _lowest(
-    losses: Tensor,  # [n]
-) -> int:
-    finite = losses.isfinite()
-    if not finite.any():
-        raise NonFiniteError("nowcast: neither the present point nor a jump has a finite loss")
-    return int(torch.where(finite, losses, torch.inf).argmin())
