@@ -338,9 +338,7 @@ def main() -> None:
     print(f"optex    J = {ours.values[-1]:.4f} in {ours.result.nit} rounds, {ours.seconds[-1]:.1f} s")
     print(f"L-BFGS   J = {quasi.values[-1]:.4f} in {quasi.result.nit} evaluations, {quasi.seconds[-1]:.1f} s")
     if options.heaters_at_once < 4:
-        print(
-            f"         the first two see {options.heaters_at_once} of 4 heaters in a gradient, L-BFGS all of them"
-        )
+        print(f"         the first two see {options.heaters_at_once} of 4 heaters in a gradient, L-BFGS all")
     print(
         f"         optex: {ours.seconds[-1] / plain.seconds[-1]:.2f} of vanilla's time; the first round, in "
         f"which workers start, took {ours.seconds[0]:.1f} s"
