@@ -95,8 +95,8 @@ class TestBayesianLogistic:
         assert problem.evaluate() == pytest.approx(float(losses.mean()), abs=5 * error)
         assert error < 1e-2 * problem.evaluate()
 
-    @pytest.mark.parametrize(("log_deviation", "accuracy"), [(-2.0, 1e-9), (-0.5, 1e-3)])
-    def test_the_quadrature_is_the_integral(self, log_deviation, accuracy):
+    @pytest.mark.parametrize("log_deviation", [-8.0, -2.0, -0.5, 0.5])
+    def test_the_quadrature_is_the_integral(self, log_deviation):
         problem = BayesianLogistic()
         with torch.no_grad():
             problem.mean.normal_(generator=torch.Generator().manual_seed(0))
@@ -111,10 +111,10 @@ class TestBayesianLogistic:
                 logit = mean + deviation * z
                 return density * (np.logaddexp(0, logit) - float(label) * logit)
 
-            expected += quad(integrand, -12, 12, epsabs=1e-12)[0] / 4
+            expected += quad(integrand, -12, 12, epsabs=1e-12, limit=500)[0] / 4
         problem.design, problem.labels = problem.design[:4], problem.labels[:4]
         found = problem.evaluate() - float(problem.divergence().detach()) / 4
-        assert found == pytest.approx(expected, rel=accuracy)
+        assert found == pytest.approx(expected, rel=1e-6)
 
     def test_the_divergence_is_torchs(self):
         problem = BayesianLogistic(prior_deviation=0.7, seed=3)

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 from typing import Final, final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -17,7 +16,10 @@ from optex.studies.problems.tabular import breast_cancer
 
 __all__ = ["BayesianLogistic"]
 
-_NODES: Final = 40  # of the quadrature: F to 1e-11 at the start, and to 1e-4 where σ is 1
+# The trapezoidal rule converges as fast as any for a smooth integrand on the line: where z deviates by 15, 256
+# nodes are one apart, and the error is about exp(-2 π²).
+_NODES: Final = 256
+_REACH: Final = 8.5  # standard deviations
 _START: Final = -2.0  # log σ
 
 
@@ -31,7 +33,7 @@ class BayesianLogistic(Problem):
         F(μ, log σ) = 1/569 [ Σ over cases E_q log(1 + exp(z)) - y z  +  KL(q ‖ prior) ],   z = xᵀw
 
     A gradient draws ``samples`` vectors ε ~ N(0, I), the batch, and takes w = μ + σ ε; F itself needs no draws:
-    z is Gaussian with mean xᵀμ and variance (x²)ᵀσ², so that each case is one integral, by Gauss and Hermite.
+    z is Gaussian with mean xᵀμ and variance (x²)ᵀσ², so that each case is an integral on a line.
 
     Args:
         seed: of the start, μ uniform in ±1/√30 and log σ = -2, and of the draws.
@@ -58,13 +60,13 @@ class BayesianLogistic(Problem):
         inputs, labels = breast_cancer()
         self.design: Tensor  # [569, 31], the last column is the bias
         self.labels: Tensor  # [569]
-        self.nodes: Tensor  # [nodes], of ∫ f(x) exp(-x²) dx
+        self.nodes: Tensor  # [nodes], standard deviations
         self.weights: Tensor  # [nodes], summing to 1
         self.register_buffer("design", torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1), persistent=False)
         self.register_buffer("labels", labels, persistent=False)
-        nodes, weights = np.polynomial.hermite.hermgauss(_NODES)
-        self.register_buffer("nodes", torch.from_numpy(nodes), persistent=False)
-        self.register_buffer("weights", torch.from_numpy(weights / math.sqrt(math.pi)), persistent=False)
+        nodes = torch.linspace(-_REACH, _REACH, _NODES, dtype=torch.float64)
+        self.register_buffer("nodes", nodes, persistent=False)
+        self.register_buffer("weights", torch.softmax(-0.5 * nodes**2, 0), persistent=False)
         self.mean = nn.Parameter(torch.empty(self.design.shape[1], dtype=torch.float64))
         self.log_deviation = nn.Parameter(torch.empty_like(self.mean))
         self.reset()
@@ -91,7 +93,7 @@ class BayesianLogistic(Problem):
     def evaluate(self) -> float:
         mean = self.design @ self.mean  # [569]
         deviation = (self.design**2 @ (2 * self.log_deviation).exp()).sqrt()
-        logits = mean[:, None] + math.sqrt(2) * deviation[:, None] * self.nodes  # [569, nodes]
+        logits = mean[:, None] + deviation[:, None] * self.nodes  # [569, nodes]
         expected = functional.softplus(logits) @ self.weights - self.labels * mean
         return float(expected.mean() + self.divergence() / len(self.labels))
 
