@@ -92,7 +92,7 @@ def _network(problem: str, rounds: int, **changes: Any) -> Case:
 _FUNCTION = {"dim": 1000}
 _FASHION = {"held_size": 1000, "test_size": 1000}
 _TEXT = {"layers": 1, "width": 32, "context": 32, "held_size": 64, "test_size": 64}
-_RESNET = {"model": "resnet", "width": 4, "batch_size": 32, "held_size": 200, "test_size": 200}
+_RESNET = {"model": "resnet", "width": 4, "batch_size": 16, "held_size": 200, "test_size": 200}
 CASES: dict[str, Case] = {
     "sphere": Case("sphere", 100, _FUNCTION, {"adam": 0.03, "momentum": 100.0, "sgd": 1000.0}),
     "ackley": Case("ackley", 100, _FUNCTION, {"adam": 0.03, "momentum": 3.0, "sgd": 10.0}),
@@ -109,7 +109,7 @@ CASES: dict[str, Case] = {
     "fashion-512": _network(
         "fashion-mnist", 100, options={**_FASHION, "width": 32, "batch_size": 512}, seeds=2
     ),
-    "shakespeare": _network("shakespeare", 120, options=_TEXT, seeds=2),
+    "shakespeare": _network("shakespeare", 80, options=_TEXT, seeds=2),
     "cifar10": _network(
         "cifar10", 48, options=_RESNET, rates={"adam": 3e-3, "momentum": 0.1}, seeds=2, every=2
     ),

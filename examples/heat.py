@@ -195,8 +195,8 @@ def solve(misfit: Misfit, *, rounds: int, until: float = -np.inf, **options: Any
 
 
 def vanilla(misfit: Misfit, *, rounds: int, lr: float) -> Run:
-    """Adam as it is: one gradient a round, in this process."""
-    return solve(misfit, rounds=rounds, lr=lr, parallelism=1)
+    """Adam as it is, in this process: one gradient a round, and with tolerance 0 no step without one."""
+    return solve(misfit, rounds=rounds, lr=lr, parallelism=1, acceptance=optex.WithinTolerance(0.0))
 
 
 def drawn(at_once: int, count: int = 4, seed: int = 0) -> Iterator[np.ndarray]:

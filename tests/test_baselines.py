@@ -56,7 +56,8 @@ class TestEveryMethod:
         assert np.isfinite(trace.loss).all()
         assert all(0 < step <= 3 for step in np.diff(trace.gradients))
         assert all(seconds > 0 for seconds in np.diff(trace.seconds))
-        assert all(0 <= accepted <= 3 for accepted in trace.accepted)
+        most = 3 * 16 if name == "optex" else 3  # its stride goes up to 16
+        assert all(0 <= accepted <= most for accepted in trace.accepted)
 
     def test_ends_where_its_last_loss_says(self, name, problem):
         trace = METHODS[name].run(problem, setting())
@@ -118,9 +119,9 @@ class TestInTurn:
 
 
 class TestOneAtATime:
-    """With one gradient a round there is nothing to predict: every method of OptEx is the base optimizer."""
+    """With one gradient a round and no strides there is nothing to predict: this is the base optimizer."""
 
-    @pytest.mark.parametrize("name", ["target", "hold-last", "picard", "optex-paper", "optex"])
+    @pytest.mark.parametrize("name", ["target", "hold-last", "picard", "optex-paper"])
     @pytest.mark.parametrize("base", BASES)
     def test_is_vanilla_bit_for_bit(self, name, base, problem):
         vanilla = METHODS["vanilla"].run(problem, setting(base, parallelism=1))
@@ -130,7 +131,7 @@ class TestOneAtATime:
 OPTEX_TWINS = {
     "hold-last": lambda base: OptEx(base, parallelism=3, estimator=HoldLast(), acceptance=Last()),
     "picard": lambda base: OptEx(
-        base, parallelism=3, estimator=HoldLast(), acceptance=WithinTolerance(1.0, adaptive=False)
+        base, parallelism=3, stride=1, estimator=HoldLast(), acceptance=WithinTolerance(1.0, adaptive=False)
     ),
     "optex-paper": lambda base: OptEx.from_paper(base, 3, 8),
     "optex": lambda base: OptEx(base, parallelism=3, history_size=8),

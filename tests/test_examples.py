@@ -229,6 +229,21 @@ def test_heat_sampled_without_optex_is_the_plain_loop(small_plate):
     assert (run.result.nit, run.result.nstep, len(run.seconds)) == (6, 6, 6)
 
 
+def test_heat_vanilla_is_the_plain_loop(small_plate):
+    import heat
+
+    run = heat.vanilla(small_plate, rounds=12, lr=0.05)
+    m = torch.zeros(81, dtype=torch.float64, requires_grad=True)
+    adam, values = torch.optim.Adam([m], lr=0.05), []
+    for _ in range(12):
+        value, gradient = small_plate(m.detach().numpy())
+        values.append(value)
+        m.grad = torch.from_numpy(gradient)
+        adam.step()
+    assert run.values == np.minimum.accumulate(values).tolist()
+    assert run.result.nit == run.result.nstep == 12
+
+
 @pytest.mark.parametrize("heaters", [2, 4])
 def test_heat_prints_who_needed_how_many(heaters, tmp_path, capsys, monkeypatch):
     import heat

@@ -46,6 +46,7 @@ def picard(problem: Problem, setting: Setting) -> Trace:
         OptEx(
             base,
             parallelism=setting.parallelism,
+            stride=1,
             history_size=1,
             estimator=HoldLast(),
             acceptance=WithinTolerance(1.0, adaptive=False),
