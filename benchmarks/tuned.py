@@ -111,10 +111,11 @@ CASES: dict[str, Case] = {
     ),
     "shakespeare": _network("shakespeare", 80, options=_TEXT, seeds=2),
     "cifar10": _network(
-        "cifar10", 48, options=_RESNET, rates={"adam": 3e-3, "momentum": 0.1}, seeds=2, every=2
+        "cifar10", 32, options=_RESNET, rates={"adam": 3e-3, "momentum": 0.1}, seeds=2, every=2
     ),
     "cartpole": _network("cartpole", 200, rates={"adam": 3e-3, "momentum": 0.03, "sgd": 0.1}),
 }
+DEAREST = ("cifar10", "shakespeare", "fashion-32", "fashion-512", "heat", "cartpole")
 
 
 # ------------------------------------------------------------------ configurations
@@ -364,15 +365,12 @@ def run_case(job: tuple[str, int | None, tuple[str, ...], Path]) -> tuple[str, f
 
 def run(names: Iterable[str], workers: int, rounds: int | None, redo: tuple[str, ...], folder: Path) -> None:
     """Run the cases, the dearest first so that both workers end together."""
-    jobs = [(name, rounds, redo, folder) for name in CASES if name in names]
-    jobs.sort(key=lambda job: -DEAREST.index(job[0]) if job[0] in DEAREST else 1)
+    ordered = dict.fromkeys((*DEAREST, *CASES))
+    jobs = [(name, rounds, redo, folder) for name in ordered if name in names]
     context = multiprocessing.get_context("spawn")
     with context.Pool(min(workers, len(jobs))) as pool:
         for name, seconds in pool.imap_unordered(run_case, jobs, chunksize=1):
             print(f"{name}: {seconds:.0f} s", flush=True)
-
-
-DEAREST = ("shakespeare", "fashion-512", "cifar10")
 
 
 def main() -> None:
