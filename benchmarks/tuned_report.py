@@ -163,7 +163,7 @@ def goal_lines(deterministic: Sequence[Outcome], stochastic: Sequence[Outcome]) 
             if not math.isnan(value):
                 verdict = "met" if value <= goal else "missed"
                 lines.append(
-                    f"- {title(method)}, {kind} problems: {value:.2f} of vanilla's {what}, where at most "
+                    f"- {title(method)}, {kind} problems: {value:.3f} of vanilla's {what}, where at most "
                     f"{goal:g} was the goal: {verdict}."
                 )
     return "\n".join(lines)
@@ -302,7 +302,8 @@ def draw_profiles(deterministic: Sequence[Outcome], stochastic: Sequence[Outcome
             axes.minorticks_off()
             axes.grid(alpha=0.3)
         row[0].set_ylabel("share of problems and levels")
-        row[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        if entries:
+            row[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     for axes in panels[1]:
         axes.set_xlabel("factor τ behind the fewest")
     return figure

@@ -210,8 +210,8 @@ class TestReport:
         assert mean_share([second], "optex 8", [2], "gradients") == pytest.approx(16.0)
         assert math.isnan(mean_share([first], "picard 8", [0], "rounds"))
         lines = goal_lines([first], []).splitlines()
-        assert lines[0].endswith("0.50 of vanilla's gradients, where at most 0.5 was the goal: met.")
-        assert lines[1].endswith("0.31 of vanilla's rounds, where at most 0.2 was the goal: missed.")
+        assert lines[0].endswith("0.500 of vanilla's gradients, where at most 0.5 was the goal: met.")
+        assert lines[1].endswith("0.315 of vanilla's rounds, where at most 0.2 was the goal: missed.")
 
     def test_the_fewest_of_a_row_is_bold_and_target_is_out_of_it(self):
         from tuned_report import count_table, outcome
