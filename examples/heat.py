@@ -2,6 +2,7 @@
 
     python examples/heat.py --workers 2 --plot out/heat.png
     python examples/heat.py --workers 2 --hire ray
+    python examples/heat.py --size 48 --heaters-at-once 1 --lr 0.02
 
 Heaters warm a plate, one after the other, and thermometers on it are read as time goes by. From their noisy
 readings we recover the conductivity at every point: m = log κ on a grid of n × n cells, which minimises
@@ -19,20 +20,26 @@ one sparse LU factorisation, a march forward in time, and the adjoint's march ba
 
 which costs as much as a second march, however many unknowns there are. Each iteration of Adam has to wait for
 it; optex evaluates the gradients of several iterations at once.
+
+Where J is exact, SciPy's L-BFGS-B may need fewer gradients still: it is run beside, to the same J. Where there
+are more heaters than one can afford, each gradient looks at some of them, drawn at random
+(`--heaters-at-once`); then L-BFGS has to have them all, and Adam has not.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.optimize
 import scipy.sparse as sparse
+import torch
 from scipy.optimize import OptimizeResult
 from scipy.sparse.linalg import splu
 
@@ -111,30 +118,33 @@ class Misfit:
         noise = np.random.default_rng(seed).standard_normal(clean.shape)
         self.readings = clean + plate.noise * noise  # [steps, thermometers, heaters]
 
-    def march(self, m: np.ndarray) -> tuple[np.ndarray, Any]:
+    def march(self, m: np.ndarray, heaters: np.ndarray | None = None) -> tuple[np.ndarray, Any]:
         """The temperatures [steps, n², heaters] for log κ = m [n²], and the factorised I + τ K."""
-        plate = self.plate
+        plate, warmth = self.plate, self.heaters if heaters is None else self.heaters[:, heaters]
         tau = plate.duration / plate.steps
         stiffness = self.differences.T @ sparse.diags_array(self.means @ np.exp(m)) @ self.differences
         matrix = splu((sparse.eye_array(plate.size**2) + tau * stiffness).tocsc(), permc_spec="MMD_AT_PLUS_A")
-        temperatures = np.empty((plate.steps, *self.heaters.shape))
-        now = np.zeros_like(self.heaters)
+        temperatures = np.empty((plate.steps, *warmth.shape))
+        now = np.zeros_like(warmth)
         for step in range(plate.steps):
-            now = temperatures[step] = matrix.solve(now + tau * self.heaters)
+            now = temperatures[step] = matrix.solve(now + tau * warmth)
         return temperatures, matrix
 
     def __call__(
         self,
         m: np.ndarray,  # [n²]
+        heaters: np.ndarray | None = None,  # [k], indices
     ) -> tuple[float, np.ndarray]:  # J, [n²]
-        temperatures, matrix = self.march(m)
-        residuals = temperatures[:, self.thermometers] - self.readings
+        """From all heaters, or from some: drawn at random, their mean over the draws is that from all."""
+        temperatures, matrix = self.march(m, heaters)
+        readings = self.readings if heaters is None else self.readings[:, :, heaters]
+        residuals = temperatures[:, self.thermometers] - readings
         weight = 1 / (self.plate.noise**2 * residuals.size)
         jumps = self.neighbours @ m
         value = 0.5 * weight * (residuals**2).sum() + 0.5 * self.plate.smoothness * (jumps**2).sum()
 
         through_faces = np.zeros(self.differences.shape[0])
-        adjoint = np.zeros_like(self.heaters)
+        adjoint = np.zeros_like(temperatures[0])
         for state, residual in zip(temperatures[::-1], residuals[::-1], strict=True):
             adjoint[self.thermometers] += weight * residual
             adjoint = matrix.solve(adjoint)
@@ -142,6 +152,21 @@ class Misfit:
         tau = self.plate.duration / self.plate.steps
         data = -tau * np.exp(m) * (self.means.T @ through_faces)
         return value, data + self.plate.smoothness * (self.neighbours.T @ jumps)
+
+
+class SomeHeaters(optex.GradientSource):
+    """The gradient of J from a batch of heaters, for torch's optimizers."""
+
+    deterministic = False
+
+    def __init__(self, misfit: Misfit) -> None:
+        self.misfit = misfit
+        self.m = torch.zeros(misfit.plate.size**2, dtype=torch.float64, requires_grad=True)
+
+    def gradient(self, batch: np.ndarray) -> tuple[torch.Tensor, None]:
+        value, gradient = self.misfit(self.m.detach().numpy(), batch)
+        self.m.grad = torch.from_numpy(gradient)
+        return torch.tensor(value, dtype=torch.float64), None
 
 
 @dataclass(frozen=True)
@@ -172,6 +197,75 @@ def solve(misfit: Misfit, *, rounds: int, until: float = -np.inf, **options: Any
 def vanilla(misfit: Misfit, *, rounds: int, lr: float) -> Run:
     """Adam as it is: one gradient a round, in this process."""
     return solve(misfit, rounds=rounds, lr=lr, parallelism=1, stride=1)
+
+
+def drawn(at_once: int, count: int = 4, seed: int = 0) -> Iterator[np.ndarray]:
+    """Batches of heaters without end, [at_once] indices each."""
+    generator = np.random.default_rng(seed)
+    while True:
+        yield generator.permutation(count)[:at_once]
+
+
+def solve_sampled(
+    misfit: Misfit,
+    *,
+    at_once: int,
+    rounds: int,
+    lr: float,
+    parallelism: int | None,
+    until: float = -np.inf,
+    evaluator: optex.Evaluator | None = None,
+) -> Run:
+    """The same with gradients that see ``at_once`` of the heaters; without optex where parallelism is None.
+
+    J itself, from all heaters, is looked at after each round, and not counted in the seconds.
+    """
+    source, seconds, values = SomeHeaters(misfit), [0.0], []
+    adam = torch.optim.Adam([source.m], lr=lr)
+    if parallelism is None:
+        steps: Iterator[int] = plain_steps(adam, source, drawn(at_once))
+    else:
+        optimizer = optex.OptEx(adam, parallelism=parallelism, evaluator=evaluator)
+        steps = (report.accepted for report in optimizer.rounds(drawn(at_once), source))
+    taken, started = 0, time.perf_counter()
+    for accepted in steps:
+        seconds.append(seconds[-1] + time.perf_counter() - started)
+        taken += accepted
+        values.append(misfit(source.m.detach().numpy())[0])
+        if values[-1] <= until or len(values) == rounds:
+            break
+        started = time.perf_counter()
+    return Run(OptimizeResult(x=source.m.detach().numpy(), nit=len(values), nstep=taken), seconds[1:], values)
+
+
+def plain_steps(
+    adam: torch.optim.Optimizer, source: SomeHeaters, batches: Iterator[np.ndarray]
+) -> Iterator[int]:
+    """Adam as it is, one step at a time."""
+    for batch in batches:
+        source.gradient(batch)
+        adam.step()
+        yield 1
+
+
+def quasi_newton(misfit: Misfit, *, until: float, evaluations: int) -> Run:
+    """SciPy's L-BFGS-B, with all heaters: J at each evaluation, and the least by then."""
+    seconds: list[float] = []
+    values: list[float] = []
+    started = time.perf_counter()
+
+    def noted(m: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient = misfit(m)
+        seconds.append(time.perf_counter() - started)
+        values.append(min([value, *values[-1:]]))
+        if values[-1] <= until or len(values) == evaluations:
+            raise StopIteration
+        return value, gradient
+
+    start = np.zeros(misfit.plate.size**2)
+    with suppress(StopIteration):
+        scipy.optimize.minimize(noted, start, jac=True, method="L-BFGS-B", options={"ftol": 0.0, "gtol": 0.0})
+    return Run(OptimizeResult(nit=len(values)), seconds, values)
 
 
 def pool_of(kind: str, workers: int, stack: ExitStack) -> int | Callable[..., Any]:
@@ -208,7 +302,8 @@ def draw(path: Path, plate: Plate, estimate: np.ndarray, runs: dict[str, Run]) -
         axis.set_title(f"log conductivity: {title}")
     figure.colorbar(picture, ax=axes[:2], shrink=0.9)
     for name, run in runs.items():
-        axes[2].plot(run.seconds, run.values, label=name)
+        label = f"{name}, {run.result.nit} {'evaluations' if name == 'L-BFGS' else 'rounds'}"
+        axes[2].plot(run.seconds, run.values, label=label)
     axes[2].set(yscale="log", xlabel="seconds", ylabel="misfit J")
     axes[2].legend()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -223,6 +318,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=150, help="of Adam without optex")
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--parallelism", type=int, default=4, help="gradients at once")
+    parser.add_argument(
+        "--heaters-at-once", type=int, default=4, choices=[1, 2, 3, 4], help="of 4, that each gradient sees"
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--hire", choices=["processes", "ray"], default="processes")
     parser.add_argument("--plot", type=Path, default=Path("out/heat.png"))
@@ -233,24 +331,42 @@ def main() -> None:
     started = time.perf_counter()
     misfit(np.zeros(options.size**2))
     print(f"{options.size**2} unknowns, one gradient takes {1e3 * (time.perf_counter() - started):.0f} ms")
-    plain = vanilla(misfit, rounds=options.rounds, lr=options.lr)
-    print(f"vanilla  J = {plain.values[-1]:.4f} in {plain.result.nit} rounds, {plain.seconds[-1]:.1f} s")
     with ExitStack() as stack:
-        ours = solve(
-            misfit,
-            rounds=options.rounds,
-            until=plain.values[-1],
-            lr=options.lr,
-            parallelism=options.parallelism,
-            workers=pool_of(options.hire, options.workers, stack),
-        )
+        plain, ours = with_and_without(misfit, options, pool_of(options.hire, options.workers, stack))
+    quasi = quasi_newton(misfit, until=plain.values[-1], evaluations=options.rounds)
+    print(f"vanilla  J = {plain.values[-1]:.4f} in {plain.result.nit} rounds, {plain.seconds[-1]:.1f} s")
     print(f"optex    J = {ours.values[-1]:.4f} in {ours.result.nit} rounds, {ours.seconds[-1]:.1f} s")
+    print(f"L-BFGS   J = {quasi.values[-1]:.4f} in {quasi.result.nit} evaluations, {quasi.seconds[-1]:.1f} s")
+    if options.heaters_at_once < 4:
+        print(f"         the first two see {options.heaters_at_once} of 4 heaters in a gradient, L-BFGS all")
     print(
-        f"         {ours.seconds[-1] / plain.seconds[-1]:.2f} of vanilla's time; the first round, in which "
-        f"workers start, took {ours.seconds[0]:.1f} s"
+        f"         optex: {ours.seconds[-1] / plain.seconds[-1]:.2f} of vanilla's time; the first round, in "
+        f"which workers start, took {ours.seconds[0]:.1f} s"
     )
-    draw(options.plot, misfit.plate, ours.result.x, {"vanilla": plain, "optex": ours})
+    draw(options.plot, misfit.plate, ours.result.x, {"vanilla": plain, "optex": ours, "L-BFGS": quasi})
     print(f"wrote {options.plot}")
+
+
+def with_and_without(misfit: Misfit, options: argparse.Namespace, pool: Any) -> tuple[Run, Run]:
+    """Adam for so many rounds, then optex until J is as low."""
+    rounds, lr, n = options.rounds, options.lr, options.parallelism
+    if options.heaters_at_once == 4:
+        plain = vanilla(misfit, rounds=rounds, lr=lr)
+        ours = solve(misfit, rounds=rounds, until=plain.values[-1], lr=lr, parallelism=n, workers=pool)
+        return plain, ours
+    at_once = options.heaters_at_once
+    plain = solve_sampled(misfit, at_once=at_once, rounds=rounds, lr=lr, parallelism=None)
+    with optex.WorkersEvaluator(pool) as evaluator:
+        ours = solve_sampled(
+            misfit,
+            at_once=at_once,
+            rounds=rounds,
+            lr=lr,
+            parallelism=n,
+            until=min(plain.values),
+            evaluator=evaluator,
+        )
+    return plain, ours
 
 
 if __name__ == "__main__":

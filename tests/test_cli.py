@@ -20,6 +20,7 @@ from optex.studies.problems import PROBLEMS
 from tests import datasets
 
 NAMES = [name for name, entry in PROBLEMS.items() if entry.data is None]
+SAMPLED = [name for name, entry in METHODS.items() if not entry.deterministic_only]  # run on every problem
 SMALL = ["--rounds", "4", "--seeds", "2", "--dim", "6", "--parallelism", "3"]
 
 
@@ -36,7 +37,7 @@ def run(*arguments, width=80):
 
 @pytest.fixture(scope="module")
 def result():
-    methods = ",".join(METHODS)
+    methods = ",".join(SAMPLED)
     return run("compare", *NAMES, *SMALL, "--methods", methods, "--lr", "0.05")
 
 
@@ -45,8 +46,18 @@ class TestCompare:
         assert result.exit_code == 0, result.output
         for name in NAMES:
             assert re.search(rf"^{name}: d = ", result.stdout, re.MULTILINE)
-        for name in METHODS:
+        for name in SAMPLED:
             assert len(re.findall(rf"^{name} ", result.stdout, re.MULTILINE)) >= len(NAMES)
+
+    def test_methods_for_deterministic_objectives_run_there_and_nowhere_else(self):
+        methods = ["--methods", ",".join(name for name in METHODS if name not in SAMPLED)]
+        result = run("compare", "sphere", "heat", "--set", "size=6", *SMALL, *methods)
+        assert result.exit_code == 0, result.output
+        assert len(re.findall(r"^lbfgs-scipy-50 ", result.stdout, re.MULTILINE)) == 2
+        assert max(map(len, result.stdout.splitlines())) <= 80
+        refused = run("compare", "sphere", "digits-mlp", *SMALL, *methods)
+        assert refused.exit_code == 2
+        assert "nonlinear-cg need a deterministic objective, and digits-mlp has sampled" in refused.stderr
 
     def test_the_table_fits_eighty_columns_without_cuts(self, result):
         assert "…" not in result.stdout

@@ -269,7 +269,7 @@ class TestRecords:
             assert all(len(run[key]) == length for key in ("loss", "gradients", "seconds", "accepted"))
             assert run["gradients"][0] == run["seconds"][0] == run["accepted"][0] == 0
             assert run["parallelism"] == 3
-            assert run["optimizer"] == ("lbfgs" if run["method"] == "lbfgs" else "adam")
+            assert run["optimizer"] == (METHODS[run["method"]].own_optimizer or "adam")
 
     def test_methods_share_their_start(self, document):
         for problem in ("quadratic", "logistic-breast-cancer"):

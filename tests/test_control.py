@@ -164,6 +164,8 @@ class TestEveryTask:
 
     def test_every_method_acts_as_often_at_equal_rounds(self, task):
         for name, entry in METHODS.items():
+            if entry.deterministic_only:
+                continue
             problem = small(task)
             trace = entry.run(problem, setting(rounds=4))
             assert trace.stopped is None, name
@@ -345,7 +347,7 @@ class TestMethods:
         assert trace.loss == losses
         assert len(set(losses)) > 3
 
-    @pytest.mark.parametrize("name", ["target", "hold-last", "picard", "optex-paper", "optex"])
+    @pytest.mark.parametrize("name", ["target", "hold-last", "picard", "optex-paper"])
     def test_one_gradient_a_round_is_vanilla_bit_for_bit(self, name):
         ends = []
         for method in ("vanilla", name):

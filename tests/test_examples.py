@@ -1,9 +1,11 @@
 """The scripts in examples/, run as they are on made-up data."""
 
+import re
 import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -179,6 +181,92 @@ def test_dqn_with_one_gradient_at_a_time_is_the_plain_loop(monkeypatch):
     assert plain["returns"] == wrapped["returns"]
     for p, q in zip(plain["network"].parameters(), wrapped["network"].parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+# ---------------------------------------------------------------------- heat conduction
+
+
+@pytest.fixture
+def small_plate():
+    import heat
+
+    return heat.Misfit(heat.Plate(size=9, steps=4, spacing=3))
+
+
+def test_heat_gradients_are_those_of_finite_differences(small_plate):
+    generator = np.random.default_rng(0)
+    m, direction = 0.3 * generator.standard_normal((2, 81))
+    for heaters in (None, np.array([2]), np.array([3, 0])):
+        slope = small_plate(m, heaters)[1] @ direction
+        ends = [small_plate(m + step * direction, heaters)[0] for step in (1e-5, -1e-5)]
+        assert slope == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-6)
+
+
+def test_heat_sampled_gradients_are_the_whole_one_on_average(small_plate):
+    import heat
+
+    m = np.linspace(-0.5, 0.5, 81)
+    value, gradient = small_plate(m)
+    parts = [small_plate(m, np.array([heater])) for heater in range(4)]
+    assert np.mean([part[0] for part in parts]) == pytest.approx(value)
+    np.testing.assert_allclose(np.mean([part[1] for part in parts], axis=0), gradient)
+    batches = [next(batch) for batch in [heat.drawn(3)] for _ in range(9)]
+    assert {len(set(batch)) for batch in batches} == {3}
+    assert len({tuple(batch) for batch in batches}) > 4
+
+
+def test_heat_sampled_without_optex_is_the_plain_loop(small_plate):
+    import heat
+
+    run = heat.solve_sampled(small_plate, at_once=1, rounds=6, lr=0.05, parallelism=None)
+    m, batches = torch.zeros(81, dtype=torch.float64, requires_grad=True), heat.drawn(1)
+    adam = torch.optim.Adam([m], lr=0.05)
+    for _ in range(6):
+        m.grad = torch.from_numpy(small_plate(m.detach().numpy(), next(batches))[1])
+        adam.step()
+    np.testing.assert_array_equal(run.result.x, m.detach().numpy())
+    assert run.values[-1] == small_plate(run.result.x)[0]
+    assert (run.result.nit, run.result.nstep, len(run.seconds)) == (6, 6, 6)
+
+
+def test_heat_vanilla_is_the_plain_loop(small_plate):
+    import heat
+
+    run = heat.vanilla(small_plate, rounds=12, lr=0.05)
+    m = torch.zeros(81, dtype=torch.float64, requires_grad=True)
+    adam, values = torch.optim.Adam([m], lr=0.05), []
+    for _ in range(12):
+        value, gradient = small_plate(m.detach().numpy())
+        values.append(value)
+        m.grad = torch.from_numpy(gradient)
+        adam.step()
+    assert run.values == np.minimum.accumulate(values).tolist()
+    assert run.result.nit == run.result.nstep == 12
+
+
+@pytest.mark.parametrize("heaters", [2, 4])
+def test_heat_prints_who_needed_how_many(heaters, tmp_path, capsys, monkeypatch):
+    import heat
+
+    flags = ["--size", "12", "--rounds", "12", "--workers", "1", "--plot", str(tmp_path / "heat.png")]
+    monkeypatch.setattr(sys, "argv", ["heat.py", *flags, "--heaters-at-once", str(heaters)])
+    heat.main()
+    printed = capsys.readouterr().out
+    found = {name: float(j) for name, j in re.findall(r"^(\S+) +J = (\S+) in \d+", printed, re.MULTILINE)}
+    assert found.keys() == {"vanilla", "optex", "L-BFGS"}
+    assert max(found["optex"], found["L-BFGS"]) <= found["vanilla"] + 1e-3
+    assert ("2 of 4 heaters" in printed) == (heaters == 2)
+    assert (tmp_path / "heat.png").stat().st_size > 10_000
+
+
+def test_heat_quasi_newton_stops_where_it_was_told(small_plate):
+    import heat
+
+    start = small_plate(np.zeros(81))[0]
+    run = heat.quasi_newton(small_plate, until=start / 10, evaluations=100)
+    assert run.values[-1] <= start / 10 < run.values[-2]
+    assert run.result.nit == len(run.values) == len(run.seconds) < 100
+    assert len(heat.quasi_newton(small_plate, until=0.0, evaluations=7).values) == 7
 
 
 # ---------------------------------------------------------------------- Lightning

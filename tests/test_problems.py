@@ -45,6 +45,11 @@ SMALL = {
     "context": 9,
     "dropout": 0.0,
     "start": None,
+    "size": 8,
+    "heaters": 4,
+    "heaters_at_once": 2,
+    "samples": 3,
+    "rows": 20,
 }
 FUNCTIONS = {name: entry.build for name, entry in PROBLEMS.items() if "dim" in entry.options}
 
@@ -311,7 +316,7 @@ def test_refuses_with_a_reason(build, message):
 @pytest.mark.parametrize("name", ["logistic-breast-cancer", "digits-mlp"])
 def test_without_scikit_learn_says_how_to_get_it(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    monkeypatch.setattr(tabular, "_breast_cancer", tabular._breast_cancer.__wrapped__)
+    monkeypatch.setattr(tabular, "breast_cancer", tabular.breast_cancer.__wrapped__)
     monkeypatch.setattr(tabular, "_digits", tabular._digits.__wrapped__)
     with pytest.raises(ModuleNotFoundError, match=r"pip install optex\[studies\]") as caught:
         make_problem(name)

@@ -150,7 +150,8 @@ class Comparison:
         """Build every problem and base optimizer once, so that no mistake shows up after hours of runs.
 
         Raises:
-            ValueError, ImportError, FileNotFoundError: as the problem or the optimizer says.
+            ValueError, ImportError, FileNotFoundError: as the problem or the optimizer says; a method needs a
+                deterministic objective, and a problem is none.
         """
         for name in self.problems:
             start = self.problem(name, seed=0)
@@ -158,6 +159,14 @@ class Comparison:
                 self.setting(VANILLA).base_optimizer(start)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"optimizer: {self.optimizer} cannot optimise {name}: {error}") from error
+            if not start.deterministic and (refusing := self._refusing_noise()):
+                raise ValueError(
+                    f"methods: {', '.join(refusing)} need a deterministic objective, and {name} has sampled "
+                    "gradients; leave them out, or take lbfgs"
+                )
+
+    def _refusing_noise(self) -> list[str]:
+        return [name for name in self.methods if make_method(name).deterministic_only]
 
     def cases(self) -> list[Case]:
         """The runs to make, all methods of one start next to each other."""

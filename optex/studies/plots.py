@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; line styles say it once more. The two
-# ends of the scale, vanilla and target, are black and grey.
+# ends of the scale, vanilla and target, are black and grey; L-BFGS's kin and nowcasting's are shades of one.
 METHOD_STYLES: Final[dict[str, dict[str, Any]]] = {
     "vanilla": {"color": "#000000", "linestyle": (0, (1, 1.2)), "linewidth": 1.8},
     "target": {"color": "#8a8a8a", "linestyle": (0, (6, 2)), "linewidth": 1.8},
@@ -40,6 +40,11 @@ METHOD_STYLES: Final[dict[str, dict[str, Any]]] = {
     "line-search": {"color": "#009e73", "linestyle": (0, (5, 1, 1, 1)), "linewidth": 1.4},
     "picard": {"color": "#e69f00", "linestyle": "-", "linewidth": 1.4},
     "lbfgs": {"color": "#b8a800", "linestyle": (0, (3, 1, 1, 1, 1, 1)), "linewidth": 1.4},
+    "lbfgs-scipy": {"color": "#857a00", "linestyle": (0, (3, 1, 1, 1)), "linewidth": 1.4},
+    "lbfgs-scipy-50": {"color": "#5c5400", "linestyle": (0, (1, 1)), "linewidth": 1.4},
+    "nonlinear-cg": {"color": "#7a5195", "linestyle": (0, (4, 1)), "linewidth": 1.4},
+    "nowcast": {"color": "#5fc9a8", "linestyle": "-", "linewidth": 1.4},
+    "nowcast-dmd": {"color": "#00573f", "linestyle": "-", "linewidth": 1.4},
     "optex-paper": {"color": "#0072b2", "linestyle": "-", "linewidth": 1.8},
     "optex": {"color": "#d55e00", "linestyle": "-", "linewidth": 2.4},
 }

@@ -10,6 +10,8 @@ from optex.studies.baselines.in_turn import target, vanilla
 from optex.studies.baselines.interface import BaseFactory, Method, Recorder, Setting, Trace
 from optex.studies.baselines.lbfgs import lbfgs
 from optex.studies.baselines.line_search import line_search
+from optex.studies.baselines.nowcast import nowcast, nowcast_dmd
+from optex.studies.baselines.scipy_methods import lbfgs_scipy, nonlinear_cg
 from optex.studies.baselines.with_optex import hold_last, optex, optex_paper, picard
 
 __all__ = ["METHODS", "BaseFactory", "Method", "MethodEntry", "Recorder", "Setting", "Trace", "make_method"]
@@ -24,12 +26,14 @@ class MethodEntry:
         description: one line.
         own_optimizer: its optimizer, where that is not the base optimizer.
         tunes_rate: whether it runs with several learning rates and keeps the best.
+        deterministic_only: whether it refuses problems with sampled gradients.
     """
 
     run: Method
     description: str
     own_optimizer: str | None = None
     tunes_rate: bool = False
+    deterministic_only: bool = False
 
 
 METHODS: Final[dict[str, MethodEntry]] = {
@@ -42,6 +46,23 @@ METHODS: Final[dict[str, MethodEntry]] = {
     "line-search": MethodEntry(line_search, "N lengths of the base optimizer's step, the best kept"),
     "picard": MethodEntry(picard, "replay of held gradients within tolerance 1, no estimator"),
     "lbfgs": MethodEntry(lbfgs, "L-BFGS, strong-Wolfe search; an evaluation is a round", own_optimizer="lbfgs"),
+    "lbfgs-scipy": MethodEntry(
+        lbfgs_scipy(10),
+        "SciPy's L-BFGS-B, history 10; an evaluation is a round",
+        "l-bfgs-b",
+        deterministic_only=True,
+    ),
+    "lbfgs-scipy-50": MethodEntry(
+        lbfgs_scipy(50),
+        "SciPy's L-BFGS-B, history 50; an evaluation is a round",
+        "l-bfgs-b",
+        deterministic_only=True,
+    ),
+    "nonlinear-cg": MethodEntry(
+        nonlinear_cg, "SciPy's conjugate gradients; an evaluation is a round", "cg", deterministic_only=True
+    ),
+    "nowcast": MethodEntry(nowcast, "jumps along the line through the last iterates, by the loss"),
+    "nowcast-dmd": MethodEntry(nowcast_dmd, "jumps by the iterates' linear dynamics, by the loss"),
     "optex-paper": MethodEntry(optex_paper, "Algorithm 1 of the paper"),
     "optex": MethodEntry(optex, "OptEx with its defaults"),
 }

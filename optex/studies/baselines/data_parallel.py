@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from optex.evaluators import EvaluationRequest, RandomDraws, SequentialEvaluator
-from optex.sources import ObjectiveSource
+from optex.evaluators import RandomDraws
 from optex.stepping import ParameterVector, Stepper
 from optex.studies.baselines.interface import Recorder, Setting, Trace
+from optex.studies.baselines.points import Points
 from optex.studies.problems import Problem
 
 __all__ = ["data_parallel", "tuned_data_parallel"]
@@ -30,13 +30,13 @@ def data_parallel(problem: Problem, setting: Setting, factor: float) -> Trace:
         group["lr"] = factor * group["lr"]
     lr = base.param_groups[0]["lr"]
     vector = ParameterVector(problem.parameters())
-    evaluator, source = SequentialEvaluator(), ObjectiveSource(problem)
+    evaluator = Points(problem, vector)
     with Recorder(problem, setting.rounds) as recorder:
         stepper, batches = Stepper(base, vector), problem.batches()
         while not recorder.done:
             points = stepper.point.expand(setting.parallelism, -1)
             own_batches, draws = [next(batches) for _ in points], [RandomDraws() for _ in points]
-            request = EvaluationRequest(source, vector, points, own_batches, draws)
-            stepper.step(evaluator.evaluate(request).gradients.mean(0))
+            stepper.step(evaluator.evaluate(points, own_batches, draws).gradients.mean(0))
+            evaluator.keep(-1)
             recorder.round(gradients=len(points), accepted=1)
     return recorder.trace(lr)

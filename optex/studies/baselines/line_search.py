@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from optex.errors import NonFiniteError
-from optex.evaluators import EvaluationRequest, RandomDraws, SequentialEvaluator
-from optex.sources import ObjectiveSource
+from optex.evaluators import RandomDraws
 from optex.stepping import ParameterVector, Stepper
 from optex.studies.baselines.interface import Recorder, Setting, Trace
+from optex.studies.baselines.points import Points
 from optex.studies.problems import Problem
 
-__all__ = ["line_search", "step_factors"]
+__all__ = ["line_search", "lowest", "step_factors"]
 
 
 def line_search(problem: Problem, setting: Setting) -> Trace:
@@ -28,7 +28,7 @@ def line_search(problem: Problem, setting: Setting) -> Trace:
     base = setting.base_optimizer(problem)
     lr = base.param_groups[0]["lr"]
     vector = ParameterVector(problem.parameters())
-    evaluator, source = SequentialEvaluator(), ObjectiveSource(problem)
+    evaluator = Points(problem, vector)
     with Recorder(problem, setting.rounds) as recorder:
         stepper, batches = Stepper(base, vector), problem.batches()
         factors = step_factors(setting.parallelism).to(vector.device, vector.dtype)
@@ -40,9 +40,9 @@ def line_search(problem: Problem, setting: Setting) -> Trace:
                 points = here + factors[:, None] * (stepper.point - here)
             # One batch and one set of draws for all, or losses would not compare.
             count, batch, draws = len(points), next(batches), RandomDraws()
-            request = EvaluationRequest(source, vector, points, [batch] * count, [draws] * count)
-            evaluation = evaluator.evaluate(request)
-            kept = _lowest(evaluation.losses)
+            evaluation = evaluator.evaluate(points, [batch] * count, [draws] * count)
+            kept = lowest("line-search", evaluation.losses)
+            evaluator.keep(kept)
             vector.write(points[kept])
             recorder.round(gradients=len(points), accepted=0 if gradient is None else 1)
             gradient = evaluation.gradients[kept]
@@ -57,10 +57,16 @@ def step_factors(
     return 2.0 ** torch.arange(least, least + parallelism, dtype=torch.float64)
 
 
-def _lowest(
+def lowest(
+    method: str,
     losses: Tensor,  # [n]
 ) -> int:
+    """Where the loss is least.
+
+    Raises:
+        NonFiniteError: it is finite nowhere.
+    """
     finite = losses.isfinite()
     if not finite.any():
-        raise NonFiniteError("line-search: no step length leads to a finite loss")
+        raise NonFiniteError(f"{method}: the loss is finite at none of the points tried")
     return int(torch.where(finite, losses, torch.inf).argmin())

@@ -6,8 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from optex.studies.problems.bayesian import BayesianLogistic
 from optex.studies.problems.control import OPTIONS as _CONTROL_OPTIONS
 from optex.studies.problems.control import Acrobot, CartPole, MountainCar
+from optex.studies.problems.gaussian_process import GaussianProcessHyperparameters
+from optex.studies.problems.heat import HeatConduction
 from optex.studies.problems.images import CIFAR10, FashionMNIST
 from optex.studies.problems.interface import Problem
 from optex.studies.problems.synthetic import Ackley, Function, Quadratic, Rosenbrock, Sphere
@@ -19,10 +22,13 @@ __all__ = [
     "PROBLEMS",
     "Ackley",
     "Acrobot",
+    "BayesianLogistic",
     "CartPole",
     "DigitsMLP",
     "FashionMNIST",
     "Function",
+    "GaussianProcessHyperparameters",
+    "HeatConduction",
     "LogisticBreastCancer",
     "MountainCar",
     "Problem",
@@ -62,6 +68,7 @@ _IMAGE_OPTIONS: Final = {
     "batch_size": int,
     "train_size": int,
     "held_size": int,
+    "test_size": int,
     "augment": bool,
 }
 _TEXT_OPTIONS: Final = {
@@ -72,6 +79,7 @@ _TEXT_OPTIONS: Final = {
     "dropout": float,
     "batch_size": int,
     "held_size": int,
+    "test_size": int,
     "start": str,
 }
 
@@ -82,6 +90,17 @@ PROBLEMS: Final[dict[str, ProblemEntry]] = {
     "quadratic": ProblemEntry(Quadratic, "a bowl, eigenvalues log-spaced from 1/1000 to 1", _FUNCTION_OPTIONS),
     "logistic-breast-cancer": ProblemEntry(
         LogisticBreastCancer, "logistic regression, 31 parameters, full batch"
+    ),
+    "bayesian-logistic": ProblemEntry(
+        BayesianLogistic, "variational inference of it, sampled gradients", {"samples": int}
+    ),
+    "gp-hyperparameters": ProblemEntry(
+        GaussianProcessHyperparameters, "marginal likelihood of a Gaussian process", {"rows": int}
+    ),
+    "heat": ProblemEntry(
+        HeatConduction,
+        "conductivity of a plate from readings of its warmth",
+        {"size": int, "heaters": int, "heaters_at_once": int},
     ),
     "digits-mlp": ProblemEntry(
         DigitsMLP, "64-64-10 tanh network on 8 × 8 digits, minibatches", {"batch_size": int}

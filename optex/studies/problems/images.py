@@ -43,6 +43,7 @@ class ImageClassification(Problem):
         train_size: training images to use, the same ones for every seed; None is all.
         held_size: training images of the held batches; None is what the model evaluates in less than 0.3
             seconds on one core.
+        test_size: test images that ``test_error`` looks at, the first ones; None is all.
         augment: shift training images by up to 4 pixels, filling with black, and mirror each with probability
             ½. The draws belong to the batch: all methods see the same ones.
 
@@ -65,6 +66,7 @@ class ImageClassification(Problem):
         batch_size: int = 64,
         train_size: int | None = None,
         held_size: int | None = None,
+        test_size: int | None = None,
         augment: bool = False,
     ) -> None:
         super().__init__(seed)
@@ -77,6 +79,9 @@ class ImageClassification(Problem):
         self._check("train_size", self.train_size, len(images))
         self.held_size = min(kind.held_size, self.train_size) if held_size is None else held_size
         self._check("held_size", self.held_size, self.train_size)
+        if test_size is not None:
+            self._check("test_size", test_size, len(self._arrays("test")[1]))
+        self.test_size = test_size
         self.batch_size = batch_size
         self._check("batch_size", self.batch_size, self.train_size)
         self.augment = augment
@@ -149,13 +154,14 @@ class ImageClassification(Problem):
     @torch.no_grad()
     def test_error(self) -> float:
         """Share of the test images that the network gets wrong."""
-        wrong = 0
-        chunks = zip(*(values.split(_CHUNK) for values in self._tensors("test")), strict=True)
+        wrong = count = 0
+        chunks = zip(*(values[: self.test_size].split(_CHUNK) for values in self._tensors("test")), strict=True)
         with evaluation_mode(self):
             for chunk in chunks:
                 images, labels = self._prepared(*chunk)
                 wrong += int((self.logits(images).argmax(1) != labels).sum())
-        return wrong / len(self._arrays("test")[1])
+                count += len(labels)
+        return wrong / count
 
     def reset(self) -> None:
         initialise(self.network, seeded_generator(self.seed, "start"))

@@ -15,12 +15,21 @@ from torch.nn import functional
 
 from optex.studies.problems.interface import Problem, seeded_generator
 
-__all__ = ["DigitsMLP", "LogisticBreastCancer"]
+__all__ = ["DigitsMLP", "LogisticBreastCancer", "breast_cancer", "scikit_learn_arrays"]
 
 DIGITS_HELD_OUT: Final = 360
 
 
-def _scikit_learn_arrays(loader: str, problem: str) -> tuple[np.ndarray, np.ndarray]:
+def scikit_learn_arrays(loader: str, problem: str) -> tuple[np.ndarray, np.ndarray]:  # [n, k], [n]
+    """Inputs and labels of a data set that ships with scikit-learn.
+
+    Args:
+        loader: the function of ``sklearn.datasets``.
+        problem: whose data it is, for the message.
+
+    Raises:
+        ModuleNotFoundError: scikit-learn is not installed.
+    """
     try:
         from sklearn import datasets
     except ImportError as error:
@@ -33,15 +42,20 @@ def _scikit_learn_arrays(loader: str, problem: str) -> tuple[np.ndarray, np.ndar
 
 
 @lru_cache(maxsize=1)
-def _breast_cancer() -> tuple[Tensor, Tensor]:  # [569, 30] standardised, [569] of 0 and 1; float64
-    inputs, labels = _scikit_learn_arrays("load_breast_cancer", LogisticBreastCancer.name)
+def breast_cancer() -> tuple[Tensor, Tensor]:  # [569, 30] standardised, [569] of 0 and 1; float64
+    """The Wisconsin breast cancer data.
+
+    Raises:
+        ModuleNotFoundError: scikit-learn is not installed.
+    """
+    inputs, labels = scikit_learn_arrays("load_breast_cancer", LogisticBreastCancer.name)
     standardised = (inputs - inputs.mean(0)) / inputs.std(0)
     return torch.tensor(standardised, dtype=torch.float64), torch.tensor(labels, dtype=torch.float64)
 
 
 @lru_cache(maxsize=1)
 def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [1437, 64], [1437], [360, 64], [360]; float32, int64
-    inputs, labels = _scikit_learn_arrays("load_digits", DigitsMLP.name)
+    inputs, labels = scikit_learn_arrays("load_digits", DigitsMLP.name)
     order = np.random.default_rng(0).permutation(len(inputs))  # one split for every seed
     pixels = torch.tensor(inputs[order] / 16.0, dtype=torch.float32)
     digits = torch.tensor(labels[order], dtype=torch.int64)
@@ -77,7 +91,7 @@ class LogisticBreastCancer(Problem):
         if not 0 < l2 < math.inf:
             raise ValueError(f"LogisticBreastCancer: l2 must be positive and finite, got {l2}")
         self.l2 = l2
-        inputs, labels = _breast_cancer()
+        inputs, labels = breast_cancer()
         self.inputs: Tensor  # [569, 30]
         self.labels: Tensor  # [569]
         self.register_buffer("inputs", inputs.to(dtype), persistent=False)
@@ -116,7 +130,7 @@ class LogisticBreastCancer(Problem):
 
 @lru_cache(maxsize=8)
 def _logistic_minimum(l2: float, steps: int = 30) -> float:
-    inputs, labels = _breast_cancer()
+    inputs, labels = breast_cancer()
     design = torch.cat(
         [inputs, torch.ones_like(inputs[:, :1])], dim=1
     )  # [569, 31], the last column is the bias

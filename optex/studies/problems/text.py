@@ -120,6 +120,7 @@ class Shakespeare(Problem):
         dropout: probability that an activation is set to zero in a step, in [0, 1).
         batch_size: windows a batch.
         held_size: windows of the held batches; None is 128, or as many as there are.
+        test_size: windows of the text held out that ``test_error`` looks at, the first ones; None is all.
         start: ``"torch"``, as torch's layers do, or ``"gpt2"``, much smaller, N(0, 0.02²).
 
     Raises:
@@ -139,16 +140,20 @@ class Shakespeare(Problem):
         dropout: float = 0.0,
         batch_size: int = 16,
         held_size: int | None = None,
+        test_size: int | None = None,
         start: str = "torch",
     ) -> None:
         super().__init__(seed)
-        training, _, alphabet = self._text()
+        training, testing, alphabet = self._text()
         self._check("layers", layers, 1 << 10)
         self._check("context", context, len(training) // 2)
         windows = (len(training) - context) // context  # in the epoch that begins latest
         self._check("batch_size", batch_size, windows)
         held_size = min(128, windows) if held_size is None else held_size
         self._check("held_size", held_size, windows)
+        if test_size is not None:
+            self._check("test_size", test_size, (len(testing) - 1) // context)
+        self.test_size = test_size
         self._check("width", width, 1 << 16)
         self._check("heads", heads, width)
         if width % heads:
@@ -209,7 +214,8 @@ class Shakespeare(Problem):
     def test_error(self) -> float:
         """The loss on the text held out, cut into windows from its beginning."""
         _, codes, _ = self._text()
-        return self._mean_loss(codes, torch.arange(0, len(codes) - self.context, self.context))
+        starts = torch.arange(0, len(codes) - self.context, self.context)
+        return self._mean_loss(codes, starts[: self.test_size])
 
     @torch.no_grad()
     def _mean_loss(

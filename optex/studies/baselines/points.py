@@ -1,0 +1,46 @@
+"""Gradients at points of a method's own choice, for the methods that are not OptEx."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from optex.evaluators import Evaluation, EvaluationRequest, RandomDraws, SequentialEvaluator
+from optex.sources import ObjectiveSource
+from optex.stepping import Buffers, ParameterVector
+from optex.studies.problems import Problem
+
+__all__ = ["Points"]
+
+
+class Points:
+    """Evaluates a problem at points, and has BatchNorm's running statistics follow the one that is kept.
+
+    Args:
+        problem: whose gradients.
+        vector: its parameters.
+    """
+
+    def __init__(self, problem: Problem, vector: ParameterVector) -> None:
+        self._source, self._vector = ObjectiveSource(problem), vector
+        self._buffers, self._evaluator = Buffers.of(problem), SequentialEvaluator()
+        self._after: Sequence[list[Tensor]] | None = None
+
+    def evaluate(
+        self,
+        points: Tensor,  # [n, d]
+        batches: Sequence[Any],  # [n]
+        draws: Sequence[RandomDraws],  # [n]
+    ) -> Evaluation:
+        """Losses and gradients, one after the other; the parameters are left where they were."""
+        request = EvaluationRequest(self._source, self._vector, points, batches, draws, buffers=self._buffers)
+        evaluation = self._evaluator.evaluate(request)
+        self._after = evaluation.buffers
+        return evaluation
+
+    def keep(self, index: int) -> None:
+        """Statistics go on from this point of the last evaluation; they have seen the points before it, too."""
+        if self._after is not None:
+            self._buffers.write(self._after[index])
