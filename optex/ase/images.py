@@ -141,7 +141,14 @@ class Images(WrappingEvaluator):
         retried, lost = [], list(range(len(images)))
         size = 1 if self._one_by_one else len(images)
         for first in range(0, len(images), size):
-            evaluation = self.inner.evaluate(whole.rows(slice(first, first + size)))
+            try:
+                evaluation = self.inner.evaluate(whole.rows(slice(first, first + size)))
+            except TypeError as error:
+                kind = type(source.atoms.calc).__name__
+                error.add_note(
+                    f"OptExOptimizer: what is evaluated, and sent to workers, is the calculator, {kind}"
+                )
+                raise
             retried += [first + i for i in evaluation.retried]
             for i, answer in enumerate(evaluation.gradients):
                 if i in evaluation.lost:

@@ -52,8 +52,7 @@ class OptExOptimizer(Optimizer):
         optimizer: a key of ``optex.stepping.OPTIMIZERS`` (``"momentum"`` and ``"nesterov"`` are of 0.8 here),
             or a function of a list of one parameter (and ``lr``, where given) that returns a
             ``torch.optim.Optimizer``.
-        lr: its learning rate. For momentum 0.012 Å²/eV by default, stable for stiff bonds; 0.02 is faster where
-            there are none, in metals say. For ``"sgd"`` and ``"nesterov"`` 0.006; for others
+        lr: its learning rate. For momentum 0.012 Å²/eV by default, stable for bonds as stiff as that of N₂. For ``"sgd"`` and ``"nesterov"`` 0.006; for others
             ``optex.stepping.default_rate``, in Å for Adam and its like.
         parallelism: N, images evaluated at once, at least 1.
         stride, history_size, estimator, acceptance: as in :class:`~optex.OptEx`.
@@ -147,7 +146,7 @@ class OptExOptimizer(Optimizer):
 
     @property
     def last_report(self) -> RoundReport | None:
-        """Of the last round, None before it."""
+        """Of the last round, None before it; images that the end of a run made needless are among its ``lost``."""
         return self.optex.last_report
 
     def measured(self) -> Image:
