@@ -52,8 +52,9 @@ class OptExOptimizer(Optimizer):
         optimizer: a key of ``optex.stepping.OPTIMIZERS`` (``"momentum"`` and ``"nesterov"`` are of 0.8 here),
             or a function of a list of one parameter (and ``lr``, where given) that returns a
             ``torch.optim.Optimizer``.
-        lr: its learning rate. For momentum 0.012 Å²/eV by default, stable for bonds as stiff as that of N₂. For ``"sgd"`` and ``"nesterov"`` 0.006; for others
-            ``optex.stepping.default_rate``, in Å for Adam and its like.
+        lr: its learning rate. For momentum 0.012 Å²/eV by default, stable for bonds as stiff as that of N₂; for
+            ``"sgd"`` and ``"nesterov"`` 0.006; for others ``optex.stepping.default_rate``, in Å for Adam and its
+            like.
         parallelism: N, images evaluated at once, at least 1.
         stride, history_size, estimator, acceptance: as in :class:`~optex.OptEx`.
         workers: who computes: so many processes (-1: one a core), a ``concurrent.futures.Executor``, or a
@@ -146,7 +147,7 @@ class OptExOptimizer(Optimizer):
 
     @property
     def last_report(self) -> RoundReport | None:
-        """Of the last round, None before it; images that the end of a run made needless are among its ``lost``."""
+        """Of the last round, None before it; images that a run's end made needless are among its ``lost``."""
         return self.optex.last_report
 
     def measured(self) -> Image:
