@@ -53,8 +53,7 @@ class OptExOptimizer(Optimizer):
             or a function of a list of one parameter (and ``lr``, where given) that returns a
             ``torch.optim.Optimizer``.
         lr: its learning rate. For momentum 0.012 Å²/eV by default, stable for bonds as stiff as that of N₂; for
-            ``"sgd"`` and ``"nesterov"`` 0.006; for others ``optex.stepping.default_rate``, in Å for Adam and its
-            like.
+            ``"sgd"`` and ``"nesterov"`` 0.006; for others ``optex.stepping.default_rate``, in Å for Adam.
         parallelism: N, images evaluated at once, at least 1.
         stride, history_size, estimator, acceptance: as in :class:`~optex.OptEx`.
         workers: who computes: so many processes (-1: one a core), a ``concurrent.futures.Executor``, or a
