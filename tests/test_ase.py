@@ -111,15 +111,13 @@ class Pairs(Calculator):
 
 @pytest.mark.parametrize("make", SYSTEMS)
 def test_converges_in_far_fewer_rounds_than_the_plain_optimizer(make: Callable[[], Atoms]) -> None:
-    alone, ahead, reference = rattled(make), rattled(make), rattled(make)
-    slow, fast = plain(alone), relaxer(ahead)
-    assert slow.run(fmax=0.01, steps=300)
-    assert fast.run(fmax=0.01, steps=300)
-    BFGS(reference, logfile=None).run(fmax=0.001, steps=300)
-    assert largest_force(ahead) < 0.01
-    assert fast.rounds < 0.5 * slow.rounds
-    for atoms in (alone, ahead):
-        assert atoms.get_potential_energy() == pytest.approx(reference.get_potential_energy(), abs=2e-3)
+    atoms, reference = rattled(make), rattled(make)
+    fast = relaxer(atoms)
+    assert fast.run(fmax=0.01, steps=100)
+    assert not plain(rattled(make)).run(fmax=0.01, steps=2 * fast.rounds)
+    BFGS(reference, logfile=None).run(fmax=0.005, steps=300)
+    assert largest_force(atoms) < 0.01
+    assert atoms.get_potential_energy() == pytest.approx(reference.get_potential_energy(), abs=2e-3)
 
 
 def literal_run(
@@ -312,10 +310,9 @@ def test_cells_relax(kind: Any) -> None:
 
     atoms, reference = strained(), strained()
     fast, slow = relaxer(kind(atoms), lr=0.005), plain(kind(strained()), lr=0.005)
-    assert fast.run(fmax=0.005, steps=200)
-    slow.run(fmax=0.005, steps=400)
+    assert fast.run(fmax=0.005, steps=100)
+    assert not slow.run(fmax=0.005, steps=2 * fast.rounds)
     BFGS(kind(reference), logfile=None).run(fmax=1e-4)
-    assert fast.rounds < 0.5 * slow.rounds
     assert atoms.cell.volume == pytest.approx(reference.cell.volume, rel=2e-3)
     assert np.abs(atoms.get_stress()).max() < 2e-3
 
