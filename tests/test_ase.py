@@ -120,6 +120,17 @@ def test_converges_in_far_fewer_rounds_than_the_plain_optimizer(make: Callable[[
     assert atoms.get_potential_energy() == pytest.approx(reference.get_potential_energy(), abs=2e-3)
 
 
+@pytest.mark.parametrize("make", SYSTEMS)
+def test_one_image_a_round_with_strides_takes_fewer_calls_than_the_plain_optimizer(
+    make: Callable[[], Atoms],
+) -> None:
+    atoms = rattled(make)
+    ahead = relaxer(atoms, parallelism=1)
+    assert ahead.run(fmax=0.01, steps=100)
+    assert ahead.force_calls == ahead.rounds < ahead.optex.steps_taken
+    assert not plain(rattled(make)).run(fmax=0.01, steps=ahead.rounds)
+
+
 def literal_run(
     atoms: Atoms, make: Callable[..., torch.optim.Optimizer], maxstep: float, steps: int
 ) -> list[Any]:
@@ -484,6 +495,7 @@ def test_broken_restart_files_are_refused_by_name(tmp_path: Path, content: bytes
         ({"maxstep": 0}, "OptExOptimizer: maxstep must be a distance in Å above 0 and up to 1, got 0"),
         ({"maxstep": 3.0}, "maxstep must be .* got 3.0; 0.2 is ASE's default"),
         ({"maxstep": "far"}, "maxstep must be .* got 'far'"),
+        ({"stride": 0.5}, "stride must be 'auto' or a finite number of at least 1, got 0.5"),
         ({"parallelism": 0}, "parallelism must be an integer of at least 1, got 0"),
         ({"workers": 0}, "workers must be at least 1, or -1 for all cores, got 0"),
     ],

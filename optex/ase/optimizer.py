@@ -127,7 +127,7 @@ class OptExOptimizer(Optimizer):
         self.optex = OptEx(
             base,
             parallelism=parallelism,
-            **({"stride": stride} if "stride" in OptEx.__init__.__kwdefaults__ else {}),  # TEMPORARY
+            stride=stride,
             history_size=history_size,
             estimator=estimator,
             acceptance=acceptance,
