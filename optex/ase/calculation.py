@@ -1,0 +1,69 @@
+"""The calculator as a source of gradients, for this process and for others."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import PropertyNotImplementedError, compare_atoms
+from torch import Tensor, nn
+
+from optex.sources import GradientSource
+
+__all__ = ["Calculation"]
+
+
+class Calculation(GradientSource):
+    """The calculator at given positions and cell, without constraints: what is sent to workers.
+
+    It answers in the form of a gradient of ``point``, [3 n + 9] as the positions and the cell: forces, six
+    components of the stress, energy, free energy and 0; NaN stands for what the calculator does not have.
+    """
+
+    deterministic = True
+
+    def __init__(self, atoms: Atoms, *, stress: bool) -> None:
+        self.atoms = atoms.copy()
+        self.atoms.set_constraint()
+        self.atoms.calc = atoms.calc
+        self.stress = stress
+        self.point = nn.Parameter(torch.zeros(3 * len(atoms) + 9, dtype=torch.float64))
+
+    def serves(self, atoms: Atoms) -> bool:
+        """Would one of these atoms be the same?"""
+        changes = compare_atoms(self.atoms, atoms, excluded_properties={"positions", "cell"})
+        return self.atoms.calc is atoms.calc and not changes
+
+    def gradient(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        atoms, point = self.atoms, self.point.detach().numpy()
+        atoms.positions[:] = point[:-9].reshape(-1, 3)
+        atoms.set_cell(point[-9:].reshape(3, 3))
+        forces = atoms.get_forces()  # first: with them calculators find the energy, and not the other way round
+        energy = float(atoms.get_potential_energy())
+        answer = [forces.ravel(), self._stress(), [energy, self._free_energy(), 0.0]]
+        self.point.grad = torch.from_numpy(np.concatenate(answer))
+        return torch.tensor(energy, dtype=torch.float64), None
+
+    def _stress(self) -> np.ndarray:  # [6]
+        try:
+            calculator: Any = self.atoms.calc
+            found = calculator.get_property("stress", self.atoms, allow_calculation=self.stress)
+        except PropertyNotImplementedError:
+            if self.stress:
+                raise
+            found = None
+        return np.full(6, np.nan) if found is None else np.asarray(found, dtype=float)
+
+    def _free_energy(self) -> float:
+        try:
+            return float(self.atoms.get_potential_energy(force_consistent=True))
+        except PropertyNotImplementedError:
+            return math.nan
+
+    def replica(self) -> tuple[GradientSource, list[Tensor]]:
+        twin = copy.deepcopy(self)
+        return twin, [twin.point]
