@@ -68,7 +68,7 @@ def test_one_gradient_a_round_is_the_base_optimizer(name):
     plain, model = network(), network()
     base = BASES[name](list(plain.parameters()))
     trajectory = plain_run(plain, base, batches)
-    optimizer = OptEx(BASES[name](list(model.parameters())), parallelism=1)
+    optimizer = OptEx(BASES[name](list(model.parameters())), parallelism=1, stride=1)
     reports = []
     for report, expected in zip(optimizer.rounds(batches, squared_error(model)), trajectory, strict=True):
         reports.append(report)

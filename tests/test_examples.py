@@ -173,7 +173,7 @@ def test_dqn_with_one_gradient_at_a_time_is_the_plain_loop(monkeypatch):
     plain = train_dqn.main(["--optex", "1", "--rounds", "40"])
 
     def with_optex_instead(base, batches, objective):
-        return train_dqn.with_optex(optex.OptEx(base, parallelism=1), batches, objective)
+        return train_dqn.with_optex(optex.OptEx(base, parallelism=1, stride=1), batches, objective)
 
     monkeypatch.setattr(train_dqn, "plain", with_optex_instead)
     wrapped = train_dqn.main(["--optex", "1", "--rounds", "40"])
