@@ -28,6 +28,7 @@ from optex.round import (
     default_history_size,
 )
 from optex.round.arguments import check_choices, check_parts, published_parts
+from optex.round.stride import Stride, read_stride
 from optex.sources import ClosureSource, GradientSource, ObjectiveSource
 from optex.stepping import Buffers, OptimizerWrapper, Stepper, check_base
 
@@ -55,7 +56,11 @@ class OptEx(OptimizerWrapper):
         base: any ``torch.optim.Optimizer`` for dense gradients; it keeps its state and hyperparameters, and
             its step hooks run at every step, drafted ones too. Its ``drafting()``, if it has that context
             manager, is open while steps are drafted, to freeze what a prediction should not change.
-        parallelism: N, gradients evaluated at once, at least 1. With 1 the run is the base optimizer's.
+        parallelism: N, gradients evaluated at once, at least 1.
+        stride: steps a round drafts at most for each gradient that it evaluates: K = N · stride steps, of which
+            those in between are taken on predictions. ``"auto"`` goes as far as predictions hold, up to 16; a
+            number is the bound; 1 takes no step without a gradient of its own, and with ``parallelism=1`` the
+            run is then the base optimizer's. Only evaluated steps draw a batch; schedules count steps.
         history_size: T0, pairs of iterate and gradient to predict from; by default 16 up to N = 8, else 32.
         estimator: predicts gradients; ``CommitteeEstimator()`` by default.
         acceptance: which steps are kept; ``WithinTolerance()`` by default.
@@ -105,6 +110,7 @@ class OptEx(OptimizerWrapper):
         base: Optimizer,
         *,
         parallelism: int = 4,
+        stride: float | Literal["auto"] = "auto",
         history_size: int | None = None,
         estimator: Estimator | None = None,
         acceptance: Acceptance | None = None,
@@ -124,6 +130,7 @@ class OptEx(OptimizerWrapper):
         self.parallelism = check_integer("OptEx", "parallelism", parallelism)
         size = default_history_size(parallelism) if history_size is None else history_size
         self.history_size = check_integer("OptEx", "history_size", size)
+        largest = read_stride(stride)
         check_parts(base, estimator, acceptance, evaluator, scheduler, model)
         check_choices(deterministic, gradient_hook, on_nonfinite)
         self.scheduler = scheduler
@@ -141,7 +148,9 @@ class OptEx(OptimizerWrapper):
         stepper = self._lay_out(evaluator, self._trainable())
         predictor = self._predictor(copy.deepcopy(estimator) or CommitteeEstimator(), stepper)
         acceptance = copy.deepcopy(acceptance) or WithinTolerance()
-        self._rounds = Rounds(stepper, predictor, acceptance, evaluator, self.parallelism, gradient_hook)
+        self._rounds = Rounds(
+            stepper, predictor, acceptance, evaluator, self.parallelism, Stride(largest), gradient_hook
+        )
 
     @classmethod
     def from_paper(

@@ -24,12 +24,16 @@ HANDICAP: Final = 0.2  # in nats of error
 
 
 def default_members() -> tuple[Estimator, ...]:
-    """Curl-free processes for gradients with kinks, for smooth ones and for two sizes of noise; hold-last."""
+    """Curl-free processes for gradients with kinks, for smooth ones and for three sizes of noise; hold-last.
+
+    The one for the most noise has a least-squares mean: the last gradient would bring its noise along.
+    """
     return (
         CurlFreeEstimator("matern-5/2", median_multiple=10.0, noise_variance=1e-6),
         CurlFreeEstimator("rbf", median_multiple=3.0, noise_variance=1e-9),
         CurlFreeEstimator("matern-5/2", median_multiple=10.0, noise_variance=1e-2),
         CurlFreeEstimator("matern-5/2", median_multiple=10.0, noise_variance=1e-1),
+        CurlFreeEstimator("matern-5/2", median_multiple=10.0, noise_variance=1.0, prior_mean="gls"),
         HoldLast(),
     )
 

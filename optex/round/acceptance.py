@@ -25,6 +25,7 @@ __all__ = [
 ]
 
 LEAST_AHEAD: Final = 4  # steps drafted under a lookahead, however few were kept
+EXTRAPOLATED: Final = 0.8  # of the tolerance, where no gradient was measured ahead
 NEAREST: Final = 3  # predictions a round that the tolerance learns from
 
 
@@ -37,6 +38,11 @@ class Acceptance(ABC):
     """
 
     keeps_window: bool = False
+
+    @property
+    def strides(self) -> bool:
+        """Whether it takes steps at which no gradient was evaluated."""
+        return False
 
     def evaluated(self, count: int) -> range:
         """Which of the ``count`` proxies need a true gradient; all of them unless a rule says otherwise."""
@@ -167,7 +173,7 @@ class WithinTolerance(Acceptance):
         adaptive: bool = True,
         error: float = 0.5,
         lowest: float = 0.1,
-        highest: float = 16.0,
+        highest: float = 32.0,
         absurd: float = 20.0,
         lookahead: float | None = None,
     ) -> None:
@@ -192,6 +198,11 @@ class WithinTolerance(Acceptance):
         self.absurd = absurd
         self.lookahead = lookahead
         self._kept: int | None = None  # steps of the last round
+        self._length = math.nan  # of a step in the last round, where only its first was evaluated
+
+    @property
+    def strides(self) -> bool:
+        return self.tolerance > 0
 
     def plausible(self, gradients: Tensor, space: VectorSpace) -> Tensor:
         norms = space.norms(gradients)
@@ -199,7 +210,7 @@ class WithinTolerance(Acceptance):
         return (norms <= longest) | ~norms[0].isfinite()  # then there is nothing to measure by
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tolerance": self.tolerance, "kept": self._kept}
+        return {"tolerance": self.tolerance, "kept": self._kept, "length": self._length}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         owner = "WithinTolerance.load_state_dict"
@@ -209,7 +220,10 @@ class WithinTolerance(Acceptance):
             raise ValueError(
                 f"{owner}: saved tolerance is {tolerance:g}, this rule's {self.tolerance:g}; 0 stays 0"
             )
-        self.tolerance, self._kept = tolerance, kept
+        length = saved_entry(owner, state, "length")
+        if not isinstance(length, float):
+            raise ValueError(f"{owner}: saved length must be a number, got {length!r:.60}")
+        self.tolerance, self._kept, self._length = tolerance, kept, length
 
     def ahead(self, parallelism: int) -> int:
         if self.lookahead is None or self._kept is None:
@@ -225,28 +239,36 @@ class WithinTolerance(Acceptance):
     def _take_steps(self, record: RoundRecord) -> int:
         stepper, space = record.stepper, record.space
         stepper.rewind()
-        before, shortest = record.proxies[0], None
-        posterior = record.posterior
-        origins = None if posterior is None else posterior.locate(record.proxies)
+        replay = _Replay(record)
         stepper.step(record.gradients[0])
-        for i in range(1, len(record.proxies)):
-            if not record.usable[i]:
+        row = 1  # the next that was evaluated
+        for position in range(1, record.steps):
+            here = stepper.point
+            if row < len(record.positions) and record.positions[row] == position:
+                gradient = replay.measured(here, row, self.tolerance) if record.usable[row] else None
+                row += 1
+            elif record.source.deterministic:
+                gradient = replay.corrected(here, self.tolerance)
+            else:
+                gradient = replay.predicted(here, self.absurd)
+            if gradient is None:
                 break
-            here, proxy = stepper.point, record.proxies[i]
-            step, gap = space.norms([here - before, here - proxy])
-            shortest = step if shortest is None else torch.minimum(step, shortest)
-            if not gap <= self.tolerance * shortest:
-                break
-            before = here
-            gradient = record.gradients[i]
-            if posterior is not None and origins is not None and gap > 0:
-                gradient = gradient + posterior.differences(posterior.locate(here[None]), origins[i])[0]
             stepper.step(gradient)
         if stepper.taken > 1 and not space.finite(stepper.point[None])[0]:
             # A correction went wrong; step 0 is exact, whatever the estimator said.
             stepper.rewind()
             stepper.step(record.gradients[0])
+        if len(record.positions) == 1:
+            self._length = float(space.norms([stepper.point - record.proxies[0]])[0]) / stepper.taken
         return stepper.taken
+
+    @staticmethod
+    def _steps_behind(record: RoundRecord, rows: list[int]) -> list[Tensor]:
+        """Mean steps of the draft from these rows to the next ones; zeros where there is no next row."""
+        if len(record.positions) == 1:
+            return [torch.zeros_like(record.proxies[row]) for row in rows]
+        proxies, positions = record.proxies, record.positions
+        return [(proxies[i + 1] - proxies[i]) / (positions[i + 1] - positions[i]) for i in rows]
 
     def _learn(self, record: RoundRecord) -> None:
         known = [
@@ -258,9 +280,10 @@ class WithinTolerance(Acceptance):
             return
         rows = [i for i, _ in known]
         gaps = record.drafted[rows] - record.gradients[rows]
-        walked = [record.proxies[i + 1] - record.proxies[i] for i in rows]
-        norms = record.space.norms([*walked, *gaps, *record.gradients[rows]])
+        norms = record.space.norms([*self._steps_behind(record, rows), *gaps, *record.gradients[rows]])
         lengths, wrong, true = norms.view(3, -1)
+        if len(record.positions) == 1:
+            lengths = torch.full_like(lengths, self._length)
         evidence = []
         for (_, distance), length, error in zip(known, lengths, wrong / true, strict=True):
             steps = float(distance / length)
@@ -272,6 +295,77 @@ class WithinTolerance(Acceptance):
         bearable = self.error * statistics.median(ratio for _, ratio in sorted(evidence)[:NEAREST])
         bearable = min(max(bearable, self.lowest), self.highest)
         self.tolerance = min(bearable, math.sqrt(self.tolerance * bearable))
+
+
+class _Replay:
+    """The gradients of a replay, and how long its steps are.
+
+    Every answer is None where the replay has to stop.
+    """
+
+    def __init__(self, record: RoundRecord) -> None:
+        self._record = record
+        self._posterior = record.posterior
+        self._origins = None if record.posterior is None else record.posterior.locate(record.proxies)
+        self._usable = [i for i, usable in enumerate(record.usable) if usable]
+        self._before = record.proxies[0]
+        self._shortest: Tensor | None = None  # []
+
+    def measured(
+        self,
+        here: Tensor,  # [d]
+        row: int,
+        tolerance: float,
+    ) -> Tensor | None:  # [d]
+        """Of a step that was evaluated: the gradient measured for it, corrected to where it is needed."""
+        step, gap = self._record.space.norms([here - self._before, here - self._record.proxies[row]])
+        return self._within(here, row, step, gap, tolerance)
+
+    def corrected(
+        self,
+        here: Tensor,  # [d]
+        tolerance: float,
+    ) -> Tensor | None:  # [d]
+        """Of any step on a deterministic objective: the gradient measured nearest, corrected.
+
+        With one gradient alone all steps extrapolate, and go ``EXTRAPOLATED`` as far.
+        """
+        gaps = [here - self._record.proxies[row] for row in self._usable]
+        step, *distances = self._record.space.norms([here - self._before, *gaps])
+        gap, row = min(zip(distances, self._usable, strict=True), key=lambda pair: float(pair[0]))
+        tolerance *= EXTRAPOLATED if len(self._usable) == 1 else 1.0
+        return self._within(here, row, step, gap, tolerance)
+
+    def _within(
+        self,
+        here: Tensor,  # [d]
+        row: int,
+        step: Tensor,  # []
+        gap: Tensor,  # []
+        tolerance: float,
+    ) -> Tensor | None:  # [d]
+        self._shortest = step if self._shortest is None else torch.minimum(step, self._shortest)
+        if not gap <= tolerance * self._shortest:
+            return None
+        self._before = here
+        gradient = self._record.gradients[row]
+        if self._posterior is not None and self._origins is not None and gap > 0:
+            here_seen = self._posterior.locate(here[None])
+            gradient = gradient + self._posterior.differences(here_seen, self._origins[row])[0]
+        return gradient
+
+    def predicted(
+        self,
+        here: Tensor,  # [d]
+        absurd: float,
+    ) -> Tensor | None:  # [d]
+        """Of a step that was not evaluated, where gradients are sampled: no minibatch's is better."""
+        if self._posterior is None:
+            return None
+        gradient = self._posterior.mean(here)
+        longest, *norms = self._record.space.norms([gradient, *self._record.gradients[self._usable]])
+        self._before = here
+        return gradient if longest <= absurd * max(norms) else None
 
 
 SELECTIONS: Final[dict[str, type[_Selection]]] = {

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from optex.estimators import Posterior
 from optex.round.report import RoundReport
+from optex.round.surprise import Surprises
 from optex.round.window import PlannedStep, Progress
 from optex.sources import GradientSource
 from optex.stepping import Buffers, GradientMask, Stepper
@@ -26,15 +27,18 @@ class RoundRecord:
     Attributes:
         number: rounds before this one.
         source: of the gradients.
-        window: the n steps drafted, the first not taken yet.
+        window: the n steps with a batch of their own, the first not taken yet.
+        steps: K >= n, drafted.
+        positions: n, which of the K those of the window are, the first 0.
         stepper: the base optimizer, marked at the round's start.
         space: where all vectors of the round live; lengths and finiteness are asked of it.
         buffers: what an evaluation changes beside the gradients; None where that is not known.
         undo: what takes the round back, in reverse; each entry is there before what it takes back begins.
 
-        **Draft.** proxies: [n, d], the points drafted; row 0 is the round's start.
-        drafted: [n - 1, d], the gradients predicted and used.
-        distances: n - 1 entries: the prediction distance [], how far from where its step was measured each
+        **Draft.** proxies: [n, d], the points drafted for the window's steps; row 0 is the round's start.
+        drafted: [n, d], the gradients predicted there; zeros where none was.
+        predicted: rows of ``drafted`` with a prediction.
+        distances: n entries: the prediction distance [], how far from where its step was measured each
             drafted gradient was predicted; None for a step that had not been measured.
         draft_mask: parameters that were stepped.
 
@@ -50,7 +54,8 @@ class RoundRecord:
         gradient_seconds: wall time of the evaluations.
         failed: index of the step whose loss or gradient ended the round; None where that was not it.
 
-        **Remember.** posterior: the estimator fitted to the history with this round's pairs in it; None where
+        **Remember.** surprises: what the gradients said of their predictions, with those of earlier rounds.
+        posterior: the estimator fitted to the history with this round's pairs in it; None where
             the acceptance does not ask it.
 
         **Replay.** accepted: steps kept.
@@ -61,6 +66,8 @@ class RoundRecord:
     number: int
     source: GradientSource
     window: Sequence[PlannedStep]
+    steps: int
+    positions: Sequence[int]
     stepper: Stepper
     space: VectorSpace
     buffers: Buffers | None
@@ -69,6 +76,7 @@ class RoundRecord:
 
     proxies: Tensor = field(init=False)
     drafted: Tensor = field(init=False)
+    predicted: list[int] = field(default_factory=list)
     distances: list[Tensor | None] = field(init=False)
     draft_mask: GradientMask = field(init=False)
 
@@ -85,6 +93,7 @@ class RoundRecord:
     gradient_seconds: float = 0.0
     failed: int | None = None
 
+    surprises: Surprises = field(default_factory=Surprises)
     posterior: Posterior | None = None
     accepted: int = 0
     after: Progress | None = None
@@ -100,18 +109,21 @@ class RoundRecord:
         return RoundReport(
             number=self.number,
             losses=self.losses,
+            drafted=self.steps,
             accepted=self.accepted,
             evaluated=self.evaluations,
+            stride=self.steps / len(self.window),
             dropped=tuple(i for i in self.evaluated if not self.usable[i] and i not in self.lost),
             retried=self.retried,
             lost=self.lost,
             relative_errors=self._relative_errors(),
+            prediction_error=self.surprises.relative_error,
             seconds=time.perf_counter() - self.started,
             gradient_seconds=self.gradient_seconds,
         )
 
     def _relative_errors(self) -> Tensor:  # [usable proxies but the last]
-        rows = [i for i in self.evaluated if i < len(self.drafted) and self.usable[i]]
+        rows = [i for i in self.predicted if i in self.evaluated and self.usable[i]]
         truth = self.gradients[rows]
         if not rows:
             return truth.new_empty(0)

@@ -17,26 +17,34 @@ class RoundReport:
     Attributes:
         number: rounds before this one.
         losses: [n], the losses measured at the proxies; NaN where none was.
-        accepted: steps of the base optimizer that the round kept, 1..N; 0 where the round's first step was
-            skipped because it was not finite.
-        evaluated: true gradients computed.
+        drafted: K, steps of the base optimizer that the round drafted.
+        accepted: those of them that it kept, 1..K; 0 where the round's first step was skipped because it was
+            not finite.
+        evaluated: true gradients computed, 1..N.
+        stride: K over the steps that were to be evaluated.
         dropped: indices of proxies whose loss or gradient was not finite or not plausible.
         retried: indices of proxies whose evaluation was lost at first (a worker that died, hung or failed).
         lost: those lost at the second try, too.
-        relative_errors: [n - 1], ``‖predicted - true‖ / ‖true‖`` at each proxy but the last, the evaluated
-            ones; empty where nothing was predicted.
+        relative_errors: ``‖predicted - measured‖ / ‖measured‖`` at every proxy at which a gradient was predicted
+            and measured, of sampled gradients with their noise: about 1 where that is large.
+        prediction_error: how wrong predictions are, ``‖μ - ∇F‖ / ‖∇F‖``, free of the noise of sampled gradients
+            (averaged over recent rounds) and noise-free anyway for deterministic ones; NaN where nothing is
+            known yet, infinite where successive gradients have nothing in common.
         seconds: wall time of the round.
         gradient_seconds: the part of it spent evaluating gradients.
     """
 
     number: int
     losses: Tensor
+    drafted: int
     accepted: int
     evaluated: int
+    stride: float
     dropped: tuple[int, ...]
     retried: tuple[int, ...]
     lost: tuple[int, ...]
     relative_errors: Tensor
+    prediction_error: float
     seconds: float
     gradient_seconds: float
 
@@ -47,18 +55,13 @@ class RoundReport:
         return float(measured[0]) if len(measured) else math.nan
 
     @property
-    def prediction_error(self) -> float:
-        """Mean relative error of the predicted gradients; NaN where nothing was predicted."""
-        return float(self.relative_errors.mean()) if len(self.relative_errors) else math.nan
-
-    @property
     def overhead_seconds(self) -> float:
         """Wall time beyond the gradients: predicting, stepping, remembering."""
         return self.seconds - self.gradient_seconds
 
     @property
     def break_even_seconds(self) -> float:
-        """How slow one gradient must be for the round to pay, if its N gradients take the time of one.
+        """How slow one gradient must be for the round to pay, if its gradients take the time of one.
 
         A round of k steps then takes the overhead and one gradient, vanilla k gradients: it pays where a
         gradient takes more than overhead / (k - 1). Infinite at k = 1.

@@ -2,72 +2,37 @@
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
 import torch
-from torch import Tensor
 
 from optex import linalg
-from optex.checks import saved_entry
 from optex.errors import NonFiniteError, NotDeterministicWarning, warn
 from optex.estimators import Posterior
 from optex.estimators.history import Locations
-from optex.evaluators import Evaluation, EvaluationRequest, Evaluator, RandomDraws
+from optex.evaluators import Evaluation, EvaluationRequest, RandomDraws
 from optex.evaluators.randomness import generator_states, set_generator_states
-from optex.round.acceptance import Acceptance
-from optex.round.predictor import Predictor
 from optex.round.record import RoundRecord
-from optex.round.saved import OWNER, load_generators, load_mask, load_progress
-from optex.round.window import BatchQueue, PlannedStep, Progress
+from optex.round.state import RunState
+from optex.round.stride import Stride
+from optex.round.surprise import Surprises
+from optex.round.window import PlannedStep
 from optex.sources import GradientSource
-from optex.stepping import Buffers, Stepper
+from optex.stepping import Buffers
 
 __all__ = ["Rounds"]
 
 _UNCHANGED: Final = "parameters and state are those of before the round"
 
 
-@dataclass
-class Rounds:
-    """The rounds of a run: what they work with, and how far they are.
+class Rounds(RunState):
+    """The rounds of a run, each told in its order: draft, evaluate, remember, replay, keep."""
 
-    Attributes:
-        stepper: the base optimizer, to be walked ahead and taken back.
-        predictor: of gradients.
-        acceptance: which steps are kept.
-        evaluator: of true gradients.
-        parallelism: N.
-        gradient_hook: changes every true gradient in place.
-        progress: how far the run is.
-        queue: batches drawn and not planned yet.
-        contradicted: a source that was declared deterministic answered differently at one point.
-    """
-
-    stepper: Stepper
-    predictor: Predictor
-    acceptance: Acceptance
-    evaluator: Evaluator
-    parallelism: int
-    gradient_hook: Callable[[], Any] | None
-
-    def __post_init__(self) -> None:
-        self.progress = Progress()
-        self.queue = BatchQueue()
-        self.contradicted = False
-        self.record: RoundRecord | None = None  # of the round under way, or the last one
-
-    def plan(self) -> tuple[PlannedStep, ...]:
-        """The window, with what waits in the queue as new steps behind it."""
-        new = self.queue.waiting(self.progress)
-        if new:
-            planned = self.queue.next_number(self.progress)
-            self.progress = replace(self.progress, window=(*self.progress.window, *new), planned=planned)
-        return self.progress.window
+    record: RoundRecord | None = None  # of the round under way, or the last one
 
     @torch.no_grad()
     def run(
@@ -90,10 +55,12 @@ class Rounds:
             NonFiniteError: the loss or gradient at the round's start, or the parameters at its end, are not
                 finite.
         """
+        window = self._ahead(source, window)
         record = RoundRecord(
             self.progress.rounds,
             source,
-            self._ahead(source, window),
+            window,
+            *self._layout(len(window)),
             self.stepper,
             self.stepper.vector.space,
             buffers,
@@ -135,52 +102,69 @@ class Rounds:
             return window[:1]  # with nothing to predict from, all would be one point and one gradient
         return window[: self.acceptance.ahead(self.parallelism)]
 
+    def _layout(self, count: int) -> tuple[int, list[int]]:
+        """How many steps the round drafts, and which of them are those that it evaluates."""
+        stride = self.progress.stride
+        if self._strides:
+            return stride.steps(count), stride.positions(count)
+        return count, list(range(count))
+
+    @property
+    def _strides(self) -> bool:
+        """Whether a round may take steps that it does not evaluate."""
+        return self.acceptance.strides and self.progress.stride.most > 1 and len(self.predictor.history) > 0
+
     # ------------------------------------------------------------------ draft
 
     def _draft(self, record: RoundRecord) -> None:
         """Walk ahead on predictions: ĝ_i = g_i + μ(y_i) - μ(x_i) where step i was measured, else μ(y_i)."""
         stepper, posterior, window = self.stepper, self.predictor.posterior(), record.window
-        vector = stepper.vector
+        vector, last = stepper.vector, record.positions[-1]
         record.proxies = torch.empty(len(window), vector.space.width, dtype=vector.dtype, device=vector.device)
-        record.drafted = torch.zeros_like(record.proxies[1:])
-        record.distances = [None] * len(record.drafted)
+        record.drafted = torch.zeros_like(record.proxies)
+        record.distances = [None] * len(window)
         record.draft_mask = stepper.mask
         record.proxies[0] = stepper.point
-        origins = _locate_measured(window, posterior)
+        origins, row = _locate_measured(window, posterior), 0
         with stepper.drafting():
-            for i, planned in enumerate(window[:-1]):
-                if posterior is not None:
-                    here = posterior.locate(record.proxies[i : i + 1])
-                    record.drafted[i], record.distances[i] = self._predict(
-                        planned, posterior, here, origins.get(i), nearest=record.source.deterministic
-                    )
-                elif planned.measured is not None:
-                    record.drafted[i] = planned.measured[1]
-                stepper.step(record.drafted[i])
-                record.proxies[i + 1] = stepper.point
+            for position in range(last):
+                if record.positions[row] == position:
+                    self._predict(record, row, posterior, origins.get(row))
+                    gradient = record.drafted[row]
+                    row += 1
+                else:
+                    assert posterior is not None  # or no step would be without an evaluation
+                    gradient = posterior.mean(stepper.point)
+                stepper.step(gradient)
+                if record.positions[row] == position + 1:
+                    record.proxies[row] = stepper.point
+        if not last and self._strides:  # nothing to draft: predicted to see how well that goes
+            self._predict(record, 0, posterior, origins.get(0))
         self._measure_distances(record)
 
     def _predict(
-        self,
-        planned: PlannedStep,
-        posterior: Posterior,
-        here: Locations,
-        origin: Locations | None,
-        *,
-        nearest: bool,
-    ) -> tuple[Tensor, Tensor | None]:  # [d], []
-        """A drafted gradient; for a deterministic source also how far the nearest pair is."""
-        if planned.measured is not None and origin is not None:
-            return planned.measured[1] + posterior.differences(here, origin)[0], None
-        gradient = posterior.means(here)[0]
-        if not nearest:  # a pair of another minibatch is no measurement of this step
-            return gradient, None
-        return gradient, here.squared_distances[0, self.predictor.history.representatives].min().sqrt()
+        self, record: RoundRecord, row: int, posterior: Posterior | None, origin: Locations | None
+    ) -> None:
+        """The drafted gradient of a row; for a deterministic source also how far the nearest pair is."""
+        measured = record.window[row].measured
+        if posterior is None:
+            if measured is not None:
+                record.drafted[row] = measured[1]
+            return
+        record.predicted.append(row)
+        here = posterior.locate(record.proxies[row : row + 1])
+        if measured is not None and origin is not None:
+            record.drafted[row] = measured[1] + posterior.differences(here, origin)[0]
+            return
+        record.drafted[row] = posterior.means(here)[0]
+        if record.source.deterministic:  # else a pair of another minibatch is no measurement of this step
+            nearest = here.squared_distances[0, self.predictor.history.representatives].min()
+            record.distances[row] = nearest.sqrt()
 
     @staticmethod
     def _measure_distances(record: RoundRecord) -> None:
         """From where they were measured, for the steps of earlier rounds; all found at once."""
-        held = {i: step.measured[0] for i, step in enumerate(record.window[:-1]) if step.measured is not None}
+        held = {row: step.measured[0] for row in record.predicted if (step := record.window[row]).measured}
         if held:
             gaps = record.space.norms([record.proxies[i] - point for i, point in held.items()])
             for i, gap in zip(held, gaps, strict=True):
@@ -270,6 +254,7 @@ class Rounds:
     def _remember(self, record: RoundRecord) -> None:
         """The usable pairs go into the history, after it was judged how well they had been predicted."""
         rows = [i for i, usable in enumerate(record.usable) if usable]
+        record.surprises = self._surprises(record)
         record.undo.append(partial(self.predictor.take_back, self.predictor.before_remembering(len(rows))))
         self.predictor.remember(
             record.proxies[rows],
@@ -278,6 +263,23 @@ class Rounds:
             [record.window[i].measured for i in rows],
         )
         record.posterior = self.predictor.posterior() if self.acceptance.keeps_window else None
+
+    def _surprises(self, record: RoundRecord) -> Surprises:
+        """What the measured gradients say of their predictions."""
+        history, known = self.predictor.history, self.progress.surprises
+        rows = [i for i in record.predicted if record.usable[i]]
+        if record.source.deterministic:
+            return known.compared(record.space, record.drafted[rows], record.gradients[rows]) if rows else known
+        # What had been measured with the same minibatch before is in the history, noise and all.
+        rows = [i for i in rows if record.window[i].measured is None]
+        usable = [i for i, flag in enumerate(record.usable) if flag]
+        if not rows:
+            return known
+        measured, places = record.gradients[usable], [usable.index(i) for i in rows]
+        if len(usable) == 1:  # the neighbour is the last round's
+            newest = history.gradients[history.newest].to(measured.device, measured.dtype)
+            measured, places = torch.stack([newest, measured[0]]), [1]
+        return known.averaged(record.space, record.drafted[rows], measured, places)
 
     # ------------------------------------------------------------------ replay
 
@@ -302,13 +304,26 @@ class Rounds:
         """Steps taken leave the window, others keep what was measured for them. The commit is last."""
         accepted = record.accepted
         if record.buffers is not None and record.buffers_after is not None:
-            record.buffers.write(record.buffers_after[accepted - 1 - record.evaluated.start])
+            measured = [i for i in record.evaluated if record.positions[i] < accepted]
+            record.buffers.write(record.buffers_after[measured[-1] - record.evaluated.start])
         steps_taken = self.progress.steps_taken + accepted
-        after = replace(self.progress, rounds=record.number + 1, steps_taken=steps_taken)
+        after = replace(
+            self.progress,
+            rounds=record.number + 1,
+            steps_taken=steps_taken,
+            surprises=record.surprises,
+            stride=self._next_stride(record),
+        )
         if self._is_planned(record):
             after = replace(after, window=self._left(record))
         record.after = after
         self.progress = after
+
+    def _next_stride(self, record: RoundRecord) -> Stride:
+        stride, deterministic = self.progress.stride, record.source.deterministic
+        if not self._strides or not record.predicted:
+            return stride
+        return stride.after(len(record.window), record.accepted, record.surprises, deterministic=deterministic)
 
     def _is_planned(self, record: RoundRecord) -> bool:
         """Whether the steps are those of the progress's window, and not of a closure, which has none."""
@@ -321,7 +336,7 @@ class Rounds:
             # Copies, or a row would hold all rows.
             replace(step, measured=(record.proxies[i].clone(), record.gradients[i].clone()) if usable else None)
             for i, (step, usable) in enumerate(zip(record.window, record.usable, strict=True))
-            if i >= record.accepted
+            if record.positions[i] >= record.accepted
         ]
         return (*measured, *self.progress.window[len(record.window) :])
 
@@ -332,14 +347,6 @@ class Rounds:
             left = (*window[: record.failed], *window[record.failed + 1 :])
             self.progress = replace(self.progress, window=left)
 
-    def plain_step(self) -> None:
-        """One step of the base optimizer with the gradients that are there, after the hook."""
-        if self.gradient_hook is not None:
-            with torch.enable_grad():
-                self.gradient_hook()
-        self.stepper.step_with_current_gradients()
-        self.progress = replace(self.progress, steps_taken=self.progress.steps_taken + 1)
-
     def skip(self) -> RoundRecord:
         """Count the round that failed as one that kept nothing."""
         record = self.record
@@ -348,79 +355,6 @@ class Rounds:
         record.accepted = 0
         self.progress = replace(self.progress, rounds=record.number + 1)
         return record
-
-    # ------------------------------------------------------------------ saved states
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that the rounds to come depend on, but for the base optimizer's own state."""
-        whole = self.stepper.vector.space.whole
-        steps = (*self.progress.window, *self.queue.waiting(self.progress))
-        return {
-            **self.predictor.state_dict(),
-            "window": [
-                (
-                    step.batch,
-                    step.number,
-                    None if step.measured is None else (whole(step.measured[0]), whole(step.measured[1])),
-                    step.draws.state,
-                )
-                for step in steps
-            ],
-            "acceptance": self.acceptance.state_dict(),
-            "evaluator": self.evaluator.state_dict(),
-            "random": generator_states(),
-            "mask": list(self.stepper.mask),
-            "rounds": self.progress.rounds,
-            "steps_taken": self.progress.steps_taken,
-            "batches_drawn": self.queue.next_number(self.progress),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there; the saved state is checked, and all is built aside before anything changes.
-
-        What ``held`` gave before puts the rest back, should this be interrupted while it takes over.
-
-        Raises:
-            ValueError: it is not what ``state_dict`` saves, or of another history, estimator or acceptance.
-        """
-        predictor = self.predictor.loaded(state)
-        progress = load_progress(state, self.stepper.vector)
-        mask = load_mask(state, len(self.stepper.mask))
-        random = load_generators(state)
-        acceptance = copy.deepcopy(self.acceptance)
-        acceptance.load_state_dict(saved_entry(OWNER, state, "acceptance"))
-        self.evaluator.load_state_dict(saved_entry(OWNER, state, "evaluator"))
-        self.predictor, self.acceptance, self.stepper.mask = predictor, acceptance, mask
-        set_generator_states(random)
-        self.queue.clear()
-        self.progress = progress
-
-    def held(self) -> Callable[[], None]:
-        """What puts the rounds back to where they are now."""
-        parts = self.predictor, self.acceptance, self.stepper.mask, self.progress
-        queue, evaluator, random = copy.copy(self.queue), self.evaluator.state_dict(), generator_states()
-        put_stepper_back = self.stepper.held()
-
-        def put_back() -> None:
-            self.predictor, self.acceptance, self.stepper.mask, self.progress = parts
-            self.queue = queue
-            self.evaluator.load_state_dict(evaluator)
-            set_generator_states(random)
-            put_stepper_back()
-
-        return put_back
-
-    def forget(self) -> None:
-        """Start with an empty history and window; the steps taken stay counted."""
-        self.predictor = Predictor(self.predictor.estimator, self.predictor.history.like())
-        self.queue.clear()
-        self.progress = replace(self.progress, window=())
-
-    def lay_out_anew(self, stepper: Stepper, predictor: Predictor) -> None:
-        """Go on with vectors of another length: what was measured along the old ones is of no use."""
-        self.stepper, self.predictor = stepper, predictor
-        window = tuple(replace(step, measured=None) for step in self.progress.window)
-        self.progress = replace(self.progress, window=window)
 
 
 def _locate_measured(window: Sequence[PlannedStep], posterior: Posterior | None) -> dict[int, Locations]:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from optex.checks import saved_entry, saved_integer
 from optex.evaluators import RandomDraws
+from optex.round.stride import Stride
+from optex.round.surprise import Surprises
 from optex.round.window import PlannedStep, Progress
 from optex.stepping import GradientMask, ParameterVector
 
@@ -17,7 +19,7 @@ __all__ = ["OWNER", "load_generators", "load_mask", "load_progress"]
 OWNER: Final = "OptEx.load_state_dict"
 
 
-def load_progress(state: Any, vector: ParameterVector) -> Progress:
+def load_progress(state: Any, vector: ParameterVector, stride: Stride) -> Progress:
     """How far the run was, and its window.
 
     Raises:
@@ -33,7 +35,9 @@ def load_progress(state: Any, vector: ParameterVector) -> Progress:
     numbers = [step.number for step in steps_ahead if step.number is not None]
     if numbers != sorted(set(numbers)) or any(number >= drawn for number in numbers):
         raise ValueError(f"{OWNER}: saved window has batches {numbers} of {drawn} drawn; they do not fit")
-    return Progress(rounds, steps, drawn, steps_ahead)
+    surprises = Surprises.loaded(saved_entry(OWNER, state, "surprises"))
+    stride = stride.loaded(saved_entry(OWNER, state, "stride"))
+    return Progress(rounds, steps, drawn, steps_ahead, surprises, stride)
 
 
 def _load_step(i: int, entry: Any, vector: ParameterVector) -> PlannedStep:

@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from optex.evaluators import RandomDraws
+from optex.round.stride import Stride
+from optex.round.surprise import Surprises
 
 __all__ = ["BatchQueue", "PlannedStep", "Progress"]
 
@@ -41,12 +43,16 @@ class Progress:
         steps_taken: of the base optimizer.
         planned: batches that became planned steps, those taken among them.
         window: the planned steps that are not taken yet.
+        surprises: what measured gradients said of their predictions.
+        stride: steps that the next round drafts for each gradient.
     """
 
     rounds: int = 0
     steps_taken: int = 0
     planned: int = 0
     window: tuple[PlannedStep, ...] = ()
+    surprises: Surprises = field(default_factory=Surprises)
+    stride: Stride = field(default_factory=Stride)
 
 
 class BatchQueue:

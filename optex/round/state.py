@@ -1,0 +1,141 @@
+"""What a run of rounds consists of and how far it is: what a checkpoint saves and a failed load puts back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import InitVar, dataclass, replace
+from typing import Any
+
+import torch
+
+from optex.checks import saved_entry
+from optex.evaluators import Evaluator
+from optex.evaluators.randomness import generator_states, set_generator_states
+from optex.round.acceptance import Acceptance
+from optex.round.predictor import Predictor
+from optex.round.saved import OWNER, load_generators, load_mask, load_progress
+from optex.round.stride import Stride
+from optex.round.window import BatchQueue, PlannedStep, Progress
+from optex.stepping import Stepper
+
+__all__ = ["RunState"]
+
+
+@dataclass
+class RunState:
+    """What the rounds of a run work with, and how far they are.
+
+    Attributes:
+        stepper: the base optimizer, to be walked ahead and taken back.
+        predictor: of gradients.
+        acceptance: which steps are kept.
+        evaluator: of true gradients.
+        parallelism: N.
+        gradient_hook: changes every true gradient in place.
+        progress: how far the run is.
+        queue: batches drawn and not planned yet.
+        contradicted: a source that was declared deterministic answered differently at one point.
+    """
+
+    stepper: Stepper
+    predictor: Predictor
+    acceptance: Acceptance
+    evaluator: Evaluator
+    parallelism: int
+    stride: InitVar[Stride]
+    gradient_hook: Callable[[], Any] | None
+
+    def __post_init__(self, stride: Stride) -> None:
+        self.progress = Progress(stride=stride)
+        self.queue = BatchQueue()
+        self.contradicted = False
+
+    def plan(self) -> tuple[PlannedStep, ...]:
+        """The window, with what waits in the queue as new steps behind it."""
+        new = self.queue.waiting(self.progress)
+        if new:
+            planned = self.queue.next_number(self.progress)
+            self.progress = replace(self.progress, window=(*self.progress.window, *new), planned=planned)
+        return self.progress.window
+
+    def plain_step(self) -> None:
+        """One step of the base optimizer with the gradients that are there, after the hook."""
+        if self.gradient_hook is not None:
+            with torch.enable_grad():
+                self.gradient_hook()
+        self.stepper.step_with_current_gradients()
+        self.progress = replace(self.progress, steps_taken=self.progress.steps_taken + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the rounds to come depend on, but for the base optimizer's own state."""
+        whole = self.stepper.vector.space.whole
+        steps = (*self.progress.window, *self.queue.waiting(self.progress))
+        return {
+            **self.predictor.state_dict(),
+            "window": [
+                (
+                    step.batch,
+                    step.number,
+                    None if step.measured is None else (whole(step.measured[0]), whole(step.measured[1])),
+                    step.draws.state,
+                )
+                for step in steps
+            ],
+            "acceptance": self.acceptance.state_dict(),
+            "surprises": self.progress.surprises.state_dict(),
+            "stride": self.progress.stride.state_dict(),
+            "evaluator": self.evaluator.state_dict(),
+            "random": generator_states(),
+            "mask": list(self.stepper.mask),
+            "rounds": self.progress.rounds,
+            "steps_taken": self.progress.steps_taken,
+            "batches_drawn": self.queue.next_number(self.progress),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there; the saved state is checked, and all is built aside before anything changes.
+
+        What ``held`` gave before puts the rest back, should this be interrupted while it takes over.
+
+        Raises:
+            ValueError: it is not what ``state_dict`` saves, or of another history, estimator or acceptance.
+        """
+        predictor = self.predictor.loaded(state)
+        progress = load_progress(state, self.stepper.vector, self.progress.stride)
+        mask = load_mask(state, len(self.stepper.mask))
+        random = load_generators(state)
+        acceptance = copy.deepcopy(self.acceptance)
+        acceptance.load_state_dict(saved_entry(OWNER, state, "acceptance"))
+        self.evaluator.load_state_dict(saved_entry(OWNER, state, "evaluator"))
+        self.predictor, self.acceptance, self.stepper.mask = predictor, acceptance, mask
+        set_generator_states(random)
+        self.queue.clear()
+        self.progress = progress
+
+    def held(self) -> Callable[[], None]:
+        """What puts the rounds back to where they are now."""
+        parts = self.predictor, self.acceptance, self.stepper.mask, self.progress
+        queue, evaluator, random = copy.copy(self.queue), self.evaluator.state_dict(), generator_states()
+        put_stepper_back = self.stepper.held()
+
+        def put_back() -> None:
+            self.predictor, self.acceptance, self.stepper.mask, self.progress = parts
+            self.queue = queue
+            self.evaluator.load_state_dict(evaluator)
+            set_generator_states(random)
+            put_stepper_back()
+
+        return put_back
+
+    def forget(self) -> None:
+        """Start with an empty history and window; the steps taken stay counted."""
+        self.predictor = Predictor(self.predictor.estimator, self.predictor.history.like())
+        self.queue.clear()
+        self.progress = replace(self.progress, window=())
+
+    def lay_out_anew(self, stepper: Stepper, predictor: Predictor) -> None:
+        """Go on with vectors of another length: what was measured along the old ones is of no use."""
+        self.stepper, self.predictor = stepper, predictor
+        window = tuple(replace(step, measured=None) for step in self.progress.window)
+        self.progress = replace(self.progress, window=window)

@@ -1,0 +1,111 @@
+"""The stride: how many steps a round drafts for every gradient that it evaluates."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any, Final, Literal
+
+from optex.checks import saved_number
+from optex.round.surprise import Surprises
+
+__all__ = ["LARGEST", "Stride", "read_stride"]
+
+LARGEST: Final = 16.0  # for "auto"
+# While predictions hold:
+GROWTH: Final = 3.0
+SAMPLED_GROWTH: Final = 1.25
+SHRINKING: Final = 1.5
+WHOLE: Final = 0.9  # of the drafted steps kept: as good as all
+# Squared relative errors of a prediction used for many steps, where gradients are sampled:
+HARMLESS: Final = 0.25
+LARGEST_ERROR: Final = 0.7
+SLACK: Final = 1.3  # between growing and shrinking
+
+
+def read_stride(stride: float | Literal["auto"]) -> float:
+    """The largest stride of the argument ``stride``.
+
+    Raises:
+        TypeError, ValueError: it is none.
+    """
+    if stride == "auto":
+        return LARGEST
+    if isinstance(stride, bool) or not isinstance(stride, Real):
+        raise TypeError(
+            "OptEx: stride must be 'auto', or how many steps a round drafts at most for each gradient that it "
+            f"evaluates (1: none on predictions alone), got {stride!r}"
+        )
+    if not 1 <= float(stride) < math.inf:
+        raise ValueError(f"OptEx: stride must be 'auto' or a finite number of at least 1, got {stride}")
+    return float(stride)
+
+
+@dataclass(frozen=True)
+class Stride:
+    """Drafted steps per gradient evaluated; a round replaces it as a whole.
+
+    It grows while rounds are kept whole and predictions hold, and shrinks to what was kept. With deterministic
+    gradients the acceptance knows what can be kept. With sampled ones nothing can be measured of a step that
+    is not evaluated, and what noise is left in a prediction is the same in all the K steps that use it, where
+    that of K gradients would average out. With e² = ‖μ - ∇F‖² / ‖∇F‖² and s² = E‖g - ∇F‖² / ‖∇F‖²
+    (:class:`Surprises`) K predictions are off by K² e², K gradients by K s²: the stride grows where
+
+        e² ≤ min(HARMLESS + s² / K, LARGEST_ERROR)
+
+    and shrinks where e² is ``SLACK`` times that.
+
+    Attributes:
+        most: the largest.
+        value: of the next round, 1 to ``most``.
+    """
+
+    most: float = LARGEST
+    value: float = 1.0
+
+    def steps(self, count: int) -> int:
+        """How many steps a round drafts that evaluates ``count`` of them.
+
+        >>> Stride(value=2.5).steps(3)
+        7
+        """
+        return max(count, int(count * self.value))
+
+    def positions(self, count: int) -> list[int]:
+        """Which of its steps a round evaluates: the first, and others spread evenly up to the last.
+
+        >>> Stride(value=3.0).positions(4), Stride(value=3.0).positions(1)
+        ([0, 4, 7, 11], [0])
+        """
+        last = self.steps(count) - 1
+        return [round(i * last / (count - 1)) for i in range(count)] if count > 1 else [0]
+
+    def after(self, count: int, kept: int, surprises: Surprises, *, deterministic: bool) -> Stride:
+        """The stride behind a round that evaluated ``count`` of its steps and kept ``kept``."""
+        value = self.value
+        whole = kept >= WHOLE * self.steps(count)
+        if deterministic:
+            value = GROWTH * value if whole else min(value, kept / count)
+        else:
+            error = surprises.relative_error**2
+            bearable = min(HARMLESS + surprises.relative_noise / value, LARGEST_ERROR)
+            if error > SLACK * bearable:
+                value /= SHRINKING
+            elif error <= bearable:
+                value *= SAMPLED_GROWTH
+            if not whole:
+                value = min(value, kept / count)
+        return replace(self, value=min(max(value, 1.0), self.most))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its value."""
+        return {"value": self.value}
+
+    def loaded(self, state: dict[str, Any]) -> Stride:
+        """With a saved value, as far as this one's bound allows.
+
+        Raises:
+            ValueError: it is not what ``state_dict`` saves.
+        """
+        return replace(self, value=min(saved_number("Stride.loaded", state, "value", least=1), self.most))
