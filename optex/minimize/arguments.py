@@ -8,7 +8,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, fields
 from functools import partial
 from numbers import Real
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from torch import nn
 from torch.optim import Optimizer
@@ -37,6 +37,7 @@ class Settings:
     optimizer: str | Callable[..., Optimizer]
     lr: float | None
     parallelism: int
+    stride: float | Literal["auto"]
     history_size: int | None
     estimator: Estimator | None
     acceptance: Acceptance | None

@@ -32,6 +32,7 @@ def minimize(
     optimizer: str | Callable[..., Optimizer] = "adam",
     lr: float | None = None,
     parallelism: int = 4,
+    stride: float | Literal["auto"] = "auto",
     history_size: int | None = None,
     estimator: Estimator | None = None,
     acceptance: Acceptance | None = None,
@@ -84,7 +85,7 @@ def minimize(
         lr: its learning rate, kept as it is. None: chosen and adapted as above where ``optimizer`` is a name
             and there is no ``scheduler``. A scheduler rules what ``default_rate`` begins with; a function's
             optimizer has the rate that it was built with.
-        parallelism, history_size, estimator, acceptance: as in :class:`~optex.OptEx`.
+        parallelism, stride, history_size, estimator, acceptance: as in :class:`~optex.OptEx`.
         evaluator: how the N gradients of a round are computed: ``"sequential"`` (default), ``"vectorized"``
             (``jac=None`` only: ``fun`` goes through ``torch.func.vmap``), or an :class:`~optex.Evaluator`; of a
             ``VectorizedEvaluator`` ``chunk_size`` and ``randomness`` are used, its model is not.
@@ -139,6 +140,7 @@ def minimize(
     wrapper = OptEx(
         base,
         parallelism=settings.parallelism,
+        stride=settings.stride,
         history_size=settings.history_size,
         estimator=settings.estimator,
         acceptance=settings.acceptance,
