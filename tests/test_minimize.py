@@ -95,14 +95,14 @@ def test_parallelism_of_one_is_the_plain_loop_bit_for_bit(
         torch_rosen(theta).backward()
         base.step()
     recorded = Recorded(torch_rosen)
-    optex.minimize(recorded, start, optimizer=name, lr=0.002, parallelism=1, maxiter=30, **options)
+    optex.minimize(recorded, start, optimizer=name, lr=0.002, parallelism=1, stride=1, maxiter=30, **options)
     assert torch.equal(torch.stack(recorded.points), torch.stack(expected))
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_every_named_optimizer_descends(name: str) -> None:
     start = torch.full((2, 2), 1.5, dtype=torch.float64)  # Muon wants matrices
-    result = optex.minimize(sphere, start, optimizer=name, lr=0.01, maxiter=5)
+    result = optex.minimize(sphere, start, optimizer=name, lr=0.01, stride=1, maxiter=5)
     assert result.fun < sphere(start)
     assert 5 <= result.nstep <= 20
 
@@ -121,7 +121,7 @@ def test_scheduler_ticks_once_a_step() -> None:
         schedule.step()
     options: dict[str, Any] = {"lr": 0.01, "scheduler": halved}
     alone = Recorded(torch_rosen)
-    optex.minimize(alone, START, parallelism=1, maxiter=40, **options)
+    optex.minimize(alone, START, parallelism=1, stride=1, maxiter=40, **options)
     np.testing.assert_array_equal(alone.points[-1], theta.detach().numpy())
 
 
@@ -184,6 +184,7 @@ def test_reaches_the_minimum_in_fewer_rounds_than_steps(jac: Any) -> None:
 @given(
     maxiter=st.integers(1, 8),
     parallelism=st.integers(1, 6),
+    stride=st.sampled_from([1, 4]),
     lr=st.sampled_from([1e-3, 0.05, 1.0]),
     optimizer=st.sampled_from(["adam", "adamw", "rprop", "adafactor"]),
     start=st.lists(st.floats(-2, 2, width=16), min_size=2, max_size=5),
@@ -199,6 +200,7 @@ def test_result_is_the_lowest_point_evaluated(
         optimizer=optimizer,
         lr=lr,
         parallelism=parallelism,
+        stride=stride,
         maxiter=maxiter,
         gtol=0,
     )
@@ -206,7 +208,7 @@ def test_result_is_the_lowest_point_evaluated(
     assert result.fun == min(values) == rosen(result.x)
     assert np.array_equal(result.jac, rosen_der(result.x))
     assert result.nfev == len(values) <= parallelism * result.nit
-    assert result.nit <= result.nstep <= parallelism * result.nit
+    assert result.nit <= result.nstep <= parallelism * stride * result.nit
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -259,6 +261,16 @@ def test_arguments_reach_fun_and_jac() -> None:
 def test_gradient_may_be_a_list_or_a_number_or_a_tensor(gradient: Callable[..., Any]) -> None:
     result = optex.minimize(lambda x: x**2, [1.0], jac=gradient, maxiter=1)
     assert (result.fun, result.jac[0]) == (1.0, 2.0)
+
+
+def test_strides_take_more_steps_than_gradients() -> None:
+    long, short = (
+        optex.minimize(rosen, [-1.2, 1.0], jac=rosen_der, lr=0.02, maxiter=30, stride=stride)
+        for stride in ("auto", 1)
+    )
+    assert long.nstep > 2 * long.nfev
+    assert short.nstep <= short.nfev
+    assert long.fun < short.fun
 
 
 # ---------------------------------------------------------------------- fun is a guest
@@ -358,7 +370,7 @@ def test_run_that_leaves_the_finite_numbers_keeps_the_best_point(parallelism: in
     def cliff(x: Tensor) -> Tensor:
         return torch.where(x < 30, -x, torch.full_like(x, math.nan)).sum()
 
-    result = optex.minimize(cliff, [0.0], optimizer="sgd", lr=1.0, parallelism=parallelism)
+    result = optex.minimize(cliff, [0.0], optimizer="sgd", lr=1.0, parallelism=parallelism, stride=1)
     assert (result.status, result.success) == (2, False)
     assert "precision loss" in result.message
     assert "not finite" in result.message
@@ -667,6 +679,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "options method": ({"options": {"method": "BFGS"}}, TypeError, "no option 'method'"),
     "disp": ({"disp": "yes"}, TypeError, "disp must be True or False, got 'yes'"),
     "parallelism": ({"parallelism": 0}, ValueError, "parallelism must be an integer of at least 1, got 0"),
+    "stride": ({"stride": 0.5}, ValueError, "stride must be 'auto' or a finite number of at least 1, got 0.5"),
     "history_size": ({"history_size": 0}, ValueError, "history_size must be an integer of at least 1"),
     "estimator": ({"estimator": "gp"}, TypeError, "estimator must be"),
     "acceptance": ({"acceptance": "last"}, TypeError, "acceptance must be"),

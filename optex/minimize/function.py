@@ -52,9 +52,9 @@ def minimize(
     """Minimise a function by rounds of ``parallelism`` steps of a first-order optimizer.
 
     The run is that of ``OptEx(optimizer([x], lr=lr), parallelism=N)``. Round t starts at x_{t,0} = x_{t-1},
-    drafts x_{t,i+1} = step(x_{t,i}, ĝ_{t,i}) on gradients predicted from those seen so far, evaluates
-    f and ∇f at x_{t,0}, ..., x_{t,N-1} at once, and advances by the 1..N steps that ``acceptance`` keeps.
-    It stops at a point x evaluated in round t with
+    drafts x_{t,i+1} = step(x_{t,i}, ĝ_{t,i}) on gradients predicted from those seen so far, evaluates f and ∇f
+    at x_{t,0} and up to N - 1 later ones at once, and advances by those of its K = N · stride steps that
+    ``acceptance`` keeps, one at least. It stops at a point x evaluated in round t with
 
         ‖∇f(x)‖_∞ ≤ gtol  and  f(x) ≤ f(x_{t,0})              x_{t,0} itself is one
         |f(x_{t,0}) - f(x_{t-1,0})| ≤ ftol · max(|f(x_{t,0})|, |f(x_{t-1,0})|, 1)
