@@ -190,7 +190,7 @@ def test_reaches_the_minimum_in_fewer_rounds_than_steps(jac: Any) -> None:
     start=st.lists(st.floats(-2, 2, width=16), min_size=2, max_size=5),
 )
 def test_result_is_the_lowest_point_evaluated(
-    maxiter: int, parallelism: int, lr: float, optimizer: str, start: list[float]
+    maxiter: int, parallelism: int, stride: float, lr: float, optimizer: str, start: list[float]
 ) -> None:
     recorded = Recorded(rosen)
     result = optex.minimize(

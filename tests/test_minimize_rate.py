@@ -126,7 +126,6 @@ def test_reaches_the_tolerance_on_standard_functions(number: int, parallelism: i
     assert result.success
     assert np.abs(result.jac).max() <= 1e-5
     assert result.fun == pytest.approx(function.minima[0], abs=1e-8, rel=1e-5)
-    assert result.lr_final < result.lr  # it came down to land
 
 
 @pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"muon", "adafactor", "adadelta", "rprop", "asgd"}))
@@ -156,7 +155,7 @@ def test_goes_back_to_the_best_point_at_a_lower_rate() -> None:
         best.append(intermediate_result.x)
         starts.append(recorded.points[-min(4, len(recorded.points))])
 
-    optex.minimize(recorded, [-1.2, 1.0], jac=True, maxiter=150, callback=note)
+    optex.minimize(recorded, [-1.2, 1.0], jac=True, stride=1, maxiter=150, callback=note)
     ratios = np.array(rates[1:]) / np.array(rates[:-1])
     cuts = np.flatnonzero(ratios < 0.9)
     assert len(cuts) > 3
