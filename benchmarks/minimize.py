@@ -115,8 +115,8 @@ def measure() -> None:
                 {"number": function.number, "function": function.name, "method": method, **run(function)}
             )
             print({key: runs[-1][key] for key in ("number", "method", "reached", "rounds", "fun")}, flush=True)
-        document = {"meta": describe(), "runs": runs}
-        PATH.write_text(json.dumps(finite_or_null(document), indent=1) + "\n")
+            document = {"meta": describe(), "runs": runs}
+            PATH.write_text(json.dumps(finite_or_null(document), indent=1) + "\n")
 
 
 def describe() -> dict[str, Any]:
@@ -135,8 +135,15 @@ def describe() -> dict[str, Any]:
 
 
 def report() -> None:
-    """Fill the pages from what was measured."""
+    """Fill the pages from what was measured.
+
+    Raises:
+        SystemExit: runs are missing.
+    """
     runs = json.loads(PATH.read_text())["runs"]
+    missing = len(METHODS) * len(FUNCTIONS) - len(runs)
+    if missing:
+        raise SystemExit(f"{PATH} lacks {missing} runs; python benchmarks/minimize.py makes them")
     summary = summary_table(runs)
     fill(PATH.with_name("README.md"), {"summary": summary, "functions": function_table(runs)})
     fill(ROOT / "results" / "README.md", {"minimize": summary})
