@@ -60,7 +60,7 @@ def test_tolerance_zero_is_vanilla_bit_for_bit(name, parallelism):
 def test_windows_keep_batches_in_order_and_take_all_of_them():
     seen, model = [], network()
     batches = regression_batches(30)
-    optimizer = OptEx(torch.optim.Adam(model.parameters(), lr=0.01), parallelism=4)
+    optimizer = OptEx(torch.optim.Adam(model.parameters(), lr=0.01), parallelism=4, stride=1)
     error = squared_error(model)
 
     def objective(item):
@@ -80,7 +80,7 @@ def test_windows_keep_batches_in_order_and_take_all_of_them():
 def test_a_perfect_estimate_is_replayed_whole():
     theta = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
     slope = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    optimizer = OptEx(torch.optim.SGD([theta], lr=0.1), parallelism=5, deterministic=True)
+    optimizer = OptEx(torch.optim.SGD([theta], lr=0.1), parallelism=5, stride=1, deterministic=True)
     taken = [r.accepted for r in optimizer.rounds([None] * 25, lambda _: theta @ slope)]
     assert taken[1:-1] == [5] * (len(taken) - 2)
     torch.testing.assert_close(theta.detach(), -2.5 * slope)
@@ -108,6 +108,7 @@ def test_corrected_gradients_are_those_of_the_formula():
         parallelism=3,
         estimator=estimator,
         acceptance=WithinTolerance(1e9, adaptive=False),
+        stride=1,
         deterministic=True,
     )
     rounds = optimizer.rounds([None] * 20, lambda _: theta.square().square().sum())
@@ -129,9 +130,8 @@ def record_of(steps, gaps, posterior=None):
     """A round whose exact steps are these, from 0, each proxy beside the point that they lead to."""
     theta = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
     base = torch.optim.SGD([theta], lr=1.0)
-    record = RoundRecord(
-        0, ObjectiveSource(print), [], Stepper(base, ParameterVector([theta])), VectorSpace(1), None
-    )
+    stepper, positions = Stepper(base, ParameterVector([theta])), range(len(steps))
+    record = RoundRecord(0, ObjectiveSource(print), [], len(steps), positions, stepper, VectorSpace(1), None)
     steps = torch.tensor(steps, dtype=torch.float64)
     reached = torch.cat([steps.new_zeros(1), steps.cumsum(0)])[:-1]
     record.gradients = -steps[:, None]
@@ -289,7 +289,9 @@ def measured_round(distances, wrong, *, usable=None):
     count = len(distances)
     proxies = torch.arange(count + 1.0, dtype=torch.float64)[:, None]
     gradients = torch.ones(count + 1, 1, dtype=torch.float64)
-    record = RoundRecord(0, ObjectiveSource(print), [], None, VectorSpace(gradients.shape[1]), None)
+    record = RoundRecord(
+        0, ObjectiveSource(print), [], count + 1, range(count + 1), None, VectorSpace(gradients.shape[1]), None
+    )
     record.proxies, record.gradients = proxies, gradients
     record.drafted = gradients[:-1] * (1 + torch.tensor(wrong, dtype=torch.float64)[:, None])
     record.usable = [True] * (count + 1) if usable is None else usable
@@ -304,7 +306,7 @@ def measured_round(distances, wrong, *, usable=None):
         ([2.0, 2.0, 2.0], [0.5, 0.1, 1.0], 2.0),  # the median of 2, 10 and 1
         ([1.0, 2.0, 3.0, 9.0], [1.0, 2.0, 3.0, 1.0], 0.5),  # the far one says nothing
         ([1.0], [0.125], 2.8284271247461903),  # half way, in logarithms, from 2 to 4
-        ([1.0], [1e-9], 5.656854249492381),  # the bound is 16
+        ([1.0], [1e-9], 8.0),  # the bound is 32
         ([1.0], [1e9], 0.1),
         ([None, 1.0], [1e9, 0.5], 1.0),  # a minibatch never seen before is no evidence
         ([0.0, 1.0], [1e9, 0.5], 1.0),  # nor is no distance
@@ -362,7 +364,7 @@ def test_lookahead_limits_what_is_evaluated(lookahead, expected):
 )
 def test_parts_of_a_step_ahead_count_as_one(lookahead, kept, expected):
     rule = WithinTolerance(lookahead=lookahead)
-    rule.load_state_dict({"tolerance": 2.0, "kept": kept})
+    rule.load_state_dict({"tolerance": 2.0, "kept": kept, "length": 0.0})
     assert rule.ahead(16) == expected
 
 

@@ -181,7 +181,7 @@ def test_with_noise_the_others_are_handicapped_for_a_while():
 
 def test_state_goes_round():
     committee, twin = CommitteeEstimator(), CommitteeEstimator()
-    committee.scores = torch.rand(5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    committee.scores = torch.rand(6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     twin.load_state_dict(committee.state_dict())
     assert torch.equal(committee.scores, twin.scores)
     assert twin.state_dict()["judged"] == committee.state_dict()["judged"]

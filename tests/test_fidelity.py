@@ -77,7 +77,7 @@ def run_plain(model, base, batches, objective=None, scheduler=None, after_backwa
 def run_optex(model, base, batches, objective=None, *, parallelism=4, tolerance=0.0, **options):
     """Rounds; the model's state after each, and the steps taken by then."""
     optimizer = OptEx(
-        base, parallelism=parallelism, acceptance=WithinTolerance(tolerance), model=model, **options
+        base, parallelism=parallelism, stride=1, acceptance=WithinTolerance(tolerance), model=model, **options
     )
     rounds = optimizer.rounds(batches, objective or squared_error(model))
     return optimizer, [(optimizer.steps_taken, state_of(model)) for _ in rounds]

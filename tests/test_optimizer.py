@@ -366,8 +366,10 @@ def test_report_says_what_happened():
     assert (second.accepted, second.evaluated, second.dropped) == (4, 4, ())
     assert second.loss == second.losses[0]
     assert len(second.relative_errors) == 3
-    assert first.prediction_error == 1  # nothing to predict from: zeros
-    assert second.prediction_error > 0
+    assert math.isnan(first.prediction_error)  # nothing to predict from
+    assert len(first.relative_errors) == 0
+    assert (second.drafted, second.stride) == (4, 1.0)
+    assert math.isnan(second.prediction_error)  # of sampled gradients, by two rounds alone
     assert 0 < second.gradient_seconds < second.seconds
     assert second.break_even_seconds == pytest.approx(second.overhead_seconds / 3)
     single = next(
@@ -579,7 +581,8 @@ def test_trouble_at_a_proxy_drops_that_proxy(make, where):
 
     reports = list(itertools.islice(optimizer.rounds(regression_batches(60), objective), 8))
     assert reports[4].dropped == (where,)
-    assert reports[4].accepted <= (where if optimizer.acceptance.keeps_window else 4)
+    position = round(where * (reports[4].drafted - 1) / 3)
+    assert reports[4].accepted <= (position if optimizer.acceptance.keeps_window else 4)
     assert all(r.dropped == () for i, r in enumerate(reports) if i != 4)
     assert optimizer.history.gradients.isfinite().all()
     assert all(p.isfinite().all() for p in model.parameters())
@@ -713,7 +716,7 @@ def test_a_declaration_that_holds_is_silent(make):
     model = network()
     optimizer = make(adam(model.parameters()), deterministic=True)
     reports = list(optimizer.rounds(regression_batches(1) * 30, squared_error(model)))
-    assert sum(report.accepted for report in reports) == 30
+    assert sum(report.accepted for report in reports) >= 30
 
 
 # ---------------------------------------------------------------- buffers of whom

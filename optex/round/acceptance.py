@@ -198,7 +198,7 @@ class WithinTolerance(Acceptance):
         self.absurd = absurd
         self.lookahead = lookahead
         self._kept: int | None = None  # steps of the last round
-        self._length = math.nan  # of a step in the last round, where only its first was evaluated
+        self._length = 0.0  # of a step in the last round, where only its first was evaluated
 
     @property
     def strides(self) -> bool:
@@ -220,9 +220,7 @@ class WithinTolerance(Acceptance):
             raise ValueError(
                 f"{owner}: saved tolerance is {tolerance:g}, this rule's {self.tolerance:g}; 0 stays 0"
             )
-        length = saved_entry(owner, state, "length")
-        if not isinstance(length, float):
-            raise ValueError(f"{owner}: saved length must be a number, got {length!r:.60}")
+        length = saved_number(owner, state, "length", least=0)
         self.tolerance, self._kept, self._length = tolerance, kept, length
 
     def ahead(self, parallelism: int) -> int:

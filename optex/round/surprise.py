@@ -95,11 +95,9 @@ class Surprises:
         return _known(_Averages(*mixed, rounds=old.rounds + 1))
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it, as numbers."""
+        """The averages; what they say follows from them."""
         averages = self.averages
         return {
-            "relative_error": self.relative_error,
-            "relative_noise": self.relative_noise,
             "products": [averages.predicted, averages.both, averages.successive, averages.measured],
             "rounds": averages.rounds,
         }
@@ -113,11 +111,10 @@ class Surprises:
         """
         owner = "Surprises.loaded"
         products = saved_entry(owner, state, "products")
-        error, noise = (saved_entry(owner, state, name) for name in ("relative_error", "relative_noise"))
         four = isinstance(products, (list, tuple)) and len(products) == 4
-        if not four or not all(isinstance(value, float) for value in (*products, error, noise)):
-            raise ValueError(f"{owner}: saved surprises must be numbers, got {state!r:.60}")
-        return cls(error, noise, _Averages(*products, rounds=saved_integer(owner, state, "rounds")))
+        if not four or not all(isinstance(value, float) and math.isfinite(value) for value in products):
+            raise ValueError(f"{owner}: saved products must be four finite numbers, got {products!r:.60}")
+        return _known(_Averages(*products, rounds=saved_integer(owner, state, "rounds")))
 
 
 def _known(averages: _Averages) -> Surprises:
