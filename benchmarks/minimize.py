@@ -165,7 +165,7 @@ def best_adam(runs: list[dict[str, Any]], most: int, *, twenty: bool) -> tuple[s
     """The single rates that reach the tolerance most often, and how often."""
     counts = {rate: len(reached(runs, f"Adam {rate:g}", most, twenty=twenty)) for rate in RATES}
     best = max(counts.values())
-    return " or ".join(f"{rate:g}" for rate, count in counts.items() if count == best), best
+    return " or ".join(f"{rate:g}" for rate, count in sorted(counts.items()) if count == best), best
 
 
 def summary_table(runs: list[dict[str, Any]]) -> str:
@@ -215,7 +215,7 @@ def function_table(runs: list[dict[str, Any]]) -> str:
     for function in FUNCTIONS:
         adams = [by_case[function.number, f"Adam {rate:g}"] for rate in RATES]
         solved = [(run["rounds"], run["method"]) for run in adams if run["reached"]]
-        least, name = min(solved, default=(0, ""))
+        name = min(solved, default=(0, ""))[1]
         mine = by_case[function.number, "optex"]
         rows.append(
             (
@@ -225,7 +225,7 @@ def function_table(runs: list[dict[str, Any]]) -> str:
                 f"{mine['lr']:.3g}",
                 cell(function.number, "L-BFGS-B"),
                 cell(function.number, "BFGS"),
-                f"{least} ({name.removeprefix('Adam ')})" if solved else "–",
+                f"{cell(function.number, name)} ({name.removeprefix('Adam ')})" if solved else "–",
             )
         )
     head = ("function", "optex", "its gradients", "its first lr", "L-BFGS-B", "BFGS")

@@ -49,7 +49,7 @@ def minimize(
     options: Mapping[str, Any] | None = None,
     **optimizer_options: Any,
 ) -> OptimizeResult:
-    """Minimise a function by rounds of ``parallelism`` steps of a first-order optimizer.
+    """Minimise a function by a first-order optimizer whose gradients are computed ``parallelism`` at a time.
 
     The run is that of ``OptEx(optimizer([x], lr=lr), parallelism=N)``. Round t starts at x_{t,0} = x_{t-1},
     drafts x_{t,i+1} = step(x_{t,i}, ĝ_{t,i}) on gradients predicted from those seen so far, evaluates f and ∇f
