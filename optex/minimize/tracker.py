@@ -1,0 +1,99 @@
+"""What was evaluated in a run of ``minimize``, and which point of it is returned."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from optex.evaluators import Evaluation, EvaluationRequest, Evaluator, WrappingEvaluator
+
+__all__ = ["Tracker"]
+
+
+class Tracker(WrappingEvaluator):
+    """Hands points on to an evaluator, counts them, and holds on to the one to be returned.
+
+    That is the point of least loss so far, until a round meets ``gtol``.
+
+    Attributes:
+        count: points evaluated.
+        stationary: the last request met ``gtol``.
+        start_loss: at the first point of the last round.
+        loss, point, gradient: of the point to be returned; [d] each, from the first evaluation on.
+        points: [n, d], of the last request, with ``evaluation`` as its answer and ``norms`` [n], the largest
+            components of its gradients; infinite where loss or gradient are not finite.
+        known: a point [d] and its evaluation, not to be computed again where a round asks for nothing else.
+    """
+
+    evaluation: Evaluation
+
+    def __init__(self, inner: Evaluator, gtol: float) -> None:
+        super().__init__(inner)
+        self.gtol = gtol
+        self.count = 0
+        self.stationary = False
+        self.start_loss = math.inf
+        self.loss = math.inf
+        self.point = self.gradient = self.points = self.norms = torch.empty(0)
+        self.known: tuple[Tensor, Evaluation] | None = None
+
+    def evaluate(self, request: EvaluationRequest) -> Evaluation:
+        # Without a history there is nothing to predict, and most optimizers draft a first round that stays
+        # where it is: the function is deterministic, so one answer serves for all.
+        points = request.points
+        distinct = 1 if bool((points == points[0]).all()) else len(points)
+        if distinct == 1 and self.known is not None and torch.equal(points[0], self.known[0]):
+            return _repeated(self.known[1], len(points))
+        evaluation = self.inner.evaluate(request.rows(slice(distinct)))
+        self.start_loss = float(evaluation.losses[0])
+        self._note(points[:distinct], evaluation)
+        return evaluation if distinct == len(points) else _repeated(evaluation, len(points))
+
+    def attempt(self, request: EvaluationRequest) -> Evaluation:
+        """Evaluate points that are not a round's, in a round's place."""
+        evaluation = self.inner.evaluate(request)
+        self._note(request.points, evaluation)
+        return evaluation
+
+    def row(self, index: int) -> Evaluation:
+        """The last request's answer for one of its points."""
+        rows = slice(index, index + 1)
+        evaluation = self.evaluation
+        return Evaluation(evaluation.losses[rows], evaluation.gradients[rows], evaluation.masks[rows])
+
+    def _note(
+        self,
+        points: Tensor,  # [n, d]
+        evaluation: Evaluation,
+    ) -> None:
+        losses = evaluation.losses.to(points.device)
+        norms = torch.linalg.vector_norm(evaluation.gradients, math.inf, dim=1)
+        finite = losses.isfinite() & norms.isfinite()
+        if not self.count and not finite[0]:
+            raise ValueError(
+                f"minimize: at x0 fun is {self.start_loss:g} and the largest component of its gradient "
+                f"{float(norms[0]):g}; start where both are finite"
+            )
+        self.count += len(points) - len(evaluation.lost)
+        stationary = finite & (norms <= self.gtol) & (losses <= self.start_loss)
+        self.stationary = bool(stationary.any())
+        ranked = torch.where(stationary if self.stationary else finite, losses, math.inf)
+        best = int(ranked.argmin())
+        if self.stationary or float(ranked[best]) < self.loss:
+            self.loss = float(losses[best])
+            self.point = points[best].clone()
+            self.gradient = evaluation.gradients[best].clone()
+        self.points, self.evaluation = points, evaluation
+        self.norms = torch.where(finite, norms, math.inf)
+
+
+def _repeated(evaluation: Evaluation, count: int) -> Evaluation:
+    """One point's evaluation as that of ``count`` equal points."""
+    return Evaluation(
+        evaluation.losses.repeat(count),
+        evaluation.gradients.repeat(count, 1),
+        evaluation.masks * count,
+        retried=evaluation.retried,
+    )
