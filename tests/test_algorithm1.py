@@ -115,7 +115,9 @@ def test_hold_last_repeats_the_last_gradient():
     # SGD on a linear function: holding the gradient is exact, so N steps a round are N steps of SGD.
     theta = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
     slope = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-    optimizer = OptEx(torch.optim.SGD([theta], lr=0.1), parallelism=4, estimator=HoldLast(), deterministic=True)
+    optimizer = OptEx(
+        torch.optim.SGD([theta], lr=0.1), parallelism=4, stride=1, estimator=HoldLast(), deterministic=True
+    )
     taken = [r.accepted for r in optimizer.rounds([None] * 15, lambda _: theta @ slope)]
     assert taken == [1, 4, 4, 4, 2]  # the first round has nothing to hold yet
     torch.testing.assert_close(theta.detach(), -1.5 * slope)

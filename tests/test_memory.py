@@ -15,7 +15,7 @@ def test_a_bfloat16_history_trains_nearly_as_well(estimator):
     for dtype in (torch.float32, torch.bfloat16):
         problem = make_problem("digits-mlp", seed=0)
         optimizer = OptEx(
-            torch.optim.Adam(problem.parameters(), lr=1e-3), estimator=estimator, history_dtype=dtype
+            torch.optim.Adam(problem.parameters(), lr=1e-3), stride=1, estimator=estimator, history_dtype=dtype
         )
         for _ in itertools.islice(optimizer.rounds(problem.batches(), problem), 15):
             pass

@@ -24,8 +24,10 @@ __all__ = [
     "WithinTolerance",
 ]
 
+ERROR: Final = 0.7  # relative, of a gradient that is put up with
+SAMPLED_ERROR: Final = 0.5  # the same, where it has noise besides
 LEAST_AHEAD: Final = 4  # steps drafted under a lookahead, however few were kept
-EXTRAPOLATED: Final = 0.8  # of the tolerance, where no gradient was measured ahead
+EXTRAPOLATED: Final = 0.6  # of the tolerance, where no gradient was measured ahead
 NEAREST: Final = 3  # predictions a round that the tolerance learns from
 
 
@@ -152,7 +154,8 @@ class WithinTolerance(Acceptance):
         tolerance: how far, in steps, a gradient may have been measured from where it is used; ≥ 0. With
             ``adaptive`` the value to start from; 0 stays 0.
         adaptive: learn the tolerance.
-        error: the relative error of a gradient that is put up with, > 0.
+        error: the relative error of a gradient that is put up with, > 0; by default ``ERROR``, and
+            ``SAMPLED_ERROR`` where gradients carry noise besides.
         lowest, highest: bounds of the adaptive tolerance.
         absurd: a gradient more than this many times longer than step 0's counts as implausible: it is neither
             remembered nor stepped on; at least 1.
@@ -171,7 +174,7 @@ class WithinTolerance(Acceptance):
         tolerance: float = 2.0,
         *,
         adaptive: bool = True,
-        error: float = 0.5,
+        error: float | None = None,
         lowest: float = 0.1,
         highest: float = 32.0,
         absurd: float = 20.0,
@@ -184,7 +187,7 @@ class WithinTolerance(Acceptance):
                 f"WithinTolerance: absurd must be at least 1, or step 0's own gradient would count as "
                 f"implausible, got {absurd}"
             )
-        if not error > 0:
+        if error is not None and not error > 0:
             raise ValueError(f"WithinTolerance: error must be positive, got {error}")
         if not 0 < lowest <= highest:
             raise ValueError(f"WithinTolerance: needs 0 < lowest <= highest, got {lowest} and {highest}")
@@ -290,7 +293,8 @@ class WithinTolerance(Acceptance):
                 evidence.append((steps, steps / max(float(error), 1e-12)))
         if not evidence:
             return
-        bearable = self.error * statistics.median(ratio for _, ratio in sorted(evidence)[:NEAREST])
+        wrong = SAMPLED_ERROR if not record.source.deterministic else ERROR
+        bearable = (self.error or wrong) * statistics.median(ratio for _, ratio in sorted(evidence)[:NEAREST])
         bearable = min(max(bearable, self.lowest), self.highest)
         self.tolerance = min(bearable, math.sqrt(self.tolerance * bearable))
 
