@@ -24,10 +24,10 @@ __all__ = [
     "WithinTolerance",
 ]
 
-ERROR: Final = 0.7  # relative, of a gradient that is put up with
-SAMPLED_ERROR: Final = 0.5  # the same, where it has noise besides
 LEAST_AHEAD: Final = 4  # steps drafted under a lookahead, however few were kept
-EXTRAPOLATED: Final = 0.6  # of the tolerance, where no gradient was measured ahead
+# Of the tolerance, where steps go without gradients of their own:
+EARNED: Final = 1.4  # between gradients; such strides come of rounds that were kept whole
+EXTRAPOLATED: Final = 0.8  # behind the only one
 NEAREST: Final = 3  # predictions a round that the tolerance learns from
 
 
@@ -154,8 +154,7 @@ class WithinTolerance(Acceptance):
         tolerance: how far, in steps, a gradient may have been measured from where it is used; ≥ 0. With
             ``adaptive`` the value to start from; 0 stays 0.
         adaptive: learn the tolerance.
-        error: the relative error of a gradient that is put up with, > 0; by default ``ERROR``, and
-            ``SAMPLED_ERROR`` where gradients carry noise besides.
+        error: the relative error of a gradient that is put up with, > 0.
         lowest, highest: bounds of the adaptive tolerance.
         absurd: a gradient more than this many times longer than step 0's counts as implausible: it is neither
             remembered nor stepped on; at least 1.
@@ -174,7 +173,7 @@ class WithinTolerance(Acceptance):
         tolerance: float = 2.0,
         *,
         adaptive: bool = True,
-        error: float | None = None,
+        error: float = 0.5,
         lowest: float = 0.1,
         highest: float = 32.0,
         absurd: float = 20.0,
@@ -187,7 +186,7 @@ class WithinTolerance(Acceptance):
                 f"WithinTolerance: absurd must be at least 1, or step 0's own gradient would count as "
                 f"implausible, got {absurd}"
             )
-        if error is not None and not error > 0:
+        if not error > 0:
             raise ValueError(f"WithinTolerance: error must be positive, got {error}")
         if not 0 < lowest <= highest:
             raise ValueError(f"WithinTolerance: needs 0 < lowest <= highest, got {lowest} and {highest}")
@@ -242,14 +241,16 @@ class WithinTolerance(Acceptance):
         stepper.rewind()
         replay = _Replay(record)
         stepper.step(record.gradients[0])
-        row = 1  # the next that was evaluated
+        row, tolerance = 1, self.tolerance  # the next row that was evaluated
+        if record.steps > len(record.positions) and record.source.deterministic:
+            tolerance *= EXTRAPOLATED if len(record.positions) == 1 else EARNED
         for position in range(1, record.steps):
             here = stepper.point
             if row < len(record.positions) and record.positions[row] == position:
-                gradient = replay.measured(here, row, self.tolerance) if record.usable[row] else None
+                gradient = replay.measured(here, row, tolerance) if record.usable[row] else None
                 row += 1
             elif record.source.deterministic:
-                gradient = replay.corrected(here, self.tolerance)
+                gradient = replay.corrected(here, tolerance)
             else:
                 gradient = replay.predicted(here, self.absurd)
             if gradient is None:
@@ -293,8 +294,7 @@ class WithinTolerance(Acceptance):
                 evidence.append((steps, steps / max(float(error), 1e-12)))
         if not evidence:
             return
-        wrong = SAMPLED_ERROR if not record.source.deterministic else ERROR
-        bearable = (self.error or wrong) * statistics.median(ratio for _, ratio in sorted(evidence)[:NEAREST])
+        bearable = self.error * statistics.median(ratio for _, ratio in sorted(evidence)[:NEAREST])
         bearable = min(max(bearable, self.lowest), self.highest)
         self.tolerance = min(bearable, math.sqrt(self.tolerance * bearable))
 
@@ -328,14 +328,10 @@ class _Replay:
         here: Tensor,  # [d]
         tolerance: float,
     ) -> Tensor | None:  # [d]
-        """Of any step on a deterministic objective: the gradient measured nearest, corrected.
-
-        With one gradient alone all steps extrapolate, and go ``EXTRAPOLATED`` as far.
-        """
+        """Of any step on a deterministic objective: the gradient measured nearest, corrected."""
         gaps = [here - self._record.proxies[row] for row in self._usable]
         step, *distances = self._record.space.norms([here - self._before, *gaps])
         gap, row = min(zip(distances, self._usable, strict=True), key=lambda pair: float(pair[0]))
-        tolerance *= EXTRAPOLATED if len(self._usable) == 1 else 1.0
         return self._within(here, row, step, gap, tolerance)
 
     def _within(

@@ -112,7 +112,15 @@ class Rounds(RunState):
     @property
     def _strides(self) -> bool:
         """Whether a round may take steps that it does not evaluate."""
-        return self.acceptance.strides and self.progress.stride.most > 1 and len(self.predictor.history) > 0
+        return self._may_stride and not self.progress.stride.rest and len(self.predictor.history) > 0
+
+    @property
+    def _may_stride(self) -> bool:
+        return self.acceptance.strides and self.progress.stride.most > 1
+
+    def _is_plain(self) -> bool:
+        """Whether the round is one step of the base optimizer, with nothing to predict now or soon."""
+        return self.parallelism == 1 and (not self._may_stride or self.progress.stride.rest > 0)
 
     # ------------------------------------------------------------------ draft
 
@@ -253,6 +261,9 @@ class Rounds(RunState):
 
     def _remember(self, record: RoundRecord) -> None:
         """The usable pairs go into the history, after it was judged how well they had been predicted."""
+        record.surprises = self.progress.surprises
+        if self._is_plain():
+            return
         rows = [i for i, usable in enumerate(record.usable) if usable]
         record.surprises = self._surprises(record)
         record.undo.append(partial(self.predictor.take_back, self.predictor.before_remembering(len(rows))))
@@ -321,6 +332,8 @@ class Rounds(RunState):
 
     def _next_stride(self, record: RoundRecord) -> Stride:
         stride, deterministic = self.progress.stride, record.source.deterministic
+        if stride.rest:
+            return stride.rested()
         if not self._strides or not record.predicted:
             return stride
         return stride.after(len(record.window), record.accepted, record.surprises, deterministic=deterministic)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Final
 
-from optex.checks import saved_number
+from optex.checks import saved_integer, saved_number
 from optex.round.surprise import Surprises
 
 __all__ = ["LARGEST", "Stride", "read_stride"]
@@ -22,6 +22,10 @@ WHOLE: Final = 0.9  # of the drafted steps kept: as good as all
 HARMLESS: Final = 0.25
 LARGEST_ERROR: Final = 0.7
 SLACK: Final = 1.3  # between growing and shrinking
+# A round of one gradient and one step is the base optimizer's; while that is all there is, it is left alone:
+WATCH: Final = 32  # rounds without a gain before a rest
+SHORTEST_REST: Final = 16  # rounds; each rest is twice as long as the one before
+LONGEST_REST: Final = 512
 
 
 def read_stride(stride: Any) -> float:
@@ -56,13 +60,22 @@ class Stride:
 
     and shrinks where e² is ``SLACK`` times that.
 
+    Where rounds evaluate one gradient and for ``WATCH`` of them no step more was to be had, predicting is given
+    up for a while, as it costs time and memory traffic: the rounds of a rest are the base optimizer's steps.
+
     Attributes:
         most: the largest.
         value: of the next round, 1 to ``most``.
+        rest: rounds left to rest.
+        pause: how long the next rest will be.
+        watched: rounds without a gain since the last rest.
     """
 
     most: float = LARGEST
     value: float = 1.0
+    rest: int = 0
+    pause: int = SHORTEST_REST
+    watched: int = 0
 
     def steps(self, count: int) -> int:
         """How many steps a round drafts that evaluates ``count`` of them.
@@ -96,11 +109,27 @@ class Stride:
                 value *= SAMPLED_GROWTH
             if not whole:
                 value = min(value, kept / count)
-        return replace(self, value=min(max(value, 1.0), self.most))
+        return replace(self, value=min(max(value, 1.0), self.most))._watching(
+            count, kept, sampled=not deterministic
+        )
+
+    def _watching(self, count: int, kept: int, *, sampled: bool) -> Stride:
+        """With the gain of a round noted; resting, if there was none for long."""
+        if count > 1:
+            return self
+        if self.value > 1 if sampled else kept > 1:
+            return replace(self, watched=0, pause=SHORTEST_REST)
+        if self.watched + 1 < WATCH:
+            return replace(self, watched=self.watched + 1)
+        return replace(self, rest=self.pause, pause=min(2 * self.pause, LONGEST_REST), watched=0)
+
+    def rested(self) -> Stride:
+        """One round of the rest later."""
+        return replace(self, rest=self.rest - 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Its value."""
-        return {"value": self.value}
+        """All but the bound."""
+        return {name: getattr(self, name) for name in ("value", "rest", "pause", "watched")}
 
     def loaded(self, state: dict[str, Any]) -> Stride:
         """With a saved value, as far as this one's bound allows.
@@ -108,4 +137,8 @@ class Stride:
         Raises:
             ValueError: it is not what ``state_dict`` saves.
         """
-        return replace(self, value=min(saved_number("Stride.loaded", state, "value", least=1), self.most))
+        value = min(saved_number("Stride.loaded", state, "value", least=1), self.most)
+        rest, pause, watched = (
+            saved_integer("Stride.loaded", state, name) for name in ("rest", "pause", "watched")
+        )
+        return replace(self, value=value, rest=rest, pause=pause, watched=watched)
