@@ -102,6 +102,23 @@ def replicated_cases(rank, cases):
     return [run_case(*case, evaluator=DistributedEvaluator(), shard=False) for case in cases]
 
 
+def strided(rank=None, shard=None):
+    model = network()
+    base = torch.optim.Adam(model.parameters(), lr=1e-3)
+    evaluator = None if rank is None else DistributedEvaluator()
+    optimizer = OptEx(
+        base, parallelism=2, deterministic=True, estimator=STEADY, evaluator=evaluator, shard=shard
+    )
+    points, accepted = trajectory(optimizer, model, regression_batches(1) * 24)
+    assert sum(accepted) > 30  # more than were evaluated
+    return points, accepted
+
+
+@pytest.mark.parametrize("shard", [True, False])
+def test_strides_are_the_sequential_ones(shard):
+    assert_alike(run_ranks(strided, 2, shard), strided(), 1e-11 if shard else 0)
+
+
 def test_replicated_runs_are_the_sequential_ones_bit_for_bit():
     cases = [("default", "adafactor", 3), ("default", "adam", 2), ("paper", "sgd", 5)]
     answers = run_ranks(replicated_cases, 2, cases)
