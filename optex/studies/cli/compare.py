@@ -107,11 +107,11 @@ def compare(
 
 
 def _read_stride(text: str) -> Any:
-    """A number where it is one; what is wrong with anything else ``Comparison`` says."""
+    """``"auto"`` or a number, whose range ``Comparison`` checks."""
     try:
-        return float(text)
+        return text if text == "auto" else float(text)
     except ValueError:
-        return text
+        raise ValueError(f"stride: must be auto or a number of at least 1, got {text!r}") from None
 
 
 def _run_and_report(comparison: Comparison, json: Path | None, plot: Path | None) -> None:
