@@ -71,7 +71,8 @@ def made_up(method, loss, seed=0, *, parallelism=2, overhead=math.nan, stopped=N
         overhead_seconds=overhead,
         stopped=stopped,
     )
-    return Run(problem, method, "adam", 0.1, parallelism, seed, trace)
+    rounds = (count - 1) // parallelism if method == "vanilla" else count - 1
+    return Run(problem, method, "adam", 0.1, parallelism, seed, rounds, trace)
 
 
 def prototypes_acceleration(losses, vanilla):
@@ -133,7 +134,7 @@ class TestAcceleration:
         assert acceleration([9.0, 2.0, 2.0, 2.0, 2.0], vanilla, 2) < best
 
     def test_vanilla_must_have_been_run_far_enough(self):
-        with pytest.raises(ValueError, match=r"2 rounds at N = 3 are measured against 6 .* was run for 5"):
+        with pytest.raises(ValueError, match=r"2 rounds are measured against 6 .* was run for 5"):
             acceleration([3.0, 2.0, 1.0], [1.0] * 6, 3)
 
 
@@ -264,7 +265,7 @@ class TestRecords:
         assert list(document) == ["meta", "runs"]
         for run in document["runs"]:
             assert list(run) == RUN_KEYS
-            length = 3 * 4 + 1 if run["method"] == "vanilla" else 4 + 1
+            length = 4 * 3 * 4 + 1 if run["method"] == "vanilla" else 4 + 1
             assert run["rounds"] == list(range(length))
             assert all(len(run[key]) == length for key in ("loss", "gradients", "seconds", "accepted"))
             assert run["gradients"][0] == run["seconds"][0] == run["accepted"][0] == 0
@@ -300,11 +301,15 @@ class TestRecords:
         assert {run["loss"][-1] for run in document["runs"]} == {None}
         assert document["meta"]["summary"][0]["stopped"] == 2
 
-    def test_vanilla_is_always_run_and_runs_n_times_as_far(self):
-        comparison = small(methods=("optex",), problems=("sphere", "sphere"))
-        assert comparison.methods == ("vanilla", "optex")
+    @pytest.mark.parametrize(
+        ("method", "stride", "reach"),
+        [("optex", "auto", 12), ("optex-alone", 2, 12), ("optex", 1, 3), ("optex-paper", "auto", 3)],
+    )
+    def test_vanilla_is_always_run_as_far_as_the_others_may_get(self, method, stride, reach):
+        comparison = small(methods=(method,), problems=("sphere", "sphere"), stride=stride)
+        assert comparison.methods == ("vanilla", method)
         assert comparison.problems == ("sphere",)
-        assert [run.trace.rounds for run in all_runs(comparison)] == [12, 4, 12, 4]
+        assert [run.trace.rounds for run in all_runs(comparison)] == [4 * reach, 4] * 2
 
     @pytest.mark.usefixtures("made_up_data")
     def test_options_reach_the_problems_that_have_them(self):
