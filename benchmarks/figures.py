@@ -62,7 +62,7 @@ def run(names: Sequence[str]) -> None:
 
 def measure_overhead() -> None:
     """Measure what rounds cost and keep the JSON."""
-    cost = overhead.measure([(100_000, 5, 20), (100_000, 5, 50)], rounds=40, threads=THREADS)
+    cost = overhead.measure([(100_000, 1, 16), (100_000, 5, 20), (100_000, 5, 50)], rounds=40, threads=THREADS)
     path = document_path("overhead")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(cost, indent=1) + "\n")
@@ -97,7 +97,10 @@ def acceleration_table(meta: dict[str, Any]) -> str:
     """Methods down, problems across: acceleration, mean ± standard deviation over the seeds."""
     rows = meta["summary"]
     lines = [
-        [NAMES.get(method, method), *(_spread(row["acceleration"], ".2f", ".2f") for row in rows if row["method"] == method)]
+        [
+            NAMES.get(method, method),
+            *(_spread(row["acceleration"], ".2f", ".2f") for row in rows if row["method"] == method),
+        ]
         for method in dict.fromkeys(row["method"] for row in rows)
     ]
     return markdown_table(["method", *dict.fromkeys(row["problem"] for row in rows)], lines)
@@ -134,13 +137,15 @@ def _spread(spread: dict[str, float], form: str, deviation_form: str) -> str:
 
 
 def overhead_table(result: dict[str, Any]) -> str:
-    """Milliseconds a round by method, for every size measured."""
+    """Milliseconds and steps a round by method, for every size measured."""
     lines = []
     for size in result["sizes"]:
         first = (f"{size['dimension']:,}", str(size["parallelism"]), str(size["history"]))
-        lines += [(*first, name, f"{times['median']:.1f}") for name, times in size["milliseconds"].items()]
-        lines.append((*first, "*reading the history N times*", f"{size['read']:.1f}"))
-    return markdown_table(("d", "N", "T0", "method", "ms a round beyond the gradients"), lines)
+        for name, times in size["milliseconds"].items():
+            steps = f"{times['steps']:g}" if "steps" in times else "–"
+            lines.append((*first, name, f"{times['median']:.1f}", steps))
+        lines.append((*first, "*reading the history N times*", f"{size['read']:.1f}", "–"))
+    return markdown_table(("d", "N", "T0", "method", "ms a round beyond the gradients", "steps"), lines)
 
 
 def main() -> None:

@@ -104,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     optimizer = optex.OptEx(
         base,
         parallelism=args.optex,
+        stride="auto" if args.optex > 1 else 1,  # --optex 1 is the plain loop here, too
         acceptance=None if args.tolerance is None else optex.WithinTolerance(args.tolerance),
         scheduler=warm_up_and_cosine(base, args.warm_up, args.steps),
         model=model,
@@ -139,6 +140,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             pause(report.loss)
         before = optimizer.steps_taken
         if args.max_rounds is not None and report.number + 1 >= args.max_rounds:
+            break
+        if optimizer.steps_taken >= args.steps:  # the schedule's end; steps that draw no batch tick it, too
             break
     held = pause(losses[-1] if losses else math.nan)
     if args.sample:

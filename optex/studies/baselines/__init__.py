@@ -27,7 +27,7 @@ class MethodEntry:
         own_optimizer: its optimizer, where that is not the base optimizer.
         tunes_rate: whether it runs with several learning rates and keeps the best.
         deterministic_only: whether it refuses problems with sampled gradients.
-        strides: whether it takes steps at which no gradient is evaluated, as far as the setting's stride allows.
+        strides: whether it takes steps at which no gradient is evaluated, where the setting's stride allows.
     """
 
     run: Method

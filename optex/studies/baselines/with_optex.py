@@ -30,7 +30,7 @@ def optex(problem: Problem, setting: Setting) -> Trace:
 
 
 def optex_alone(problem: Problem, setting: Setting) -> Trace:
-    """``optex`` with one gradient a round, whatever the setting's N: what strides gain where nothing stands idle."""
+    """``optex`` with one gradient a round, whatever the setting's N, and the T0 that goes with that."""
     return optex(problem, replace(setting, parallelism=1))
 
 
