@@ -344,9 +344,10 @@ def heat_words(result: dict[str, Any], folder: str) -> str:
             reached = all(entry["J"] <= run["J"][0] for entry, run in zip(beside, runs, strict=True))
             count = statistics.median(entry["evaluations"] for entry in beside)
             ratios = ", ".join(f"{entry['ratio']:.2f}" for entry in sorted(beside, key=lambda e: e["ratio"]))
+            verb = "does so" if reached else "does not get there"
             lines.append(
-                f"SciPy's L-BFGS, one evaluation after the other in one process, {'does' if reached else 'does not'} "
-                f"so in {count:.0f} evaluations; its seconds over vanilla's: {ratios}."
+                f"SciPy's L-BFGS, one evaluation after the other in one process, {verb} in {count:.0f} "
+                f"evaluations; its seconds over vanilla's: {ratios}."
             )
     return (
         "The inverse heat-conduction problem of [`examples/heat.py`](../examples/heat.py), "

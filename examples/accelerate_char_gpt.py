@@ -134,14 +134,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     source = AcceleratedBackward(accelerator, objective)
     stream = batches(accelerator, loader, args, optimizer.batches_drawn)
     before = optimizer.steps_taken
-    for report in optimizer.rounds(stream, source):
+    rounds = optimizer.rounds(stream, source)
+    # Steps that draw no batch tick the schedule, too: its end may come before that of the batches.
+    while optimizer.steps_taken < args.steps and (report := next(rounds, None)) is not None:
         losses.append(report.loss)
         if optimizer.steps_taken // args.evaluate_every > before // args.evaluate_every:
             pause(report.loss)
         before = optimizer.steps_taken
         if args.max_rounds is not None and report.number + 1 >= args.max_rounds:
-            break
-        if optimizer.steps_taken >= args.steps:  # the schedule's end; steps that draw no batch tick it, too
             break
     held = pause(losses[-1] if losses else math.nan)
     if args.sample:
