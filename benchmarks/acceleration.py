@@ -40,6 +40,7 @@ RUNS = FOLDER / "runs.jsonl"
 KEYS = ("case", "seed", "N", "method")  # of records that agree in these the latest counts
 ROUNDS = 60
 PARALLELISM = (5, 8, 16, 32)
+LEAST_REACH = 4  # rounds of vanilla's that a round is measured by, where it evaluates one gradient
 FUNCTIONS = ("sphere", "ackley", "rosenbrock", "quadratic")
 NETWORKS = ("digits-mlp-32", "digits-mlp-512")
 
@@ -119,36 +120,44 @@ def stability_limit(problem: Problem) -> float:
 # ------------------------------------------------------------------ methods
 
 Make = Callable[..., optex.OptEx]
+
+
+def within(base: torch.optim.Optimizer, parallelism: int, **options: Any) -> optex.OptEx:
+    """``OptEx`` that takes no step without a gradient of its own: what N gradients at once are worth."""
+    return optex.OptEx(base, parallelism=parallelism, stride=1, **options)
+
+
 VARIANTS: dict[str, Make] = {
-    "optex": lambda base, n: optex.OptEx(base, parallelism=n),
-    "separable": lambda base, n: optex.OptEx(
-        base, parallelism=n, estimator=optex.SeparableEstimator(prior_mean="gls")
-    ),
-    "curl-free": lambda base, n: optex.OptEx(base, parallelism=n, estimator=optex.CurlFreeEstimator()),
-    "tolerance fixed at 2": lambda base, n: optex.OptEx(
-        base, parallelism=n, acceptance=WithinTolerance(adaptive=False)
-    ),
-    "leave-one-out separable": lambda base, n: optex.OptEx(
+    "optex": within,
+    "separable": lambda base, n: within(base, n, estimator=optex.SeparableEstimator(prior_mean="gls")),
+    "curl-free": lambda base, n: within(base, n, estimator=optex.CurlFreeEstimator()),
+    "tolerance fixed at 2": lambda base, n: within(base, n, acceptance=WithinTolerance(adaptive=False)),
+    "leave-one-out separable": lambda base, n: within(
         base,
-        parallelism=n,
+        n,
         estimator=optex.SeparableEstimator(
             lengthscale="leave-one-out", noise_variance="leave-one-out", prior_mean="gls"
         ),
     ),
-    "lookahead 2": lambda base, n: optex.OptEx(base, parallelism=n, acceptance=WithinTolerance(lookahead=2.0)),
-    "history half as long": lambda base, n: optex.OptEx(base, parallelism=n, history_size=8 if n <= 8 else 16),
+    "lookahead 2": lambda base, n: within(base, n, acceptance=WithinTolerance(lookahead=2.0)),
+    "history half as long": lambda base, n: within(base, n, history_size=8 if n <= 8 else 16),
+    "strides": lambda base, n: optex.OptEx(base, parallelism=n),
 }
 MAIN = ("target", "hold-last", "picard", "optex-paper", "separable", "curl-free", "optex")
 ABLATIONS = ("tolerance fixed at 2", "leave-one-out separable", "lookahead 2", "history half as long")
 
 
 def methods_for(case: Case, parallelism: int) -> list[str]:
-    """Everything at N = 4, 5 and 16; ablations on the nine and two networks."""
+    """Everything at N = 4, 5 and 16; ablations on the nine and two networks; strides where they are studied."""
+    if parallelism == 1:
+        return ["strides"]
     chosen = list(MAIN)
     if parallelism in (8, 32):
         chosen = [name for name in chosen if name not in ("separable", "curl-free")]
     elif case in NINE or (case.problem in NETWORKS and case.optimizer == "adam" and case.lr <= 0.01):
         chosen += ABLATIONS
+    if parallelism in (4, 5) or (parallelism == 16 and case in NINE):
+        chosen.append("strides")
     return chosen
 
 
@@ -177,7 +186,7 @@ def run_job(job: tuple[Case, int, Sequence[str] | None]) -> list[dict[str, Any]]
 
     vanilla = run_method(VANILLA, problem, setting(1, ROUNDS * max(case.parallelisms()))).loss
     records = [record(case, rate, seed, 1, VANILLA, vanilla[: ROUNDS + 1], vanilla, None)]
-    for parallelism in case.parallelisms():
+    for parallelism in (1, *case.parallelisms()):
         for name in methods_for(case, parallelism):
             if only is not None and name not in only:
                 continue
@@ -207,7 +216,7 @@ def record(
         "seed": seed,
         "N": parallelism,
         "method": method,
-        "acceleration": round(acceleration(loss, vanilla, parallelism), 3),
+        "acceleration": round(acceleration(loss, vanilla, max(parallelism, LEAST_REACH)), 3),
         "behind": rounds_behind(loss, vanilla),
         "diverged": bool(not math.isfinite(loss[-1]) or loss[-1] > 2 * loss[0]),
         "loss": [significant(value, 5) for value in loss[::10]],
@@ -314,6 +323,33 @@ def safety_table(records: list[dict[str, Any]]) -> str:
     return markdown_table(["method", *(f"N = {n}" for n in sizes)], rows)
 
 
+def stride_table(records: list[dict[str, Any]]) -> str:
+    """Strides: acceleration and steps a round by case; in brackets rounds behind vanilla, over the seeds."""
+    mine = [r for r in records if r["method"] == "strides"]
+    rows, gains = [], {}
+    for case in cases():
+        cells = []
+        for sizes in ((1,), (4, 5), (16,)):
+            group = [r for r in mine if r["case"] == case.name and r["N"] in sizes]
+            if not group:
+                cells.append("–")
+                continue
+            gained, behind = np.mean([r["acceleration"] for r in group]), sum(r["behind"] for r in group)
+            gains.setdefault(sizes, []).append(gained)
+            steps = np.mean([r["accepted"] for r in group])
+            lost = sum(r["diverged"] for r in group)
+            notes = [
+                f"{steps:.1f}",
+                *([f"{behind} behind"] if behind else []),
+                *([f"{lost} lost"] if lost else []),
+            ]
+            cells.append(f"{gained:.2f} ({'; '.join(notes)})")
+        rows.append([case.name, *cells])
+    totals = [f"**{geometric_mean(values):.2f} / {min(values):.2f}**" for values in gains.values()]
+    rows.append(["**geometric mean / worst**", *totals])
+    return markdown_table(["case", "N = 1", "N = 4 or 5", "N = 16"], rows)
+
+
 def draw_profiles(records: list[dict[str, Any]]) -> Figure:
     """Dolan and Moré's performance profiles: the share of runs within a factor τ of the best method's pace."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
@@ -389,6 +425,8 @@ def report() -> None:
         "few": case_table(records, (4, 5), MAIN),
         "sixteen": case_table(records, (16,), MAIN),
         "many": case_table(records, (32,), ("target", "hold-last", "picard", "optex-paper", "optex")),
+        "strides": stride_table(records),
+        "stride-seeds": str(len({r["seed"] for r in records if r["method"] == "strides"})),
         "seeds": str(len({r["seed"] for r in records})),
     }
     fill(FOLDER / "README.md", tables)

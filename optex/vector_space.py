@@ -55,7 +55,8 @@ class VectorSpace:
         rows: Tensor,  # [n, width]
     ) -> Tensor:  # [n] bool
         """Which rows hold neither infinities nor NaN."""
-        return torch.linalg.vector_norm(rows, float("inf"), dim=1).isfinite()
+        sums = rows.sum(1).isfinite()  # of finite terms alone, where it is; else it may have overflowed
+        return sums if bool(sums.all()) else torch.linalg.vector_norm(rows, float("inf"), dim=1).isfinite()
 
     def broadcast(self, values: Tensor) -> Tensor:
         """Numbers that decide what is done next, the first process's for all: processors round differently."""

@@ -89,7 +89,7 @@ class TestCommand:
 
     def test_runs_are_those_of_compare(self, made):
         runs = document(made[0], "fig2")["runs"]
-        comparison = Comparison(("ackley",), lr=0.1, rounds=5, seeds=2, dim=12, history_size=20)
+        comparison = Comparison(("ackley",), lr=0.1, stride=1, rounds=5, seeds=2, dim=12, history_size=20)
         for method in ("vanilla", "target", "data-parallel", "optex-paper", "optex"):
             trace = run_case(comparison, Case("ackley", method, 1)).trace
             (found,) = (

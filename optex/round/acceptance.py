@@ -207,6 +207,8 @@ class WithinTolerance(Acceptance):
         return self.tolerance > 0
 
     def plausible(self, gradients: Tensor, space: VectorSpace) -> Tensor:
+        if len(gradients) == 1:  # step 0's is the measure
+            return super().plausible(gradients, space)
         norms = space.norms(gradients)
         longest = self.absurd * norms[0].clamp_min(torch.finfo(norms.dtype).tiny)
         return (norms <= longest) | ~norms[0].isfinite()  # then there is nothing to measure by
@@ -238,7 +240,8 @@ class WithinTolerance(Acceptance):
 
     def _take_steps(self, record: RoundRecord) -> int:
         stepper, space = record.stepper, record.space
-        stepper.rewind()
+        if stepper.taken:
+            stepper.rewind()
         replay = _Replay(record)
         stepper.step(record.gradients[0])
         row, tolerance = 1, self.tolerance  # the next row that was evaluated
@@ -260,7 +263,7 @@ class WithinTolerance(Acceptance):
             # A correction went wrong; step 0 is exact, whatever the estimator said.
             stepper.rewind()
             stepper.step(record.gradients[0])
-        if len(record.positions) == 1:
+        if len(record.positions) == 1 and record.predicted:
             self._length = float(space.norms([stepper.point - record.proxies[0]])[0]) / stepper.taken
         return stepper.taken
 

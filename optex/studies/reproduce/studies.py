@@ -214,6 +214,7 @@ def _fig2(choice: Choice) -> Figure:
                 rounds=rounds,
                 seeds=choice.seeds or 5,
                 dim=choice.dim or (10_000 if choice.scale == "small" else 100_000),
+                stride=1,
                 history_size=_HISTORY,
             ),
             _usual(),
@@ -235,7 +236,7 @@ def _fig3(choice: Choice) -> Figure:
     def section(problem: str, usual: int) -> Section:
         rounds = choice.rounds or (usual if small else 5_000)
         comparison = Comparison(
-            (problem,), lr=1e-3, parallelism=4, history_size=_HISTORY, rounds=rounds, seeds=seeds
+            (problem,), lr=1e-3, parallelism=4, stride=1, history_size=_HISTORY, rounds=rounds, seeds=seeds
         )
         return Section(problem, comparison, (*_usual(), _FITTED), vanilla_rounds=rounds, level_round=rounds)
 
@@ -266,6 +267,7 @@ def _fig4(choice: Choice) -> Figure:
                 (problem,),
                 lr=1e-3,
                 parallelism=parallelism,
+                stride=1,
                 history_size=_HISTORY if parallelism <= 8 else 32,
                 rounds=rounds,
                 seeds=choice.seeds or seeds,
@@ -325,6 +327,7 @@ def _fig6(choice: Choice) -> Figure:
             rounds=rounds,
             seeds=choice.seeds or 5,
             dim=choice.dim or (10_000 if choice.scale == "small" else 100_000),
+            stride=1,
             history_size=_HISTORY,
         ),
         (*usual, last, *selections, *histories, *parallel, *ours, *kernels),
