@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 demo: $(VENV)/.installed
 	$(BIN)/optex compare ackley rosenbrock logistic-breast-cancer \
-		--optimizer adam --lr 0.01 --parallelism 5 --rounds 60 --seeds 5 --threads 1 \
+		--methods vanilla,target,optex-paper,optex-alone,optex --optimizer adam --lr 0.01 --parallelism 5 --rounds 60 --seeds 5 --threads 1 \
 		--json out/demo.json --plot out/demo.png
 
 test: lint types tests

@@ -1,7 +1,8 @@
 """Make every number and picture that the README shows, and write its tables.
 
-    python benchmarks/figures.py            about two minutes on 2 cores
-    python benchmarks/figures.py report     the tables alone, from the JSON that is there
+    python benchmarks/figures.py                 some minutes on 2 cores
+    python benchmarks/figures.py demo            one of demo, functions, overhead, and the tables
+    python benchmarks/figures.py report          the tables alone, from the JSON that is there
 
 Writes results/demo, results/functions and results/overhead (JSON and PNG), and puts the tables between the
 `<!-- table:NAME -->` and `<!-- end -->` lines of README.md and results/README.md.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +26,43 @@ from optex.studies.tables import fill, markdown_table
 ROOT = Path(__file__).parent.parent
 THREADS = 2
 COMPARISONS = {
-    "demo": Comparison(("ackley", "rosenbrock", "logistic-breast-cancer"), lr=0.01),
+    "demo": Comparison(  # what `make demo` runs
+        ("ackley", "rosenbrock", "logistic-breast-cancer"),
+        ("vanilla", "target", "optex-paper", "optex-alone", "optex"),
+        lr=0.01,
+    ),
     "functions": Comparison(
         ("sphere", "ackley", "rosenbrock"),
-        ("vanilla", "target", "data-parallel", "hold-last", "line-search", "picard", "optex-paper", "optex"),
+        (
+            "vanilla",
+            "target",
+            "lbfgs",
+            "data-parallel",
+            "hold-last",
+            "line-search",
+            "picard",
+            "optex-paper",
+            "optex-alone",
+            "optex",
+        ),
         lr=0.01,
     ),
 }
+NAMES = {"optex-alone": "optex, N = 1"}  # as the tables have them
 
 
-def run() -> None:
-    """Run everything and keep its JSON and pictures."""
+def run(names: Sequence[str]) -> None:
+    """Run what is named and keep its JSON and pictures."""
     for name, comparison in COMPARISONS.items():
-        compare(name, comparison)
-    cost = overhead.measure([(100_000, 5, 20), (100_000, 5, 50)], rounds=40, threads=THREADS)
+        if name in names:
+            compare(name, comparison)
+    if "overhead" in names:
+        measure_overhead()
+
+
+def measure_overhead() -> None:
+    """Measure what rounds cost and keep the JSON."""
+    cost = overhead.measure([(100_000, 1, 16), (100_000, 5, 20), (100_000, 5, 50)], rounds=40, threads=THREADS)
     path = document_path("overhead")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(cost, indent=1) + "\n")
@@ -72,7 +97,10 @@ def acceleration_table(meta: dict[str, Any]) -> str:
     """Methods down, problems across: acceleration, mean ± standard deviation over the seeds."""
     rows = meta["summary"]
     lines = [
-        [method, *(_spread(row["acceleration"], ".2f", ".2f") for row in rows if row["method"] == method)]
+        [
+            NAMES.get(method, method),
+            *(_spread(row["acceleration"], ".2f", ".2f") for row in rows if row["method"] == method),
+        ]
         for method in dict.fromkeys(row["method"] for row in rows)
     ]
     return markdown_table(["method", *dict.fromkeys(row["problem"] for row in rows)], lines)
@@ -91,7 +119,7 @@ def full_table(meta: dict[str, Any]) -> str:
     lines = [
         (
             row["problem"],
-            row["method"],
+            NAMES.get(row["method"], row["method"]),
             _spread(row["final_loss"], ".4g", ".1g"),
             _spread(row["acceleration"], ".2f", ".2f"),
             f"{row['accepted']:.2f}",
@@ -109,21 +137,25 @@ def _spread(spread: dict[str, float], form: str, deviation_form: str) -> str:
 
 
 def overhead_table(result: dict[str, Any]) -> str:
-    """Milliseconds a round by method, for every size measured."""
+    """Milliseconds and steps a round by method, for every size measured."""
     lines = []
     for size in result["sizes"]:
         first = (f"{size['dimension']:,}", str(size["parallelism"]), str(size["history"]))
-        lines += [(*first, name, f"{times['median']:.1f}") for name, times in size["milliseconds"].items()]
-        lines.append((*first, "*reading the history N times*", f"{size['read']:.1f}"))
-    return markdown_table(("d", "N", "T0", "method", "ms a round beyond the gradients"), lines)
+        for name, times in size["milliseconds"].items():
+            steps = f"{times['steps']:g}" if "steps" in times else "–"
+            lines.append((*first, name, f"{times['median']:.1f}", steps))
+        lines.append((*first, "*reading the history N times*", f"{size['read']:.1f}", "–"))
+    return markdown_table(("d", "N", "T0", "method", "ms a round beyond the gradients", "steps"), lines)
 
 
 def main() -> None:
-    """Run everything unless only the report is asked for, and report."""
+    """Run everything, one thing, or nothing, and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["run", "report"], default="run")
-    if parser.parse_args().what == "run":
-        run()
+    everything = (*COMPARISONS, "overhead")
+    parser.add_argument("what", nargs="?", choices=["run", *everything, "report"], default="run")
+    what = parser.parse_args().what
+    if what != "report":
+        run(everything if what == "run" else [what])
     report()
 
 

@@ -58,7 +58,7 @@ def train(problem: Problem, options: dict[str, Any]) -> dict[str, Any]:
         reports.append(report)
         if number in ROUNDS:
             losses[number] = problem.evaluate()
-    errors = [r.prediction_error for r in reports if len(r.relative_errors)]
+    errors = [float(r.relative_errors.mean()) for r in reports if len(r.relative_errors)]
     model = sum(p.numel() * p.element_size() for p in problem.parameters())
     word = next(problem.parameters()).element_size()
     return {

@@ -27,6 +27,9 @@ METHODS: dict[str, Callable[..., optex.OptEx]] = {
     "optex-paper, leave-one-out": lambda base, n, t0: optex.OptEx.from_paper(
         base, n, t0, lengthscale="leave-one-out", noise_variance="leave-one-out", deterministic=True
     ),
+    "optex, stride=1": lambda base, n, t0: optex.OptEx(
+        base, parallelism=n, stride=1, history_size=t0, deterministic=True
+    ),
     "optex": lambda base, n, t0: optex.OptEx(base, parallelism=n, history_size=t0, deterministic=True),
 }
 
@@ -34,7 +37,7 @@ METHODS: dict[str, Callable[..., optex.OptEx]] = {
 def overhead_milliseconds(
     method: str, dimension: int, parallelism: int, history: int, rounds: int
 ) -> dict[str, float]:
-    """Median and largest overhead of a round once the history is full."""
+    """Median and largest overhead of a round once the history is full, and the median of its steps."""
     torch.manual_seed(0)
     theta = torch.nn.Parameter(torch.rand(dimension) * 4 - 2)
     optimizer = METHODS[method](torch.optim.Adam([theta], lr=0.01), parallelism, history)
@@ -42,8 +45,15 @@ def overhead_milliseconds(
     reports = itertools.islice(
         optimizer.rounds(itertools.repeat(None), lambda _: theta.square().mean().sqrt()), warm_up + rounds
     )
-    times = [1e3 * report.overhead_seconds for report in reports][warm_up:]
-    return {"median": statistics.median(times), "slowest": max(times)}
+    full = list(reports)[warm_up:]
+    times = [1e3 * report.overhead_seconds for report in full]
+    steps = statistics.median(report.accepted for report in full)
+    return {"median": statistics.median(times), "slowest": max(times), "steps": steps}
+
+
+def methods(parallelism: int) -> list[str]:
+    """Those that are not the base optimizer there."""
+    return list(METHODS) if parallelism > 1 else ["optex"]
 
 
 def read_milliseconds(dimension: int, parallelism: int, history: int, repeats: int) -> float:
@@ -76,7 +86,9 @@ def measure(sizes: list[tuple[int, int, int]], *, rounds: int, threads: int) -> 
                 "dimension": size[0],
                 "parallelism": size[1],
                 "history": size[2],
-                "milliseconds": {method: overhead_milliseconds(method, *size, rounds) for method in METHODS},
+                "milliseconds": {
+                    method: overhead_milliseconds(method, *size, rounds) for method in methods(size[1])
+                },
                 "read": read_milliseconds(*size, rounds),
             }
             for size in sizes
@@ -97,7 +109,10 @@ def main() -> None:
     (result,) = measure([size], rounds=options.rounds, threads=options.threads)["sizes"]
     print(f"d = {size[0]}, N = {size[1]}, T0 = {size[2]}, Adam, float32, {options.threads} threads; ms a round")
     for method, times in result["milliseconds"].items():
-        print(f"  {method:30s} median {times['median']:7.2f}   slowest {times['slowest']:7.2f}")
+        print(
+            f"  {method:30s} median {times['median']:7.2f}   slowest {times['slowest']:7.2f}   "
+            f"steps a round {times['steps']:g}"
+        )
     print(f"  {'reading the history N times':30s} median {result['read']:7.2f}")
 
 

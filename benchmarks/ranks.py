@@ -44,6 +44,7 @@ def rounds(dimension: int, parallelism: int, pause: float, count: int) -> dict[s
     optimizer = optex.OptEx(
         torch.optim.Adam([theta], lr=0.01),
         parallelism=parallelism,
+        stride=1,  # as the model counts
         history_size=HISTORY,
         evaluator=evaluator,
         shard=True,

@@ -232,6 +232,7 @@ def heat_conduction(kinds: list[str], repeats: int, size: int, rates: list[float
         for repeat, lr, kind in itertools.product(range(repeats), rates, kinds):
             plain = heat.vanilla(misfit, rounds=rounds, lr=lr)
             until = plain.values[-1]
+            quasi = heat.quasi_newton(misfit, until=until, evaluations=rounds)
             ours = heat.solve(
                 misfit, rounds=rounds, until=until, lr=lr, parallelism=parallelism, evaluator=evaluators[kind]
             )
@@ -244,11 +245,18 @@ def heat_conduction(kinds: list[str], repeats: int, size: int, rates: list[float
                 "steps": [plain.result.nstep, ours.result.nstep],
                 "seconds": [plain.seconds[-1], ours.seconds[-1]],
                 "ratio": ours.seconds[-1] / plain.seconds[-1],
+                "L-BFGS": {
+                    "J": quasi.values[-1],
+                    "evaluations": quasi.result.nit,
+                    "seconds": quasi.seconds[-1],
+                    "ratio": quasi.seconds[-1] / plain.seconds[-1],
+                },
             }
             runs.append(run)
             print(
                 f"{kind:10s} lr {lr:g}: vanilla {run['rounds'][0]} rounds, {run['seconds'][0]:.1f} s; optex "
-                f"{run['rounds'][1]} rounds, {run['seconds'][1]:.1f} s; ratio {run['ratio']:.2f}",
+                f"{run['rounds'][1]} rounds, {run['seconds'][1]:.1f} s; ratio {run['ratio']:.2f}; L-BFGS "
+                f"{quasi.result.nit} evaluations, {quasi.seconds[-1]:.1f} s",
                 flush=True,
             )
     print("; ".join(f"starting {kind} and 3 rounds took {seconds:.1f} s" for kind, seconds in start.items()))
@@ -331,6 +339,16 @@ def heat_words(result: dict[str, Any], folder: str) -> str:
             f"On {NAMES[kind]}, with lr {lr:g}, `optex` reaches the loss of vanilla Adam after {plain:.0f} "
             f"rounds in {ours:.0f}; its seconds over vanilla's, run by run: {ratios}."
         )
+        beside = [run["L-BFGS"] for run in runs if "L-BFGS" in run]
+        if beside:
+            reached = all(entry["J"] <= run["J"][0] for entry, run in zip(beside, runs, strict=True))
+            count = statistics.median(entry["evaluations"] for entry in beside)
+            ratios = ", ".join(f"{entry['ratio']:.2f}" for entry in sorted(beside, key=lambda e: e["ratio"]))
+            verb = "does so" if reached else "does not get there"
+            lines.append(
+                f"SciPy's L-BFGS, one evaluation after the other in one process, {verb} in {count:.0f} "
+                f"evaluations; its seconds over vanilla's: {ratios}."
+            )
     return (
         "The inverse heat-conduction problem of [`examples/heat.py`](../examples/heat.py), "
         f"{result['size'] ** 2:,} unknowns, a gradient of {1e3 * result['gradient']:.0f} ms on one thread, "

@@ -104,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     optimizer = optex.OptEx(
         base,
         parallelism=args.optex,
+        stride="auto" if args.optex > 1 else 1,  # --optex 1 is the plain loop here, too
         acceptance=None if args.tolerance is None else optex.WithinTolerance(args.tolerance),
         scheduler=warm_up_and_cosine(base, args.warm_up, args.steps),
         model=model,
@@ -133,7 +134,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     source = AcceleratedBackward(accelerator, objective)
     stream = batches(accelerator, loader, args, optimizer.batches_drawn)
     before = optimizer.steps_taken
-    for report in optimizer.rounds(stream, source):
+    rounds = optimizer.rounds(stream, source)
+    # Steps that draw no batch tick the schedule, too: its end may come before that of the batches.
+    while optimizer.steps_taken < args.steps and (report := next(rounds, None)) is not None:
         losses.append(report.loss)
         if optimizer.steps_taken // args.evaluate_every > before // args.evaluate_every:
             pause(report.loss)

@@ -70,6 +70,7 @@ class Classifier(lightning.LightningModule):
         return optex.OptEx(
             base,
             parallelism=args.optex,
+            stride=1,  # a step for every batch, so that Lightning's counts and the schedule's are one
             acceptance=None if args.tolerance is None else optex.WithinTolerance(args.tolerance),
             scheduler=schedule,  # optex ticks it and saves it; Lightning need not know it
             model=self.network,

@@ -1,7 +1,7 @@
 """Train a small GPT on characters: one file, in the manner of nanoGPT.
 
     python examples/train_char_gpt.py --optex 1              # the plain loop
-    python examples/train_char_gpt.py --optex 4              # the same steps in fewer rounds
+    python examples/train_char_gpt.py --optex 4              # as many steps in fewer rounds
     python examples/train_char_gpt.py --optex 4 --bf16 --compile --accumulate 4
     python examples/train_char_gpt.py --optex 4 --checkpoint out/gpt.pt --max-rounds 50
     python examples/train_char_gpt.py --optex 4 --checkpoint out/gpt.pt --resume
@@ -300,7 +300,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         )
         return held
 
-    while args.max_rounds is None or rounds < args.max_rounds:
+    # Steps that draw no batch tick the schedule, too: its end may come before that of the batches.
+    while steps < args.steps and (args.max_rounds is None or rounds < args.max_rounds):
         taken, loss = next(loop, (0, None))
         if loss is None:
             break

@@ -1,7 +1,7 @@
 """Train a small ResNet on CIFAR-10: BatchNorm, augmentation, clipping, a cosine schedule, checkpoints.
 
     python examples/train_cifar10.py --optex 1 --steps 60      # the plain loop
-    python examples/train_cifar10.py --optex 4 --steps 60      # the same steps in fewer rounds
+    python examples/train_cifar10.py --optex 4 --steps 60      # as many steps in fewer rounds
     python examples/train_cifar10.py --optex 4 --checkpoint out/cifar10.pt --max-rounds 50
     python examples/train_cifar10.py --optex 4 --checkpoint out/cifar10.pt --resume
 
@@ -251,7 +251,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         )
         return test_loss, test_error
 
-    while args.max_rounds is None or rounds < args.max_rounds:
+    # Steps that draw no batch tick the schedule, too: its end may come before that of the batches.
+    while steps < args.steps and (args.max_rounds is None or rounds < args.max_rounds):
         taken, loss = next(loop, (0, None))
         if loss is None:
             break

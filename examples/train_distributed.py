@@ -85,7 +85,12 @@ def say(text: str) -> None:
 def main() -> None:
     """Read the options, join the job, train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200, help="of Adam (default: %(default)s)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=200,
+        help="batches, one for each step with a gradient (default: %(default)s)",
+    )
     parser.add_argument("--parallelism", type=int, default=4, help="proxies a round (default: %(default)s)")
     parser.add_argument(
         "--every", type=int, default=5, help="rounds between checkpoints (default: %(default)s)"
@@ -99,7 +104,7 @@ def main() -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=2))
     loss = train(options)
-    say(f"loss over all pictures after {options.steps} steps: {loss:.6f}")
+    say(f"loss over all pictures after {options.steps} batches: {loss:.6f}")
     dist.barrier()
     dist.destroy_process_group()
 

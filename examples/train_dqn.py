@@ -1,10 +1,10 @@
 """Deep Q-learning on CartPole: the agent acts between rounds, and each step has a replay batch of its own.
 
     python examples/train_dqn.py --optex 1      # the plain loop
-    python examples/train_dqn.py --optex 4      # up to four steps of Adam between two spells of acting
+    python examples/train_dqn.py --optex 4      # several steps of Adam between two spells of acting
 
 What waits for each other here is acting and learning: after every round the agent takes ``--act`` steps in
-its environment. The plain loop's round is one step of Adam, that of optex up to N: more learning for as much
+its environment. The plain loop's round is one step of Adam, that of optex several: more learning for as much
 acting. So the two are compared at equal rounds. They are not one trajectory, not even at tolerance 0: optex
 draws its replay batches up to N - 1 steps before it takes their steps.
 """

@@ -1,4 +1,4 @@
-"""optex: several steps of a first-order optimizer in the time of one.
+"""optex: first-order optimizers with fewer gradients, and several at once.
 
 Shu, Fang, He, Yu: *OptEx: Expediting First-Order Optimization with Approximately Parallelized Iterations*,
 NeurIPS 2024, arXiv 2402.11427, and what goes past it.

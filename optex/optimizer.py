@@ -46,11 +46,11 @@ class _RoundRequest:
 
 
 class OptEx(OptimizerWrapper):
-    """A torch optimizer that takes up to ``parallelism`` steps of another one in a round.
+    """A torch optimizer that takes several steps of another one in a round.
 
-    A round drafts steps on predicted gradients, evaluates the true gradients at all drafted points at once,
-    and advances by what ``acceptance`` keeps (Shu et al., NeurIPS 2024, Algorithm 1; ``from_paper`` has it
-    to the letter). ``param_groups`` and ``state`` are the base optimizer's own.
+    A round drafts K = N · stride steps on predicted gradients, evaluates the true ones at N of the points, at
+    once, and advances by what ``acceptance`` keeps of the K (Shu et al., NeurIPS 2024; ``from_paper`` is their
+    Algorithm 1 to the letter). ``param_groups`` and ``state`` are the base optimizer's own.
 
     Args:
         base: any ``torch.optim.Optimizer`` for dense gradients; it keeps its state and hyperparameters, and
@@ -274,11 +274,11 @@ class OptEx(OptimizerWrapper):
     ) -> Iterator[RoundReport]:
         """Run rounds until ``batches`` is used up; a generator of one report a round.
 
-        Each step has one batch for good, in the order they come; at their end the ones at hand are used.
-        Leaving the loop early keeps the batches not yet stepped on for the next call.
+        A step that is evaluated has one batch for good, in the order they come; steps between have none. At
+        their end the ones at hand are used; leaving the loop early keeps them for the next call.
 
         Args:
-            batches: one item a step; for a deterministic objective ``itertools.repeat(None, steps)``.
+            batches: one item for each step with a gradient; for a deterministic objective ``repeat(None, n)``.
             objective: the scalar loss of a batch at the parameters' present values, without backward; or a
                 ``GradientSource``, which leaves its gradient itself.
 

@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import replace
 from functools import partial
 from itertools import islice, pairwise
 
@@ -56,7 +57,7 @@ class TestEveryMethod:
         assert np.isfinite(trace.loss).all()
         assert all(0 < step <= 3 for step in np.diff(trace.gradients))
         assert all(seconds > 0 for seconds in np.diff(trace.seconds))
-        most = 3 * 16 if name == "optex" else 3  # its stride goes up to 16
+        most = {"optex": 3 * 16, "optex-alone": 16}.get(name, 3)  # strides go up to 16
         assert all(0 <= accepted <= most for accepted in trace.accepted)
 
     def test_ends_where_its_last_loss_says(self, name, problem):
@@ -134,6 +135,7 @@ OPTEX_TWINS = {
         base, parallelism=3, stride=1, estimator=HoldLast(), acceptance=WithinTolerance(1.0, adaptive=False)
     ),
     "optex-paper": lambda base: OptEx.from_paper(base, 3, 8),
+    "optex-alone": lambda base: OptEx(base, parallelism=1, history_size=8),
     "optex": lambda base: OptEx(base, parallelism=3, history_size=8),
 }
 
@@ -150,6 +152,30 @@ def test_is_the_optex_it_says(name, problem):
     assert trace.loss == losses
     assert trace.accepted == accepted
     assert 0 < trace.overhead_seconds < trace.seconds[-1]
+
+
+class TestOptExAlone:
+    def test_a_round_is_one_gradient_and_soon_more_than_a_step(self):
+        trace = METHODS["optex-alone"].run(Quadratic(dim=20), setting(parallelism=5, rounds=12))
+        assert trace.gradients == list(range(13))
+        assert max(trace.accepted) > 1
+
+    def test_has_the_history_of_one_gradient_a_round(self):
+        problem, wide = Quadratic(dim=20), setting(parallelism=16, rounds=12, history_size=None)
+        narrow = replace(wide, parallelism=1)
+        assert METHODS["optex-alone"].run(problem, wide).loss == METHODS["optex"].run(problem, narrow).loss
+
+    @pytest.mark.parametrize("base", BASES)
+    def test_without_strides_is_vanilla_bit_for_bit(self, base, problem):
+        vanilla = METHODS["vanilla"].run(problem, setting(base))
+        alone = METHODS["optex-alone"].run(problem, replace(setting(base), stride=1))
+        assert alone.loss == vanilla.loss
+
+    def test_those_that_stride_are_those_whose_rounds_keep_more_than_their_gradients(self):
+        for name in ("picard", "optex-paper", "optex-alone", "optex"):
+            trace = METHODS[name].run(Quadratic(dim=20), setting(parallelism=2, rounds=12))
+            evaluated = np.diff(trace.gradients)
+            assert METHODS[name].strides == any(trace.accepted[1:] > evaluated), name
 
 
 class TestDataParallel:

@@ -1,6 +1,5 @@
 """Runs, their record, and the measures, with numbers that can be followed by hand."""
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -302,13 +301,15 @@ class TestRecords:
         assert {run["loss"][-1] for run in document["runs"]} == {None}
         assert document["meta"]["summary"][0]["stopped"] == 2
 
-    def test_vanilla_is_always_run_and_runs_n_times_as_far(self):
-        comparison = small(methods=("optex",), problems=("sphere", "sphere"))
-        assert comparison.methods == ("vanilla", "optex")
+    @pytest.mark.parametrize(
+        ("method", "stride", "reach"),
+        [("optex", "auto", 12), ("optex-alone", 2, 12), ("optex", 1, 3), ("optex-paper", "auto", 3)],
+    )
+    def test_vanilla_is_always_run_as_far_as_the_others_may_get(self, method, stride, reach):
+        comparison = small(methods=(method,), problems=("sphere", "sphere"), stride=stride)
+        assert comparison.methods == ("vanilla", method)
         assert comparison.problems == ("sphere",)
-        assert [run.trace.rounds for run in all_runs(comparison)] == [48, 4, 48, 4]
-        within = dataclasses.replace(comparison, stride=1)  # no more steps than gradients
-        assert [run.trace.rounds for run in all_runs(within)] == [12, 4, 12, 4]
+        assert [run.trace.rounds for run in all_runs(comparison)] == [4 * reach, 4] * 2
 
     @pytest.mark.usefixtures("made_up_data")
     def test_options_reach_the_problems_that_have_them(self):

@@ -388,7 +388,8 @@ def test_accelerate_goes_on_from_a_checkpoint(accelerate_run, tmp_path):
     assert len(whole["losses"]) < 24 <= whole["steps"]
     assert whole["losses"][-1] < whole["losses"][0]
     flags = ["--optex", 4, "--bf16", "--checkpoint", tmp_path / "new" / "checkpoint.pt"]
-    half = accelerate_run(*flags, "--max-rounds", 6)
+    half = accelerate_run(*flags, "--max-rounds", 4)
+    assert half["steps"] < 24
     torch.rand(5)
     rest = accelerate_run(*flags, "--resume")
     assert half["losses"] + rest["losses"] == whole["losses"]

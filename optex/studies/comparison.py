@@ -58,7 +58,7 @@ class Comparison:
         optimizer: name of the base optimizer, of ``optex.stepping.bases.OPTIMIZERS``.
         lr: its learning rate; None is ``default_rate(optimizer)``.
         parallelism: N.
-        stride: of ``optex``: ``"auto"``, the largest, or 1 for none.
+        stride: of ``optex`` and ``optex-alone``: ``"auto"``, the largest, or 1 for none.
         history_size: T0 of every method that has a history; None is each method's own default.
         rounds: of every method but vanilla, which runs ``reach · rounds`` of its own.
         seeds: how many starts of each problem, 0, 1, ...
@@ -122,7 +122,7 @@ class Comparison:
     @property
     def reach(self) -> int:
         """Rounds of vanilla for each of the methods': N, and more where a method may take more steps."""
-        strides = "optex" in self.methods and read_stride(self.stride) > 1
+        strides = read_stride(self.stride) > 1 and any(make_method(name).strides for name in self.methods)
         return self.parallelism * (BEYOND if strides else 1)
 
     @property

@@ -46,6 +46,7 @@ METHOD_STYLES: Final[dict[str, dict[str, Any]]] = {
     "nowcast": {"color": "#5fc9a8", "linestyle": "-", "linewidth": 1.4},
     "nowcast-dmd": {"color": "#00573f", "linestyle": "-", "linewidth": 1.4},
     "optex-paper": {"color": "#0072b2", "linestyle": "-", "linewidth": 1.8},
+    "optex-alone": {"color": "#f2a25c", "linestyle": (0, (4, 1)), "linewidth": 2.0},
     "optex": {"color": "#d55e00", "linestyle": "-", "linewidth": 2.4},
 }
 _UNKNOWN_STYLE: Final[dict[str, Any]] = {"color": "#444444", "linestyle": "-", "linewidth": 1.4}

@@ -12,7 +12,7 @@ from optex.studies.baselines.lbfgs import lbfgs
 from optex.studies.baselines.line_search import line_search
 from optex.studies.baselines.nowcast import nowcast, nowcast_dmd
 from optex.studies.baselines.scipy_methods import lbfgs_scipy, nonlinear_cg
-from optex.studies.baselines.with_optex import hold_last, optex, optex_paper, picard
+from optex.studies.baselines.with_optex import hold_last, optex, optex_alone, optex_paper, picard
 
 __all__ = ["METHODS", "BaseFactory", "Method", "MethodEntry", "Recorder", "Setting", "Trace", "make_method"]
 
@@ -27,6 +27,7 @@ class MethodEntry:
         own_optimizer: its optimizer, where that is not the base optimizer.
         tunes_rate: whether it runs with several learning rates and keeps the best.
         deterministic_only: whether it refuses problems with sampled gradients.
+        strides: whether it takes steps at which no gradient is evaluated, where the setting's stride allows.
     """
 
     run: Method
@@ -34,6 +35,7 @@ class MethodEntry:
     own_optimizer: str | None = None
     tunes_rate: bool = False
     deterministic_only: bool = False
+    strides: bool = False
 
 
 METHODS: Final[dict[str, MethodEntry]] = {
@@ -64,7 +66,8 @@ METHODS: Final[dict[str, MethodEntry]] = {
     "nowcast": MethodEntry(nowcast, "jumps along the line through the last iterates, by the loss"),
     "nowcast-dmd": MethodEntry(nowcast_dmd, "jumps by the iterates' linear dynamics, by the loss"),
     "optex-paper": MethodEntry(optex_paper, "Algorithm 1 of the paper"),
-    "optex": MethodEntry(optex, "OptEx with its defaults"),
+    "optex-alone": MethodEntry(optex_alone, "OptEx with one gradient a round, whatever N is", strides=True),
+    "optex": MethodEntry(optex, "OptEx with its defaults", strides=True),
 }
 
 

@@ -29,7 +29,7 @@ class Setting:
         parallelism: N, gradients evaluated at once, at least 1.
         history_size: T0, pairs to predict from, at least 1; None is each method's own default.
         rounds: how many to run, at least 1.
-        stride: of ``optex``, as there.
+        stride: of ``optex`` and ``optex-alone``, as in ``OptEx``.
     """
 
     base: BaseFactory

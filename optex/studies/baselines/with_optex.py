@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from optex.estimators import HoldLast
@@ -10,7 +11,7 @@ from optex.round import Last, WithinTolerance
 from optex.studies.baselines.interface import Recorder, Setting, Trace
 from optex.studies.problems import Problem
 
-__all__ = ["history_choice", "hold_last", "optex", "optex_paper", "picard", "run_rounds"]
+__all__ = ["history_choice", "hold_last", "optex", "optex_alone", "optex_paper", "picard", "run_rounds"]
 
 
 def optex(problem: Problem, setting: Setting) -> Trace:
@@ -26,6 +27,11 @@ def optex(problem: Problem, setting: Setting) -> Trace:
             history_size=setting.history_size,
         ),
     )
+
+
+def optex_alone(problem: Problem, setting: Setting) -> Trace:
+    """``optex`` with one gradient a round, whatever the setting's N, and the T0 that goes with that."""
+    return optex(problem, replace(setting, parallelism=1))
 
 
 def optex_paper(problem: Problem, setting: Setting) -> Trace:

@@ -74,4 +74,4 @@ def main(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
-    """Several steps of a first-order optimizer in the time of one."""
+    """First-order optimizers with fewer gradients, and several at once."""
