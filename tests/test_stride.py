@@ -247,7 +247,7 @@ def test_a_checkpoint_goes_on_bit_for_bit(parallelism):
     model, whole = sampled(parallelism)
     list(whole.rounds(batches, squared_error(model)))
     first, optimizer = sampled(parallelism)
-    reports = list(itertools.islice(optimizer.rounds(batches, squared_error(first)), 12))
+    reports = list(itertools.islice(optimizer.rounds(batches, squared_error(first)), 20))
     assert max(report.drafted / report.evaluated for report in reports) > 1
     second, resumed = sampled(parallelism)
     second.load_state_dict(first.state_dict())

@@ -28,6 +28,7 @@ LEAST_AHEAD: Final = 4  # steps drafted under a lookahead, however few were kept
 # Of the tolerance, where steps go without gradients of their own:
 EARNED: Final = 1.4  # between gradients; such strides come of rounds that were kept whole
 EXTRAPOLATED: Final = 0.8  # behind the only one
+LONGER: Final = 1.5  # than predictions were
 NEAREST: Final = 3  # predictions a round that the tolerance learns from
 
 
@@ -255,7 +256,7 @@ class WithinTolerance(Acceptance):
             elif record.source.deterministic:
                 gradient = replay.corrected(here, tolerance)
             else:
-                gradient = replay.predicted(here, self.absurd)
+                gradient = replay.predicted(here)
             if gradient is None:
                 break
             stepper.step(gradient)
@@ -358,15 +359,18 @@ class _Replay:
     def predicted(
         self,
         here: Tensor,  # [d]
-        absurd: float,
     ) -> Tensor | None:  # [d]
-        """Of a step that was not evaluated, where gradients are sampled: no minibatch's is better."""
+        """Of a step that was not evaluated, where gradients are sampled: no minibatch's is better.
+
+        A prediction much longer than usual is none of those whose errors are known: a model that has just been
+        chosen may hold a single gradient, noise and all, through every step.
+        """
         if self._posterior is None:
             return None
-        gradient = self._posterior.mean(here)
-        longest, *norms = self._record.space.norms([gradient, *self._record.gradients[self._usable]])
         self._before = here
-        return gradient if longest <= absurd * max(norms) else None
+        gradient = self._posterior.mean(here)
+        length = self._record.space.norms([gradient])[0]
+        return gradient if length <= LONGER * self._record.surprises.usual_length else None
 
 
 SELECTIONS: Final[dict[str, type[_Selection]]] = {

@@ -20,7 +20,7 @@ SHRINKING: Final = 1.5
 WHOLE: Final = 0.9  # of the drafted steps kept: as good as all
 # Squared relative errors of a prediction used for many steps, where gradients are sampled:
 HARMLESS: Final = 0.25
-LARGEST_ERROR: Final = 0.7
+LARGEST_ERROR: Final = 0.65
 SLACK: Final = 1.3  # between growing and shrinking
 # A round of one gradient and one step is the base optimizer's; while that is all there is, it is left alone:
 WATCH: Final = 32  # rounds without a gain before a rest

@@ -94,6 +94,12 @@ class Surprises:
         mixed = [MEMORY * a + (1 - MEMORY) * b for a, b in zip(values, new, strict=True)]
         return _known(_Averages(*mixed, rounds=old.rounds + 1))
 
+    @property
+    def usual_length(self) -> float:
+        """‖μ‖ of recent predictions of sampled gradients; infinite where there were none."""
+        weight = 1 - MEMORY**self.averages.rounds
+        return math.sqrt(self.averages.predicted / weight) if weight else math.inf
+
     def state_dict(self) -> dict[str, Any]:
         """The averages; what they say follows from them."""
         averages = self.averages
