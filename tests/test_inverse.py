@@ -188,3 +188,14 @@ def test_a_test_size_takes_the_first_ones():
     )
     with pytest.raises(ValueError, match=r"test_size must be .* got 34"):
         make_problem("shakespeare", **text, test_size=34)
+
+
+def test_plates_that_conduct_beyond_all_measure_are_not_finite():
+    problem = make_problem("heat", seed=0, size=8)
+    with torch.no_grad():
+        next(problem.parameters()).fill_(1e4)
+    assert problem.evaluate() == float("inf")
+    loss = problem(next(problem.batches()))
+    loss.backward()
+    assert loss.item() == float("inf")
+    assert next(problem.parameters()).grad.isnan().all()

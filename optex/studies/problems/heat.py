@@ -23,6 +23,12 @@ __all__ = ["HeatConduction", "Plate"]
 _DURATION: Final = 0.1  # of one heater's experiment; at κ = 1 warmth crosses the plate in about 1
 _NOISE: Final = 1e-3  # σ, of a reading, in the units of the temperature
 _SMOOTHNESS: Final = 1e-3  # α
+_LARGEST: Final = 100.0  # log κ
+
+
+def _can_conduct(m: NDArray[np.float64]) -> bool:
+    """Whether the equations can be solved in double precision: runs that diverge come to where they cannot."""
+    return bool(np.abs(m).max() <= _LARGEST)  # not so for NaN
 
 
 class Plate:
@@ -92,6 +98,8 @@ class Plate:
     ) -> float:
         """J with all heaters."""
         chosen = np.arange(self.heaters.shape[1])
+        if not _can_conduct(m):
+            return math.inf
         residuals = self._march(m, chosen)[0][:, self.thermometers] - self.readings
         jumps = self.neighbours @ m
         return float(0.5 * (residuals**2).mean() / _NOISE**2 + 0.5 * _SMOOTHNESS * (jumps**2).sum())
@@ -102,6 +110,8 @@ class Plate:
         chosen: NDArray[np.int64],  # [k]
     ) -> tuple[float, NDArray[np.float64]]:  # J with these heaters for all of them, [n²]
         """With k of them drawn at random, the mean of both over the draws is that with all."""
+        if not _can_conduct(m):
+            return math.inf, np.full_like(m, math.nan)
         temperatures, matrix = self._march(m, chosen)
         residuals = temperatures[:, self.thermometers] - self.readings[:, :, chosen]
         weight, jumps = 1 / (_NOISE**2 * residuals.size), self.neighbours @ m
