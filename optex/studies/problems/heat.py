@@ -23,7 +23,7 @@ __all__ = ["HeatConduction", "Plate"]
 _DURATION: Final = 0.1  # of one heater's experiment; at κ = 1 warmth crosses the plate in about 1
 _NOISE: Final = 1e-3  # σ, of a reading, in the units of the temperature
 _SMOOTHNESS: Final = 1e-3  # α
-_LARGEST: Final = 100.0  # log κ
+_LARGEST: Final = 30.0  # log κ; one cell of 1e13 beside one of 1e-13 is the end of double precision
 
 
 def _can_conduct(m: NDArray[np.float64]) -> bool:
