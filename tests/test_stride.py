@@ -54,6 +54,8 @@ def test_deterministic_strides_follow_what_is_kept():
     assert stride.after(4, 8, nothing, deterministic=True).value > 2.0
     assert stride.after(4, 6, nothing, deterministic=True).value == 1.5
     assert stride.after(4, 1, nothing, deterministic=True).value == 1.0
+    assert stride.after(4, 8, Surprises(0.6, 0.0), deterministic=True).value == 2.0
+    assert stride.after(4, 8, Surprises(1.2, 0.0), deterministic=True).value == 1.0
     for _ in range(20):
         stride = stride.after(4, stride.steps(4), nothing, deterministic=True)
     assert stride.value == 8.0

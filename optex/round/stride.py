@@ -18,6 +18,9 @@ GROWTH: Final = 3.0
 SAMPLED_GROWTH: Final = 1.25
 SHRINKING: Final = 1.5
 WHOLE: Final = 0.9  # of the drafted steps kept: as good as all
+# Relative errors of deterministic gradients' predictions: no more of them, and none:
+WRONG: Final = 0.5
+WORTHLESS: Final = 1.0
 # Squared relative errors of a prediction used for many steps, where gradients are sampled:
 HARMLESS: Final = 0.25
 LARGEST_ERROR: Final = 0.65
@@ -51,7 +54,8 @@ class Stride:
     """Drafted steps per gradient evaluated; a round replaces it as a whole.
 
     It grows while rounds are kept whole and predictions hold, and shrinks to what was kept. With deterministic
-    gradients the acceptance knows what can be kept. With sampled ones nothing can be measured of a step that
+    gradients the acceptance knows what can be kept; the stride does not grow where predictions were wrong by
+    ``WRONG``, and is 1 where they were by ``WORTHLESS``. With sampled ones nothing can be measured of a step that
     is not evaluated, and what noise is left in a prediction is the same in all the K steps that use it, where
     that of K gradients would average out. With e² = ‖μ - ∇F‖² / ‖∇F‖² and s² = E‖g - ∇F‖² / ‖∇F‖²
     (:class:`Surprises`) K predictions are off by K² e², K gradients by K s²: the stride grows where
@@ -100,6 +104,8 @@ class Stride:
         whole = kept >= WHOLE * self.steps(count)
         if deterministic:
             value = GROWTH * value if whole else min(value, kept / count)
+            if surprises.relative_error >= WRONG:
+                value = min(value, self.value if surprises.relative_error < WORTHLESS else 1.0)
         else:
             error = surprises.relative_error**2
             bearable = min(HARMLESS + surprises.relative_noise / value, LARGEST_ERROR)
