@@ -55,10 +55,12 @@ class Stride:
 
     It grows while rounds are kept whole and predictions hold, and shrinks to what was kept. With deterministic
     gradients the acceptance knows what can be kept; the stride does not grow where predictions were wrong by
-    ``WRONG``, and is 1 where they were by ``WORTHLESS``. With sampled ones nothing can be measured of a step that
-    is not evaluated, and what noise is left in a prediction is the same in all the K steps that use it, where
-    that of K gradients would average out. With e² = ‖μ - ∇F‖² / ‖∇F‖² and s² = E‖g - ∇F‖² / ‖∇F‖²
-    (:class:`Surprises`) K predictions are off by K² e², K gradients by K s²: the stride grows where
+    ``WRONG``, and is 1 where they were by ``WORTHLESS``.
+
+    With sampled gradients nothing can be measured of a step that is not evaluated, and what noise is left in a
+    prediction is the same in all the K steps that use it, where that of K gradients would average out. With
+    e² = ‖μ - ∇F‖² / ‖∇F‖² and s² = E‖g - ∇F‖² / ‖∇F‖² (:class:`Surprises`) K predictions are off by K² e², K
+    gradients by K s²: the stride grows where
 
         e² ≤ min(HARMLESS + s² / K, LARGEST_ERROR)
 
