@@ -81,6 +81,21 @@ def test_sampled_strides_follow_the_error_without_noise(error, noise, value, gro
     assert LARGEST_ERROR < 1
 
 
+def test_rests_are_longer_each_time_until_there_is_a_gain():
+    wrong, right, stride, rests = Surprises(1.0, 5.0), Surprises(0.1, 5.0), Stride(), []
+    for _ in range(250):
+        if stride.rest:
+            rests.append(stride.rest)
+            stride = stride.rested()
+        else:
+            stride = stride.after(1, 1, wrong, deterministic=False)
+    assert [length for length in rests if length in (16, 32, 64)] == [16, 32, 16, 64, 32, 16]
+    assert Stride().loaded(stride.state_dict()) == stride
+    woken = stride.after(1, 1, right, deterministic=False)
+    assert (woken.watched, woken.pause) == (0, 16)
+    assert Stride().after(4, 1, wrong, deterministic=False).watched == 0  # rounds of several are never plain
+
+
 @pytest.mark.parametrize("wrong", [0.0, 0.3, 1.0])
 def test_errors_are_found_beneath_the_noise(wrong):
     generator, d = torch.Generator().manual_seed(0), 20_000
@@ -190,6 +205,7 @@ def test_noise_that_drowns_the_gradient_leaves_the_base_optimizer_alone():
     optimizer = OptEx(torch.optim.Adam([theta], lr=1e-3), parallelism=1)
     reports = list(optimizer.rounds(noise, lambda row: 1e-3 * theta.square().sum() + 30 * row @ theta))
     assert sum(report.accepted for report in reports) <= 1.1 * len(reports)
+    assert optimizer.history.appended < 0.9 * len(reports)  # rests, in which nothing is remembered
 
 
 def test_prediction_error_is_free_of_noise():
