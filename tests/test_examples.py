@@ -159,9 +159,9 @@ def test_dqn_learns_in_rounds():
     pytest.importorskip("gymnasium")
     import train_dqn
 
-    found = train_dqn.main(["--optex", "4", "--rounds", "200"])
+    found = train_dqn.main(["--optex", "4", "--rounds", "300"])
     assert found["steps"] > 400
-    assert max(found["curve"][-50:]) > 1.4 * found["curve"][0]  # the mean over recent episodes sways
+    assert found["curve"][-1] > 1.5 * found["curve"][0]
     again = train_dqn.main(["--optex", "4", "--rounds", "20"])
     assert again["curve"] == found["curve"][:20]
 
