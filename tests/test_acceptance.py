@@ -295,6 +295,7 @@ def measured_round(distances, wrong, *, usable=None):
     record.proxies, record.gradients = proxies, gradients
     record.drafted = gradients[:-1] * (1 + torch.tensor(wrong, dtype=torch.float64)[:, None])
     record.usable = [True] * (count + 1) if usable is None else usable
+    record.evaluated, record.predicted = range(count + 1), list(range(count))
     record.distances = [None if r is None else torch.tensor(r, dtype=torch.float64) for r in distances]
     return record
 

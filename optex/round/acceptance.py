@@ -268,31 +268,24 @@ class WithinTolerance(Acceptance):
             self._length = float(space.norms([stepper.point - record.proxies[0]])[0]) / stepper.taken
         return stepper.taken
 
-    @staticmethod
-    def _steps_behind(record: RoundRecord, rows: list[int]) -> list[Tensor]:
-        """Mean steps of the draft from these rows to the next ones; zeros where there is no next row."""
-        if len(record.positions) == 1:
-            return [torch.zeros_like(record.proxies[row]) for row in rows]
+    def _step_lengths(self, record: RoundRecord, rows: list[int]) -> Tensor:  # [k]
+        """The draft's mean step from each row to the next; the last round's where there is none."""
         proxies, positions = record.proxies, record.positions
-        return [(proxies[i + 1] - proxies[i]) / (positions[i + 1] - positions[i]) for i in rows]
+        if len(positions) == 1:
+            return torch.full((len(rows),), self._length, dtype=proxies.dtype, device=proxies.device)
+        steps = [(proxies[i + 1] - proxies[i]) / (positions[i + 1] - positions[i]) for i in rows]
+        return record.space.norms(steps)
 
     def _learn(self, record: RoundRecord) -> None:
-        known = [
-            (i, distance)
-            for i, distance in enumerate(record.distances)
-            if distance is not None and record.usable[i]
-        ]
+        rows, gaps, norms = record.comparison
+        known = [(i, place, far) for place, i in enumerate(rows) if (far := record.distances[i]) is not None]
         if not known:
             return
-        rows = [i for i, _ in known]
-        gaps = record.drafted[rows] - record.gradients[rows]
-        norms = record.space.norms([*self._steps_behind(record, rows), *gaps, *record.gradients[rows]])
-        lengths, wrong, true = norms.view(3, -1)
-        if len(record.positions) == 1:
-            lengths = torch.full_like(lengths, self._length)
+        lengths = self._step_lengths(record, [i for i, _, _ in known])
+        errors = gaps / norms
         evidence = []
-        for (_, distance), length, error in zip(known, lengths, wrong / true, strict=True):
-            steps = float(distance / length)
+        for (_, place, distance), length in zip(known, lengths, strict=True):
+            steps, error = float(distance / length), errors[place]
             # Closer than rounding is no distance to learn from.
             if 1e-6 < steps < math.inf and not torch.isnan(error):
                 evidence.append((steps, steps / max(float(error), 1e-12)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -122,10 +123,16 @@ class RoundRecord:
             gradient_seconds=self.gradient_seconds,
         )
 
-    def _relative_errors(self) -> Tensor:  # [usable proxies but the last]
+    @cached_property
+    def comparison(self) -> tuple[list[int], Tensor, Tensor]:  # k rows, [k], [k]
+        """Rows predicted and measured, how far each prediction was off, and the measured gradients' lengths."""
         rows = [i for i in self.predicted if i in self.evaluated and self.usable[i]]
         truth = self.gradients[rows]
         if not rows:
-            return truth.new_empty(0)
+            return rows, truth.new_empty(0), truth.new_empty(0)
         gaps, norms = self.space.norms([*(self.drafted[rows] - truth), *truth]).view(2, -1)
-        return gaps / norms.clamp_min(torch.finfo(truth.dtype).tiny)
+        return rows, gaps, norms
+
+    def _relative_errors(self) -> Tensor:  # [k]
+        _, gaps, norms = self.comparison
+        return gaps / norms.clamp_min(torch.finfo(norms.dtype).tiny)

@@ -278,9 +278,9 @@ class Rounds(RunState):
     def _surprises(self, record: RoundRecord) -> Surprises:
         """What the measured gradients say of their predictions."""
         history, known = self.predictor.history, self.progress.surprises
-        rows = [i for i in record.predicted if record.usable[i]]
+        rows, gaps, norms = record.comparison
         if record.source.deterministic:
-            return known.compared(record.space, record.drafted[rows], record.gradients[rows]) if rows else known
+            return known.compared(gaps, norms) if rows else known
         # What had been measured with the same minibatch before is in the history, noise and all.
         rows = [i for i in rows if record.window[i].measured is None]
         usable = [i for i, flag in enumerate(record.usable) if flag]
