@@ -49,7 +49,17 @@ FUNCTIONS = (
     ("ackley", "adam", 0.01),
     ("sphere", "adam", 0.01),
 )
-SETTINGS = ((1, "auto"), (4, 1), (4, "auto"), (8, 1), (8, "auto"))
+# N, stride, T0:
+SETTINGS = (
+    (1, "auto", 16),
+    (4, 1, 16),
+    (4, "auto", 16),
+    (8, 1, 16),
+    (8, "auto", 16),
+    (1, "auto", 32),
+    (4, "auto", 32),
+    (8, "auto", 32),
+)
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 HEAT = {"size": 40, "heaters": 16}
 SAMPLED = (
@@ -84,10 +94,10 @@ def function_job(job: tuple[str, str, float, int]) -> dict[str, Any]:
         base.step()
     level = min(losses)
     runs = []
-    for parallelism, stride in SETTINGS:
+    for parallelism, stride, size in SETTINGS:
         problem.reset()
         base = base_optimizer(optimizer, problem.parameters(), lr=lr)
-        wrapper = optex.OptEx(base, parallelism=parallelism, stride=stride)
+        wrapper = optex.OptEx(base, parallelism=parallelism, stride=stride, history_size=size)
         reached, steps, number = None, 0, 0
         for number, report in enumerate(wrapper.rounds(problem.batches(), problem.source()), start=1):
             steps += report.accepted
@@ -96,7 +106,8 @@ def function_job(job: tuple[str, str, float, int]) -> dict[str, Any]:
             if reached or number == ROUNDS:
                 break
         gained = (losses.index(level) + 1) / reached if reached else 0.1
-        runs.append({"N": parallelism, "stride": stride, "acceleration": gained, "steps": steps / number})
+        setting = {"N": parallelism, "stride": stride, "T0": size}
+        runs.append({**setting, "acceleration": gained, "steps": steps / number})
     return {"problem": name, "optimizer": optimizer, "lr": lr, "seed": seed, "runs": runs}
 
 
@@ -252,7 +263,7 @@ def functions_table() -> str:
         rows.append([f"{name}, {optimizer} {lr:g}", *cells])
     totals = [f"{geometric_mean(g):.2f} / {min(g):.2f}" for g in gains.values()]
     rows.append(["**geometric mean / worst**", *(f"**{cell}**" for cell in totals)])
-    return markdown_table(["run", *(f"N = {n}, stride {s}" for n, s in SETTINGS)], rows)
+    return markdown_table(["run", *(f"N = {n}, stride {s}, T0 = {size}" for n, s, size in SETTINGS)], rows)
 
 
 def sampled_table() -> str:

@@ -55,7 +55,7 @@ class OptEx(OptimizerWrapper):
     Args:
         base: any ``torch.optim.Optimizer`` for dense gradients; it keeps its state and hyperparameters, and
             its step hooks run at every step, drafted ones too. Its ``drafting()``, if it has that context
-            manager, is open while steps are drafted, to freeze what a prediction should not change.
+            manager, is open during steps on predictions alone, to freeze what those should not change.
         parallelism: N, gradients evaluated at once, at least 1.
         stride: steps a round drafts at most for each gradient that it evaluates: K = N · stride steps, of which
             those in between are taken on predictions. ``"auto"`` goes as far as predictions hold, up to 16; a

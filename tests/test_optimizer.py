@@ -787,6 +787,16 @@ def test_a_base_freezes_what_it_says_while_drafting():
     assert ours.count("update") == len(plainly)  # replayed steps alone
 
 
+def test_steps_kept_without_a_gradient_of_their_own_freeze_it_too():
+    model, notes = nn.Linear(3, 1).double(), []
+    batches = [(x[:, :3], y[:, :1]) for x, y in regression_batches(1)] * 12
+    base = Preconditioned(model.parameters(), 0.01, notes.append)
+    optimizer = OptEx(base, parallelism=1, stride=4, deterministic=True)
+    reports = list(optimizer.rounds(batches, squared_error(model)))
+    assert sum(report.accepted for report in reports) > len(reports)
+    assert notes.count("update") == len(reports)  # the first step of each has the round's gradient
+
+
 class Counting(torch.optim.Optimizer):
     """Keeps its count of steps, and a running mean, where torch's optimizers would not."""
 

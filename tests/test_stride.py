@@ -83,13 +83,13 @@ def test_sampled_strides_follow_the_error_without_noise(error, noise, value, gro
 
 def test_rests_are_longer_each_time_until_there_is_a_gain():
     wrong, right, stride, rests = Surprises(1.0, 5.0), Surprises(0.1, 5.0), Stride(), []
-    for _ in range(250):
+    for _ in range(450):
         if stride.rest:
             rests.append(stride.rest)
             stride = stride.rested()
         else:
             stride = stride.after(1, 1, wrong, deterministic=False)
-    assert [length for length in rests if length in (16, 32, 64)] == [16, 32, 16, 64, 32, 16]
+    assert [length for length in rests if length in (16, 64, 256)] == [16, 64, 16, 256, 64, 16]
     assert Stride().loaded(stride.state_dict()) == stride
     woken = stride.after(1, 1, right, deterministic=False)
     assert (woken.watched, woken.pause) == (0, 16)

@@ -6,6 +6,7 @@ import math
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Final, Literal
 
 import torch
@@ -250,7 +251,8 @@ class WithinTolerance(Acceptance):
             tolerance *= EXTRAPOLATED if len(record.positions) == 1 else EARNED
         for position in range(1, record.steps):
             here = stepper.point
-            if row < len(record.positions) and record.positions[row] == position:
+            evaluated = row < len(record.positions) and record.positions[row] == position
+            if evaluated:
                 gradient = replay.measured(here, row, tolerance) if record.usable[row] else None
                 row += 1
             elif record.source.deterministic:
@@ -259,7 +261,8 @@ class WithinTolerance(Acceptance):
                 gradient = replay.predicted(here)
             if gradient is None:
                 break
-            stepper.step(gradient)
+            with nullcontext() if evaluated else stepper.drafting():
+                stepper.step(gradient)
         if stepper.taken > 1 and not space.finite(stepper.point[None])[0]:
             # A correction went wrong; step 0 is exact, whatever the estimator said.
             stepper.rewind()

@@ -26,8 +26,10 @@ HARMLESS: Final = 0.25
 LARGEST_ERROR: Final = 0.65
 SLACK: Final = 1.3  # between growing and shrinking
 # A round of one gradient and one step is the base optimizer's; while that is all there is, it is left alone:
-WATCH: Final = 32  # rounds without a gain before a rest
-SHORTEST_REST: Final = 16  # rounds; each rest is twice as long as the one before
+WATCH: Final = 32  # rounds without a gain before the first rest
+WATCH_AGAIN: Final = 16  # before the others
+SHORTEST_REST: Final = 16  # rounds; each rest is LENGTHENING times as long as the one before
+LENGTHENING: Final = 4
 LONGEST_REST: Final = 512
 
 
@@ -66,7 +68,7 @@ class Stride:
 
     and shrinks where e² is ``SLACK`` times that.
 
-    Where rounds evaluate one gradient and for ``WATCH`` of them no step more was to be had, predicting is given
+    Where rounds evaluate one gradient and for many of them no step more was to be had, predicting is given
     up for a while, as it costs time and memory traffic: the rounds of a rest are the base optimizer's steps.
 
     Attributes:
@@ -127,9 +129,9 @@ class Stride:
             return self
         if self.value > 1 if sampled else kept > 1:
             return replace(self, watched=0, pause=SHORTEST_REST)
-        if self.watched + 1 < WATCH:
+        if self.watched + 1 < (WATCH if self.pause == SHORTEST_REST else WATCH_AGAIN):
             return replace(self, watched=self.watched + 1)
-        return replace(self, rest=self.pause, pause=min(2 * self.pause, LONGEST_REST), watched=0)
+        return replace(self, rest=self.pause, pause=min(LENGTHENING * self.pause, LONGEST_REST), watched=0)
 
     def rested(self) -> Stride:
         """One round of the rest later."""

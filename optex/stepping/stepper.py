@@ -74,7 +74,7 @@ class Stepper:
         self.taken = 0
 
     def drafting(self) -> AbstractContextManager[None]:
-        """Steps inside are drafts: a base that freezes state while drafting does so."""
+        """Steps inside are taken on predictions alone: a base that freezes state for them does so."""
         return nullcontext() if self._freezing is None else self._freezing.drafting()
 
     def step(
