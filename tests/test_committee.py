@@ -1,10 +1,14 @@
 import math
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
 from optex import CommitteeEstimator, CurlFreeEstimator, GradientHistory, HoldLast, SeparableEstimator
+from optex.estimators.arrivals import Arrivals
 from optex.estimators.committee import HANDICAP, YOUNG, default_members
+from optex.estimators.interface import Coefficients
 
 
 def rows(count, dimension=6, seed=0):
@@ -15,6 +19,10 @@ def filled(gradient, count=12):
     history, points = GradientHistory(count, 6), rows(count)
     history.append(points, gradient(points))
     return history
+
+
+def judge(committee, history, points, gradients, held):
+    committee.judge(committee.fit(history), Arrivals(history, points, gradients), held)
 
 
 def test_predicts_with_its_best_member():
@@ -37,7 +45,7 @@ def test_scores_are_those_of_the_formula():
     committee.scores = torch.tensor([0.3, 0.1], dtype=torch.float64)
     points, gradients = rows(3, seed=5), rows(3, seed=6)
     origin = rows(1, seed=7)[0], rows(1, seed=8)[0]
-    committee.judge(committee.fit(history), points, gradients, [None, origin, None])
+    judge(committee, history, points, gradients, [None, origin, None])
     errors = []
     for member in members:
         posterior = member.fit(history)
@@ -64,7 +72,7 @@ def test_finds_the_member_that_fits(gradient, expected):
     for seed in range(5):
         history = filled(gradient)
         points = rows(4, seed=seed + 20)
-        committee.judge(committee.fit(history), points, gradient(points), [None] * 4)
+        judge(committee, history, points, gradient(points), [None] * 4)
     assert committee.best(history) == expected
 
 
@@ -74,26 +82,29 @@ def test_noise_calls_for_the_member_that_smooths():
     committee = CommitteeEstimator(interval=1)
     for seed in range(12):
         history, points = filled(noisy), 0.3 * rows(4, seed=seed + 20)
-        committee.judge(committee.fit(history), points, noisy(points), [None] * 4)
+        judge(committee, history, points, noisy(points), [None] * 4)
     noises = [getattr(member, "noise_variance", None) for member in default_members()]
     assert noises[committee.best(history)] is not None
     assert noises[committee.best(history)] >= 1e-2
 
 
-def test_a_member_that_fails_to_predict_is_never_chosen():
-    committee, history = CommitteeEstimator([HoldLast(), CurlFreeEstimator()]), filled(lambda x: x)
-    history.gradients[history.newest] = torch.nan  # what hold-last predicts
-    committee.judge(committee.fit(history), rows(2), rows(2), [None, None])
-    assert committee.scores[0] == torch.inf
-
-
+@dataclass(frozen=True)
 class Failing(HoldLast):
-    """Predicts NaN while the others do what they can."""
+    """Predicts what is no number while the others do what they can."""
+
+    value: float = math.nan
 
     def fit(self, history):
         posterior = super().fit(history)
-        posterior.means = lambda locations: torch.full_like(locations.points, torch.nan)
+        weights = np.full((2, history.size), self.value)
+        posterior.coefficients = lambda locations: Coefficients(weights)
         return posterior
+
+
+def test_a_member_that_fails_to_predict_is_never_chosen():
+    committee, history = CommitteeEstimator([Failing(math.inf), CurlFreeEstimator()]), filled(lambda x: x)
+    judge(committee, history, rows(2), rows(2), [None, None])
+    assert committee.scores[0] == torch.inf
 
 
 @pytest.mark.parametrize("memory", [0.0, 0.7])
@@ -102,7 +113,7 @@ def test_a_member_that_fails_alone_leaves_the_others_in_office(memory):
     history = filled(lambda x: x)
     for seed in range(2):
         points = rows(2, seed=seed + 20)
-        committee.judge(committee.fit(history), points, points, [None, None])
+        judge(committee, history, points, points, [None, None])
         assert committee.scores[0] == torch.inf
         assert committee.scores[1:].isfinite().all()
         assert committee.best(history) == 1
@@ -113,7 +124,7 @@ def test_judges_every_interval_from_the_first_round_on():
     seen = []
     for seed in range(7):
         before = committee.scores.clone()
-        committee.judge(committee.fit(history), rows(2, seed=seed + 30), rows(2, seed=seed + 40), [None, None])
+        judge(committee, history, rows(2, seed=seed + 30), rows(2, seed=seed + 40), [None, None])
         seen.append(not torch.equal(before, committee.scores))
     assert seen == [True, False, False, True, False, False, True]
 
@@ -124,7 +135,7 @@ def test_minibatches_are_judged_every_round_while_they_are_new():
     history.append(rows(1, seed=9), rows(1, seed=9), [math.nan])
     for seed in range(2 * YOUNG):
         before = committee.scores.clone()
-        committee.judge(committee.fit(history), rows(2, seed=seed + 30), rows(2, seed=seed + 50), [None, None])
+        judge(committee, history, rows(2, seed=seed + 30), rows(2, seed=seed + 50), [None, None])
         if not torch.equal(before, committee.scores):
             seen.append(seed)
     assert seen == [*range(YOUNG), 10, 15]
@@ -138,7 +149,7 @@ def test_the_interval_goes_on_where_a_saved_run_stopped():
         committee = CommitteeEstimator(committee.members, interval=3)
         committee.load_state_dict(state)
         before = committee.scores.clone()
-        committee.judge(committee.fit(history), rows(2, seed=seed + 30), rows(2, seed=seed + 40), [None, None])
+        judge(committee, history, rows(2, seed=seed + 30), rows(2, seed=seed + 40), [None, None])
         seen.append(not torch.equal(before, committee.scores))
     assert seen == [True, False, False, True, False, False, True]
 
@@ -148,7 +159,7 @@ def test_rounds_that_were_not_judged_leave_the_handicap():
     noises = [member.assumed_noise_variance for member in default_members()]
     noisiest = noises.index(max(noises))
     for seed in range(3):  # the first of them is judged
-        committee.judge(committee.fit(history), rows(2, seed=seed), rows(2, seed=seed + 10), [None, None])
+        judge(committee, history, rows(2, seed=seed), rows(2, seed=seed + 10), [None, None])
     history.append(rows(1, seed=9), rows(1, seed=9), [math.nan])
     twin = CommitteeEstimator(memory=0.5, interval=4)
     twin.load_state_dict(committee.state_dict())
@@ -171,7 +182,7 @@ def test_with_noise_the_others_are_handicapped_for_a_while():
     committee.scores[noisiest] = 1.5 * HANDICAP
     assert committee.best(history) == 0
     for seed in range(2):
-        committee.judge(committee.fit(history), rows(2, seed=seed), rows(2, seed=seed + 10), [None, None])
+        judge(committee, history, rows(2, seed=seed), rows(2, seed=seed + 10), [None, None])
     committee.scores = torch.zeros_like(committee.scores)
     committee.scores[noisiest] = 0.2 * HANDICAP
     assert committee.best(history) == noisiest

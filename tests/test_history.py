@@ -41,10 +41,10 @@ def test_keeps_the_last_pairs_and_their_gram_matrices(size, dimension, chunks, s
     assert torch.equal(values, expected[1])
     torch.testing.assert_close(history.gradient_gram[order][:, order], values @ values.T)
     gaps = torch.cdist(expected[0], expected[0], compute_mode="donot_use_mm_for_euclid_dist") ** 2
-    torch.testing.assert_close(history.pairwise_squared_distances()[order][:, order], gaps)
+    torch.testing.assert_close(torch.as_tensor(history.squared_distances)[order][:, order], gaps)
     query = rows(2, dimension, seed + 77)
     gaps = torch.cdist(query, expected[0], compute_mode="donot_use_mm_for_euclid_dist") ** 2
-    torch.testing.assert_close(history.locate(query).squared_distances[:, order], gaps)
+    torch.testing.assert_close(torch.as_tensor(history.locate(query).squared_distances)[:, order], gaps)
 
 
 def test_float32_distances_survive_where_naive_norms_do_not():
@@ -60,11 +60,13 @@ def test_float32_distances_survive_where_naive_norms_do_not():
     _, _, order = stored(history)
     off_diagonal = ~torch.eye(8, dtype=torch.bool)
 
-    ours = history.pairwise_squared_distances().sqrt()[order][:, order]
+    ours = torch.as_tensor(history.squared_distances).sqrt()[order][:, order]
     assert (ours / exact - 1)[off_diagonal].abs().max() < 1e-3
     query = points[-1] * (1 + 1e-6 * rows(1, 100_000, 99, torch.float32)[0])
     to_query = (last.double() - query.double()).norm(dim=1)
-    assert (history.locate(query[None]).squared_distances[0, order].sqrt() / to_query - 1).abs().max() < 1e-3
+    assert (
+        torch.as_tensor(history.locate(query[None]).squared_distances)[0, order].sqrt() / to_query - 1
+    ).abs().max() < 1e-3
 
     norms = (last**2).sum(1)
     naive = (norms[:, None] + norms - 2 * last @ last.T).clamp_min(0).sqrt()
@@ -81,7 +83,7 @@ def test_pairs_at_one_iterate_are_merged():
     assert merged[3].tolist() == pytest.approx([4.0, 1.0, 0.0])
     assert merged[1].tolist() == [5, 5, 5]
     assert not merged[~history.active].any()
-    assert history.pairwise_squared_distances()[0, 3] == 0
+    assert torch.as_tensor(history.squared_distances)[0, 3] == 0
 
 
 def test_merged_pairs_are_forgotten_one_by_one():
@@ -111,7 +113,7 @@ def test_dtype_is_apart_from_the_parameters():
     assert history.anchor.dtype == torch.float64
     assert history.iterate_gram.dtype == torch.float64
     exact = torch.cdist(points, points)
-    torch.testing.assert_close(history.pairwise_squared_distances().sqrt(), exact, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(torch.as_tensor(history.squared_distances).sqrt(), exact, rtol=0.02, atol=0.02)
 
 
 def test_state_goes_round():
@@ -190,16 +192,15 @@ class Walk:
 
 def everything(history):
     """All that a history holds, copied."""
-    held = {
-        name: copy.deepcopy(value) for name, value in vars(history).items() if name not in ("space", "_spare")
-    }
+    apart = ("space", "_spare", "_derived")
+    held = {name: copy.deepcopy(value) for name, value in vars(history).items() if name not in apart}
     held["_noise"] = ["unknown" if math.isnan(variance) else variance for variance in held["_noise"]]
     return held
 
 
 def use(history):
     """Bring up to date what is computed on demand."""
-    _ = history.gradient_gram, history.cross_gram, history.pairwise_squared_distances()
+    _ = history.gradient_gram, history.cross_gram, torch.as_tensor(history.squared_distances)
 
 
 @settings(max_examples=150, deadline=None)
@@ -280,10 +281,10 @@ def test_distances_survive_a_run_that_goes_far():
     last = far[-4:].double()
     exact = torch.cdist(last, last, compute_mode="donot_use_mm_for_euclid_dist")
     *_, order = stored(history)
-    ours = history.pairwise_squared_distances().sqrt()[order][:, order]
+    ours = torch.as_tensor(history.squared_distances).sqrt()[order][:, order]
     torch.testing.assert_close(ours, exact, rtol=1e-3, atol=0)
     to_query = (last - far[0].double()).norm(dim=1)
-    located = history.locate(far[:1]).squared_distances[0, order].sqrt()
+    located = torch.as_tensor(history.locate(far[:1]).squared_distances)[0, order].sqrt()
     torch.testing.assert_close(located, to_query, rtol=1e-3, atol=0)
 
 
@@ -310,7 +311,7 @@ def test_displacements_are_subtracted_in_the_wider_precision(stored_in, given_in
     assert torch.equal(history.displacements, exact.to(stored_in))
     distances = torch.cdist(exact, exact, compute_mode="donot_use_mm_for_euclid_dist")
     rounding = 4 * torch.finfo(stored_in).eps if stored_in is torch.bfloat16 else 1e-5
-    gaps = history.pairwise_squared_distances().sqrt() - distances
+    gaps = torch.as_tensor(history.squared_distances).sqrt() - distances
     assert gaps.abs().max() < rounding * distances.max()
 
 
@@ -330,12 +331,12 @@ def test_one_iterate_is_at_no_distance_from_itself(dtype):
     points = torch.tensor([[1.0, 1, 1], [1 + eps, 1, 1], [2.0, 2, 2], [0.0, 0, 0]], dtype=torch.float64)
     history.append(points, points)
     assert history.counts.tolist() == [0, 2, 1, 1, 0]
-    squared = history.pairwise_squared_distances()
+    squared = torch.as_tensor(history.squared_distances)
     assert not torch.equal(history.displacements[0], history.displacements[1])
     assert squared[0, 1] == squared[1, 0] == 0
     assert not squared.diagonal().any()
     assert (squared[:2, 2:4] > 1).all()
-    assert history.median_squared_distance() >= 3  # rounding is no distance between iterates
+    assert history.median_squared_distance >= 3  # rounding is no distance between iterates
 
 
 def assert_newest_stand_for_their_iterates(size, chunks):

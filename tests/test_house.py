@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "optex"
 # From the ground up. A room imports from lower floors alone; rooms of one floor do not know each other.
 FLOORS = (
     ("errors", "checks"),
+    ("small",),
     ("linalg",),
     ("vector_space",),
     ("estimators", "stepping", "sources"),

@@ -6,16 +6,19 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from optex.checks import check_integer, saved_integer, saved_tensor
 from optex.errors import NotPositiveDefiniteError
+from optex.estimators.arrivals import Arrivals
 from optex.estimators.curl_free import CurlFreeEstimator
 from optex.estimators.history import GradientHistory, Locations
 from optex.estimators.hold_last import HoldLast
-from optex.estimators.interface import Estimator, Posterior
-from optex.linalg import jitter_unsaid
+from optex.estimators.interface import Coefficients, Estimator, Posterior
+from optex.estimators.judgement import squared_errors
+from optex.small import jitter_unsaid
 
 __all__ = ["CommitteeEstimator", "CommitteePosterior", "default_members"]
 
@@ -53,8 +56,8 @@ class CommitteeEstimator(Estimator):
     Args:
         members: estimators to choose from; ``default_members()`` by default. In doubt the earlier one serves.
             If gradients are noisy and nobody told how much, ``HANDICAP`` is added to the scores of all but the
-            one that reckons with
-            the most noise, and forgotten like them: to fit noise does more harm than to smooth.
+            one that reckons with the most noise, and forgotten like them: to fit noise does more harm than to
+            smooth.
         memory: how slowly scores forget, in [0, 1).
         interval: judge every so many rounds, at least 1; judging fits every member. While minibatches are
             new, the first ``YOUNG`` rounds, every round is judged: one judgement may be chance.
@@ -94,36 +97,21 @@ class CommitteeEstimator(Estimator):
         return CommitteePosterior(self.members, self.best(history), history)
 
     def judge(
-        self,
-        posterior: Posterior,
-        points: Tensor,
-        gradients: Tensor,
-        held: Sequence[tuple[Tensor, Tensor] | None],
+        self, posterior: Posterior, arrivals: Arrivals, held: Sequence[tuple[Tensor, Tensor] | None]
     ) -> None:
-        if not isinstance(posterior, CommitteePosterior) or not len(points):
+        if not isinstance(posterior, CommitteePosterior) or not len(arrivals):
             return
         self._rounds += 1
         young = posterior.history.is_sampled and self._rounds <= YOUNG
         if not young and (self._rounds - 1) % self.interval:
             return
-        locations = posterior.locate(points)
-        rows = [row for row, pair in enumerate(held) if pair is not None]
-        known = [pair for pair in held if pair is not None]
-        origins = posterior.locate(torch.stack([point for point, _ in known])) if known else None
-        space, gaps = posterior.history.space, []
-        for member in posterior.fitted:
-            predicted = member.means(locations)
-            if origins is not None:
-                change = torch.stack([gradient for _, gradient in known]) - member.means(origins)
-                predicted = predicted.index_add(0, torch.tensor(rows, device=predicted.device), change)
-            gaps.extend(predicted - gradients)
-        floor = torch.finfo(gradients.dtype).tiny
-        errors = space.norms(gaps).to("cpu", torch.float64).clamp_min(floor).log()
-        errors = errors.view(len(self.members), -1)  # [members, n]
-        errors = torch.where(errors.isnan(), torch.inf, errors)  # or one that fails would fail for all
+        with np.errstate(all="ignore"):  # a member may predict what is no number
+            squares = squared_errors(posterior.fitted, arrivals, held)  # [members, n]
+        floor = torch.finfo(torch.float64).tiny
+        errors = squares.to("cpu").nan_to_num(nan=torch.inf).clamp_min(floor).log() / 2
         excess = (errors - errors.amin(0)).mean(1).nan_to_num(nan=torch.inf, posinf=torch.inf)
         kept = self.memory * self.scores if self.memory else torch.zeros_like(self.scores)  # 0 · inf is NaN
-        self.scores = space.broadcast(kept + (1 - self.memory) * excess)
+        self.scores = posterior.history.space.broadcast(kept + (1 - self.memory) * excess)
         self._judged += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -171,6 +159,9 @@ class CommitteePosterior(Posterior):
             self.chosen if i == self._best else _fit(member, self.history)
             for i, member in enumerate(self._members)
         ]
+
+    def coefficients(self, locations: Locations) -> Coefficients:
+        return self.chosen.coefficients(locations)
 
     def means(self, locations: Locations) -> Tensor:
         return self.chosen.means(locations)

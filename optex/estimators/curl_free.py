@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from optex import small
 from optex.estimators.history import GradientHistory, Locations
-from optex.estimators.interface import Estimator, Posterior
+from optex.estimators.interface import Coefficients, Estimator, Posterior
 from optex.estimators.kernels import Kernel, Matern52, kernel_named
 from optex.estimators.noise import relative_noise
-from optex.linalg import combine_rows, conjugate_gradients, jittered_cholesky, one_thread
+from optex.small import Array, array, tensor
 
 __all__ = ["CurlFreeEstimator", "CurlFreePosterior"]
 
 NOISE_FLOOR: Final = 4.0
+TINY: Final = float(np.finfo(np.float64).tiny)
 DENSE_LIMIT: Final = 1200  # unknowns up to which the system in the span is factorised
 
 
@@ -106,14 +110,72 @@ class CurlFreeEstimator(Estimator):
 
     def profiles(
         self,
-        squared: Tensor,  # [...]
-        lengthscale: Tensor,  # []
-    ) -> tuple[Tensor, Tensor]:  # [...], [...]
+        squared: Array,  # [...]
+        lengthscale: Array,  # []
+    ) -> tuple[Array, Array]:  # [...], [...]
         """The two factors of K(θ, θ') = p₁ I + p₂ δ δᵀ, in units of -2 φ'(0)."""
         kernel = kernel_named(self.kernel)
-        at_zero = kernel.derivative(torch.zeros_like(lengthscale), lengthscale)
+        at_zero = kernel.derivative(0 * lengthscale, lengthscale)
         first = kernel.derivative(squared, lengthscale) / at_zero
         return first, 2 * kernel.second_derivative(squared, lengthscale) / at_zero
+
+
+@dataclass(frozen=True)
+class _Span:
+    """What fits to one history share, whatever their kernel and noise. X: its n iterates from the newest.
+
+    Attributes:
+        slots: the n slots that stand for an iterate.
+        from_displacements: [n, T0], X = from_displacements @ D.
+        newest_products: [n], X · (the newest displacement).
+        newest_cross: [T0], G · (the newest displacement).
+        gram: [n, n], X Xᵀ.
+        squared: [n, n], squared distances.
+        basis, scales: [n, r], [r]: U and √λ of the Gram matrix; X = U √λ Qᵀ, Q orthonormal.
+        coordinates: [n, r], of X in that basis of its span.
+        gaps: [n, n, r], of each row from each.
+        onto_span: [T0, r], G onto the basis.
+    """
+
+    slots: list[int]
+    from_displacements: Array
+    newest_products: Array
+    newest_cross: Array
+    gram: Array
+    squared: Array
+    basis: Array
+    scales: Array
+    coordinates: Array
+    gaps: Array
+    onto_span: Array
+
+    @classmethod
+    def of(cls, history: GradientHistory) -> _Span:
+        """That of this history, found once."""
+        return history.derived("span", lambda: cls._found(history))
+
+    @classmethod
+    def _found(cls, history: GradientHistory) -> _Span:
+        slots, newest = history.representatives, history.newest
+        cross, iterates = array(history.cross_gram), array(history.iterate_gram)
+        identity = small.eye(history.size, iterates)
+        rows = identity[slots] - identity[newest]
+        gram = rows @ iterates @ rows.T
+        basis, scales = _directions(gram, history.displacements.dtype)
+        coordinates = basis * scales
+        return cls(
+            slots,
+            rows,
+            rows @ iterates[:, newest],
+            small.copy(cross[:, newest]),  # what is derived outlives an append that is taken back
+            gram,
+            small.select(history.squared_distances, slots),
+            basis,
+            scales,
+            coordinates,
+            coordinates[:, None] - coordinates,
+            cross @ rows.T @ basis / scales,
+        )
 
 
 class CurlFreePosterior(Posterior):
@@ -132,158 +194,111 @@ class CurlFreePosterior(Posterior):
     def __init__(self, estimator: CurlFreeEstimator, history: GradientHistory) -> None:
         super().__init__(history)
         self._estimator = estimator
-        cross_gram = history.cross_gram  # products of long rows, before what is small
-        with one_thread():
-            self._condition(history.representatives, cross_gram)
-
-    def _condition(
-        self,
-        slots: list[int],
-        cross_gram: Tensor,  # [T0, T0]
-    ) -> None:
-        history, estimator = self.history, self._estimator
-        identity = torch.eye(history.size, dtype=torch.float64, device=history.counts.device)
-        self._from_displacements = identity[slots] - identity[history.newest]  # X = from_displacements @ D
-        squared = history.pairwise_squared_distances()[slots][:, slots]
+        self._span = span = _Span.of(history)
         self.lengthscale = self._choose_lengthscale()
-        self._newest_products = self._from_displacements @ history.iterate_gram[:, history.newest]  # [m]
-        self._newest_cross = cross_gram[:, history.newest]  # [T0]
         floor = NOISE_FLOOR * torch.finfo(history.displacements.dtype).eps
-        first, second = estimator.profiles(squared, self.lengthscale)
-        assumed = torch.full_like(self.lengthscale, max(estimator.noise_variance, floor))
-        correlations = first + second * squared / history.dimension  # of a component, averaged over them
-        self._noise = relative_noise(history, slots, correlations, assumed)  # [n]
-        self._first_factor = jittered_cholesky(first + torch.diag(self._noise))
-        self._mean_coefficients = self._mean(slots)  # [T0], m = cᵀ G
-        self._from_gradients = history.averaging[slots] - self._mean_coefficients  # Y = from_gradients @ G
-        self._gram = self._from_displacements @ history.iterate_gram @ self._from_displacements.mT
-        self._solve(first, second)
+        first, second = self._profiles_between()
+        correlations = first + second * span.squared / history.dimension  # of a component, averaged over them
+        noise = relative_noise(history, span.slots, correlations, max(estimator.noise_variance, floor))
+        self._first_factor = small.jittered_cholesky(small.plus_diagonal(first, noise))
+        self._mean_coefficients = self._mean(noise)  # [T0], m = cᵀ G
+        # Y = from_gradients @ G
+        self._from_gradients = array(history.averaging)[span.slots] - self._mean_coefficients
+        across = small.cholesky_inverse(self._first_factor)  # B
+        self._system = _SpanSystem(first, second, noise, span, across, self._dense_part)
+        targets = self._from_gradients @ span.onto_span  # of Y, projected
+        inside = self._system.solve(targets, estimator.solver)  # [n, r]
+        along = (inside - across @ targets) / span.scales @ span.basis.T  # C
+        self._own_products = (span.coordinates * inside).sum(1)  # X_i · A_i
+        self._across, self._along = across, along
+        self._on_g = across @ self._from_gradients  # [n, T0]
+        self._on_d = along @ span.from_displacements  # [n, T0]
+        self._cross_offset = self._from_gradients @ span.newest_cross  # [n]
 
-    def _mean(self, slots: list[int]) -> Tensor:  # [T0]
+    def _profiles_between(self) -> tuple[Array, Array]:  # [n, n], [n, n]
+        """Those of the history's own iterates, shared by fits that differ in noise alone."""
+        estimator, span = self._estimator, self._span
+        key = ("profiles", estimator.kernel, float(self.lengthscale))
+        return self.history.derived(key, lambda: estimator.profiles(span.squared, self.lengthscale))
+
+    def _dense_part(self, build: Callable[[], Array]) -> Array:  # [n r, n r]
+        key = ("system", self._estimator.kernel, float(self.lengthscale))
+        return self.history.derived(key, build)
+
+    def _mean(self, noise: Array) -> Array:  # [T0]
         """The prior mean's coefficients on the stored gradients."""
         history, kind = self.history, self._estimator.prior_mean
-        coefficients = torch.zeros_like(history.counts)
         if kind == "gls" or (kind == "last" and history.tells_noise):
-            ones = torch.cholesky_solve(torch.ones_like(self._noise)[:, None], self._first_factor)[:, 0]
-            return history.averaging[slots].mT @ (ones / ones.sum())
+            ones = small.cholesky_solve(small.full(len(noise), 1.0, noise), self._first_factor)
+            return array(history.averaging)[self._span.slots].T @ (ones / ones.sum())
+        coefficients = small.full(history.size, 0.0, noise)
         if kind == "last":
             coefficients[history.newest] = 1
         return coefficients
 
-    def _choose_lengthscale(self) -> Tensor:  # []
-        median = self.history.median_squared_distance().sqrt().nan_to_num(nan=1.0)
+    def _choose_lengthscale(self) -> Array:  # []
+        median = self.history.median_distance
         if self._estimator.lengthscale is not None:
-            return torch.full_like(median, self._estimator.lengthscale)
+            return 0 * median + self._estimator.lengthscale
         return self._estimator.median_multiple * median
 
-    def _solve(
-        self,
-        first: Tensor,  # [n, n], p₁
-        second: Tensor,  # [n, n], p₂
-    ) -> None:
-        cross = self._from_gradients @ self.history.cross_gram @ self._from_displacements.mT  # Y Xᵀ
-        basis, scales = _span(self._gram, self.history.displacements.dtype)
-        coordinates = basis * scales  # of X in an orthonormal basis of its span
-        targets = cross @ basis / scales  # of Y, projected
-        across = torch.cholesky_inverse(self._first_factor)  # B
-        system = _SpanSystem(first, second, self._noise, coordinates, across)
-        inside = system.solve(targets, self._estimator.solver)  # [n, r]
-        self._basis, self._scales = basis, scales  # [n, r], [r]
-        self._coordinates, self._system = coordinates, system
-        self._across = across
-        self._along = (inside - across @ targets) / scales @ basis.mT  # C
-        self._own_products = (coordinates * inside).sum(1)  # X_i · A_i
-
-    def _along_span(self, locations: Locations) -> tuple[Tensor, Tensor]:  # [n, m], [n]
+    def _along_span(self, locations: Locations) -> tuple[Array, Array]:  # [n, m], [n]
         """X·ξ and ‖ξ‖² by algebra from the inner products with the rows as they are stored."""
         newest = self.history.newest
         products = locations.on_displacements
-        on_rows = products @ self._from_displacements.mT - self._newest_products
-        norms = locations.norms - 2 * products[:, newest] + self.history.iterate_gram[newest, newest]
-        return on_rows, norms.clamp_min(0)
+        on_rows = products @ self._span.from_displacements.T - self._span.newest_products
+        norm = array(self.history.iterate_gram)[newest, newest]
+        return on_rows, small.nonnegative(locations.norms - 2 * products[:, newest] + norm)
 
-    def _profiles(self, on_rows: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:  # [n, m], [n, m]
-        squared = (norms[:, None] + self._gram.diagonal() - 2 * on_rows).clamp_min(0)
+    def _profiles(self, on_rows: Array, norms: Array) -> tuple[Array, Array]:  # [n, m], [n, m]
+        squared = small.squared_distances(norms, self._span.gram.diagonal(), on_rows)
         return self._estimator.profiles(squared, self.lengthscale)
 
-    def _weights(self, locations: Locations) -> tuple[Tensor, Tensor, Tensor]:
-        """Coefficients of the predictions on G [n, T0], on D [n, T0] and on the offsets [n]."""
-        products = locations.on_gradients  # of long rows, before what is small
-        with one_thread():
-            return self._weights_of(products, locations)
-
-    def _weights_of(
-        self,
-        products: Tensor,  # [n, T0]
-        locations: Locations,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        on_gradients = (products - self._newest_cross) @ self._from_gradients.mT  # Y·ξ
+    def coefficients(self, locations: Locations) -> Coefficients:
+        on_gradients = locations.on_gradients @ self._from_gradients.T - self._cross_offset  # Y·ξ
         on_rows, norms = self._along_span(locations)
         first, second = self._profiles(on_rows, norms)
-        changes = on_gradients @ self._across + on_rows @ self._along.mT - self._own_products  # δ_i·A_i
+        changes = on_gradients @ self._across + on_rows @ self._along.T - self._own_products  # δ_i·A_i
         slopes = second * changes  # q
-        on_g = first @ self._across @ self._from_gradients + self._mean_coefficients
-        on_d = (first @ self._along - slopes) @ self._from_displacements
-        on_d[:, self.history.newest] -= slopes.sum(1)  # ξ is the offset less the newest displacement
-        return on_g, on_d, slopes.sum(1)
-
-    def means(self, locations: Locations) -> Tensor:
-        on_g, on_d, slopes = self._weights(locations)
-        return self._combine(
-            on_g, on_d, slopes[:, None].to(locations.offsets.dtype) * locations.offsets, locations
-        )
-
-    def differences(self, locations: Locations, origins: Locations) -> Tensor:
-        here, there = self._weights(locations), self._weights(origins)
-        dtype = locations.offsets.dtype
-        offsets = here[2][:, None].to(dtype) * locations.offsets - there[2][:, None].to(dtype) * origins.offsets
-        return self._combine(here[0] - there[0], here[1] - there[1], offsets, locations)
-
-    def _combine(
-        self,
-        on_g: Tensor,  # [n, T0]
-        on_d: Tensor,  # [n, T0]
-        offsets: Tensor,  # [n, d], weighted
-        locations: Locations,
-    ) -> Tensor:  # [n, d]
-        result = combine_rows(on_g, self.history.gradients) + offsets
-        result += combine_rows(on_d, self.history.displacements)
-        return result.to(locations.points.device, locations.points.dtype)
+        total = slopes.sum(1)
+        on_d = first @ self._on_d - slopes @ self._span.from_displacements
+        on_d[:, self.history.newest] -= total  # ξ is the offset less the newest displacement
+        return Coefficients(first @ self._on_g + self._mean_coefficients, on_d, total)
 
     def variance(self, point: Tensor) -> Tensor:
         """The posterior variance of a component, averaged over the components: it differs by direction."""
-        dimension = self.history.dimension
+        dimension, span = self.history.dimension, self._span
         on_rows, norms = self._along_span(self.locate(point[None]))
         first, second = (profile[0] for profile in self._profiles(on_rows, norms))
-        count, rank = self._coordinates.shape
+        count, rank = span.coordinates.shape
         # Three kinds of directions: in the span, along what of ξ is outside it, and all the others.
-        inside = on_rows[0] @ self._basis / self._scales  # ξ in the span [r]
-        outside = (norms[0] - inside.square().sum()).clamp_min(0).sqrt()
-        gaps = inside - self._coordinates  # δ_i in the span [m, r]
-        if rank < dimension:
-            gaps = torch.cat([gaps, outside.expand(count, 1)], dim=1)
-        explained = torch.zeros_like(outside)
+        inside = on_rows[0] @ span.basis / span.scales  # ξ in the span [r]
+        outside = small.sqrt(small.nonnegative(norms[0] - (inside * inside).sum()))
+        gaps = small.full((count, min(rank + 1, dimension)), 0.0, on_rows)
+        gaps[:, :rank] = inside - span.coordinates  # δ_i in the span [m, r]
+        gaps[:, rank:] = outside
+        explained = 0 * outside
         for column in range(gaps.shape[1]):
             covariances = (second * gaps[:, column])[:, None] * gaps  # of direction `column` with all
             covariances[:, column] += first
             within, across = covariances[:, :rank], covariances[:, rank:]
             if rank:
                 explained += (within * self._system.solve(within, self._estimator.solver)).sum()
-            explained += (across * torch.cholesky_solve(across, self._first_factor)).sum()
-        alone = first @ torch.cholesky_solve(first[:, None], self._first_factor)[:, 0]
+            explained += (across * small.cholesky_solve(across, self._first_factor)).sum()
+        alone = first @ small.cholesky_solve(first, self._first_factor)
         explained += (dimension - gaps.shape[1]) * alone
-        return (1 - explained / dimension).clamp_min(0)
+        return tensor(small.nonnegative(1 - explained / dimension))
 
 
-def _span(
-    gram: Tensor,  # [n, n], of the rows X
+def _directions(
+    gram: Array,  # [n, n], of the rows X
     dtype: torch.dtype,  # that the rows are stored in
-) -> tuple[Tensor, Tensor]:  # [n, r], [r]
-    """U and √λ of the Gram matrix, without directions that are rounding: X = U √λ Qᵀ, Q orthonormal."""
-    values, vectors = torch.linalg.eigh(gram)
+) -> tuple[Array, Array]:  # [n, r], [r]
+    """U and √λ of the Gram matrix, without directions that are rounding."""
+    values, vectors = small.eigh(gram)
     eps = torch.finfo(dtype).eps if dtype.itemsize >= 4 else torch.finfo(torch.float32).eps
-    kept = values > len(gram) ** 0.5 * eps * values[-1].clamp_min(torch.finfo(values.dtype).tiny)
-    return vectors[:, kept], values[kept].sqrt()
+    kept = values > len(gram) ** 0.5 * eps * small.maximum(values[-1], 0 * values[-1] + TINY)
+    return vectors[:, kept], small.sqrt(values[kept])
 
 
 class _SpanSystem:
@@ -291,46 +306,55 @@ class _SpanSystem:
 
     def __init__(
         self,
-        first: Tensor,  # [n, n]
-        second: Tensor,  # [n, n]
-        noise: Tensor,  # [n]
-        coordinates: Tensor,  # [n, r]
-        preconditioner: Tensor,  # [n, n], (P₁ + σ²)⁻¹
+        first: Array,  # [n, n], p₁
+        second: Array,  # [n, n], p₂
+        noise: Array,  # [n]
+        span: _Span,
+        preconditioner: Array,  # [n, n], (P₁ + σ²)⁻¹
+        shared: Callable[[Callable[[], Array]], Array],
     ) -> None:
-        self._diagonal = first + torch.diag(noise)
-        self._second = second
-        self._coordinates = coordinates
+        self._first, self._second, self._noise = first, second, noise
+        self._span = span
         self._preconditioner = preconditioner
-        self._factor: Tensor | None = None
+        self._shared = shared
+        self._factor: Array | None = None
 
     def product(
         self,
-        rows: Tensor,  # [n, r]
-    ) -> Tensor:  # [n, r]
+        rows: Array,  # [n, r]
+    ) -> Array:  # [n, r]
         """Row i: Σ_j p₁ a_j + p₂ (x_i - x_j) (x_i - x_j)·a_j, in O(n² r)."""
-        products = self._coordinates @ rows.mT  # x_i · a_j
+        coordinates = self._span.coordinates
+        products = coordinates @ rows.T  # x_i · a_j
         weights = self._second * (products - products.diagonal())
-        return self._diagonal @ rows + weights.sum(1)[:, None] * self._coordinates - weights @ self._coordinates
+        noisy = self._first @ rows + self._noise[:, None] * rows
+        return noisy + weights.sum(1)[:, None] * coordinates - weights @ coordinates
 
-    def _dense(self) -> Tensor:  # [n r, n r]
-        count, rank = self._coordinates.shape
-        gaps = self._coordinates[:, None] - self._coordinates
-        system = torch.einsum("ij,ija,ijb->iajb", self._second, gaps, gaps)
-        system += torch.einsum(
-            "ij,ab->iajb", self._diagonal, torch.eye(rank, dtype=gaps.dtype, device=gaps.device)
-        )
+    def _noiseless(self) -> Array:  # [n r, n r]
+        gaps = self._span.gaps
+        count, _, rank = gaps.shape
+        weighted = (self._second[:, :, None] * gaps).swapaxes(1, 2)  # [i, a, j]
+        system = weighted[:, :, :, None] * gaps[:, None]  # [i, a, j, b]
+        for a in range(rank):
+            system[:, a, :, a] += self._first
         return system.reshape(count * rank, count * rank)
+
+    def _dense(self) -> Array:  # [n r, n r]
+        """The system; all but the noise is what fits that differ in noise alone share."""
+        noise = self._noise[:, None] + small.full((1, self._span.coordinates.shape[1]), 0.0, self._noise)
+        return small.plus_diagonal(self._shared(self._noiseless), noise.reshape(-1))
 
     def solve(
         self,
-        right: Tensor,  # [n, r]
+        right: Array,  # [n, r]
         solver: str,
-    ) -> Tensor:  # [n, r]
+    ) -> Array:  # [n, r]
         """The rows A."""
-        if not right.numel():
+        size = right.shape[0] * right.shape[1]
+        if not size:
             return right
-        if solver == "cg" or (solver == "auto" and right.numel() > DENSE_LIMIT):
-            return conjugate_gradients(self.product, right, lambda rows: self._preconditioner @ rows)
+        if solver == "cg" or (solver == "auto" and size > DENSE_LIMIT):
+            return small.conjugate_gradients(self.product, right, lambda rows: self._preconditioner @ rows)
         if self._factor is None:
-            self._factor = jittered_cholesky(self._dense())
-        return torch.cholesky_solve(right.reshape(-1, 1), self._factor).reshape(right.shape)
+            self._factor = small.jittered_cholesky(self._dense())
+        return small.cholesky_solve(right.reshape(-1), self._factor).reshape(right.shape)

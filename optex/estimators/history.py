@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from optex import small
 from optex.checks import check_integer
+from optex.estimators.arrivals import Arrivals
+from optex.estimators.gram import fill, merged
 from optex.estimators.locations import Locations
 from optex.estimators.saved import Overwritten, check_saved
-from optex.linalg import inner_products, squared_distances
+from optex.linalg import inner_products
+from optex.small import Array, array
 from optex.vector_space import VectorSpace
 
 __all__ = ["GradientHistory", "Locations", "Overwritten"]
 
 FARTHEST_ANCHOR: Final = 3.0  # median distances from the newest iterate
+TINY: Final = float(np.finfo(np.float64).tiny)
 
 
 class GradientHistory:
@@ -75,6 +81,7 @@ class GradientHistory:
         self._spare = nothing, nothing  # rows that may have to be put back
         self.iterate_gram = torch.zeros(size, size, dtype=torch.float64, device=device)  # [T0, T0]
         self._groups: list[int | None] = [None] * size  # slots of one iterate share a number
+        self._derived: dict[Hashable, Any] = {}
         self._noise = [0.0] * size  # variance of one component by slot; NaN where it is not known
         self._merge_groups()
         self._gradient_gram = torch.zeros_like(self.iterate_gram)  # [T0, T0]
@@ -120,8 +127,7 @@ class GradientHistory:
         if self._stale:
             rows = sorted(self._stale)
             products = self.space.inner_products(self.gradients[rows], self.gradients)
-            self._gradient_gram[rows] = products
-            self._gradient_gram[:, rows] = products.mT
+            fill(self._gradient_gram, rows, array(products), array(products).T)
             self._stale.clear()
         return self._gradient_gram
 
@@ -133,9 +139,8 @@ class GradientHistory:
             parts = [inner_products(self.gradients[rows], self.displacements)]
             if len(rows) < self.size:
                 parts.append(inner_products(self.gradients, self.displacements[rows]))
-            self._cross_gram[rows], *others = self.space.total(*parts)
-            for columns in others:
-                self._cross_gram[:, rows] = columns
+            found, *others = map(array, self.space.total(*parts))
+            fill(self._cross_gram, rows, found, *others)
             self._cross_stale.clear()
         return self._cross_gram
 
@@ -144,16 +149,45 @@ class GradientHistory:
         """Which slots hold a pair."""
         return torch.arange(self.size, device=self.counts.device) < self.appended
 
-    def pairwise_squared_distances(self) -> Tensor:  # [T0, T0] float64
-        """‖θ_i - θ_j‖²; exactly zero for one iterate, meaningless where a slot is not filled."""
-        norms = self.iterate_gram.diagonal()
-        return squared_distances(norms, norms, self.iterate_gram).masked_fill_(self._same, 0)
+    def derived(self, key: Hashable, find: Callable[[], Any]) -> Any:
+        """What follows from the pairs held now, found once for all posteriors."""
+        if key not in self._derived:
+            self._derived[key] = find()
+        return self._derived[key]
 
-    def median_squared_distance(self) -> Tensor:  # [] float64
+    @property
+    def squared_distances(self) -> Array:  # [T0, T0] float64
+        """‖θ_i - θ_j‖²; exactly zero for one iterate, meaningless where a slot is not filled."""
+        return self.derived("squared distances", self._find_squared_distances)
+
+    def _find_squared_distances(self) -> Array:
+        gram, same = array(self.iterate_gram), array(self._same)
+        squared = small.squared_distances(gram.diagonal(), gram.diagonal(), gram)
+        squared[same] = 0
+        return squared
+
+    @property
+    def median_squared_distance(self) -> Array:  # [] float64
         """Median of the positive squared distances between the pairs held; NaN where there is none."""
-        squared = self.pairwise_squared_distances()
-        pairs = self.filled[:, None] & self.filled & (squared > torch.finfo(squared.dtype).tiny)
-        return torch.where(pairs, squared, torch.nan).nanmedian()
+        return self.derived("median", self._find_median)
+
+    def _find_median(self) -> Array:
+        squared = self.squared_distances
+        filled = array(self.filled)
+        pairs = filled[:, None] & filled & (squared > TINY)
+        if isinstance(squared, Tensor):
+            return torch.where(pairs, squared, torch.nan).nanmedian()
+        values = squared[pairs]
+        if not len(values):
+            return np.float64(np.nan)
+        middle = (len(values) - 1) // 2
+        return np.partition(values, middle)[middle]
+
+    @property
+    def median_distance(self) -> Array:  # [] float64
+        """Its root; 1 where there is none."""
+        median = small.sqrt(self.median_squared_distance)
+        return median.nan_to_num(nan=1.0) if isinstance(median, Tensor) else np.nan_to_num(median, nan=1.0)
 
     def locate(
         self,
@@ -161,6 +195,18 @@ class GradientHistory:
     ) -> Locations:
         """Points as predictions need to know them; good until the next ``append``."""
         return Locations(self, points)
+
+    def locate_stored(
+        self,
+        slot: int,
+        point: Tensor,  # [d]
+    ) -> Locations:
+        """The same of the iterate in a slot, for nothing where it is stored to the last digit."""
+        if self.displacements.dtype != point.dtype or self.displacements.device != point.device:
+            return self.locate(point[None])
+        row, gram = slice(slot, slot + 1), array(self.iterate_gram)
+        cross = None if self._cross_stale else array(self._cross_gram)[:, row].T
+        return Locations.known(self, point[None], self.displacements[row], gram[slot, row], gram[row], cross)
 
     def displacement(
         self,
@@ -175,6 +221,7 @@ class GradientHistory:
         points: Tensor,  # [n, d]
         gradients: Tensor,  # [n, d]
         noise_variance: Sequence[float] | None = None,  # n
+        arrivals: Arrivals | None = None,
     ) -> None:
         """Remember n pairs, oldest first; the oldest ones stored make room.
 
@@ -182,6 +229,7 @@ class GradientHistory:
             points, gradients: the pairs.
             noise_variance: of one component of each gradient, in squared units of the gradient: 0 where it is
                 exact (the default), NaN where it is noisy and nobody knows how much.
+            arrivals: these pairs, with what inner products are known of them.
 
         Raises:
             ValueError: shapes differ from [n, dimension], or a variance is negative.
@@ -205,18 +253,47 @@ class GradientHistory:
         if self.anchor is None:
             self.anchor = points[-1].to(device, copy=True)
         slots = self._next_slots(len(points))
-        self.displacements[slots] = self.displacement(points).to(self.displacements.dtype)
-        self.gradients[slots] = gradients.to(device, self.gradients.dtype)
+        known = arrivals if arrivals is not None and count <= self.size and arrivals.is_exact else None
+        if known is not None:
+            offsets = known.locations.offsets
+            self._take_products(slots, known)
+        else:
+            offsets = self.displacement(points).to(self.displacements.dtype)
+        index = torch.tensor(slots, device=device)
+        self.displacements.index_copy_(0, index, offsets)
+        self.gradients.index_copy_(0, index, gradients.to(device, self.gradients.dtype))
         for slot, variance in zip(slots, noise, strict=True):
             self._noise[slot] = variance
-        products = self.space.inner_products(self.displacements[slots], self.displacements)
-        self.iterate_gram[slots] = products
-        self.iterate_gram[:, slots] = products.mT
-        self._stale.update(slots)
-        self._cross_stale.update(slots)
+        if known is None:
+            products = array(self.space.inner_products(offsets, self.displacements))
+            fill(self.iterate_gram, slots, products, products.T)
+            self._stale.update(slots)
+            self._cross_stale.update(slots)
+        self._derived = {}
         self.appended += len(points)
         self._find_duplicates(slots)
         self._follow(points[-1])
+
+    def _take_products(self, slots: list[int], arrivals: Arrivals) -> None:
+        """Gram matrices as they will be with these pairs, from products with the rows as they still are."""
+        offsets, mixed, squares = arrivals.among
+        rows = small.copy(arrivals.locations.on_displacements)
+        rows[:, slots] = offsets
+        fill(self.iterate_gram, slots, rows, rows.T)
+        if arrivals.knows_cross:
+            across, down = small.copy(arrivals.on_displacements), small.copy(arrivals.locations.on_gradients)
+            across[:, slots], down[:, slots] = mixed, mixed.T
+            fill(self._cross_gram, slots, across, down.T)
+            self._cross_stale.difference_update(slots)
+        else:
+            self._cross_stale.update(slots)
+        if arrivals.knows_gradients:
+            rows = small.copy(arrivals.on_gradients)
+            rows[:, slots] = squares
+            fill(self._gradient_gram, slots, rows, rows.T)
+            self._stale.difference_update(slots)
+        else:
+            self._stale.update(slots)
 
     def _next_slots(self, count: int) -> list[int]:
         return [(self.appended + i) % self.size for i in range(min(count, self.size))]
@@ -235,6 +312,7 @@ class GradientHistory:
         attributes |= {"_stale": set(self._stale), "_cross_stale": set(self._cross_stale)}
         replaced = ("displacements", "anchor", "appended", "averaging", "counts", "_same", "representatives")
         attributes |= {name: getattr(self, name) for name in replaced}
+        attributes["_derived"] = self._derived
         return Overwritten(slots, self._spare, attributes)
 
     def _copy_rows(self, slots: list[int]) -> None:
@@ -265,7 +343,7 @@ class GradientHistory:
     ) -> None:
         """Move the anchor to the newest iterate where inner products with the old one lose digits."""
         distance = self.iterate_gram[self.newest, self.newest]
-        if distance <= FARTHEST_ANCHOR**2 * self.median_squared_distance():
+        if distance <= FARTHEST_ANCHOR**2 * float(self.median_squared_distance):
             return
         shift = self.displacement(point).to(self.displacements.dtype)
         # New tensors, not the old ones changed: those may have to be gone back to.
@@ -275,12 +353,14 @@ class GradientHistory:
         self.anchor = point.to(self._anchor().device, self._anchor().dtype, copy=True)
         self.iterate_gram = self.space.inner_products(self.displacements, self.displacements)
         self._cross_stale.update(range(self.size))
+        self._derived = {}
 
     def _find_duplicates(self, slots: list[int]) -> None:
         # The Gram matrix proposes, a direct difference decides: only rows equal to rounding are merged.
         eps = torch.finfo(self.displacements.dtype).eps
-        norms = self.iterate_gram.diagonal()
-        gaps = squared_distances(norms[slots], norms, self.iterate_gram[slots])
+        gram = array(self.iterate_gram)
+        norms = gram.diagonal()
+        gaps = small.squared_distances(norms[slots], norms, gram[slots])
         close = (gaps <= 4 * eps * (norms[slots][:, None] + norms)).tolist()
         numbers = range(self.appended - len(slots), self.appended)
         for slot in slots:
@@ -301,22 +381,11 @@ class GradientHistory:
         return bool(gap <= 2 * eps * norm)
 
     def _merge_groups(self) -> None:
-        device = self.displacements.device
         # The newest member stands for its group: it is the last to be overwritten.
         newest_first = [(self.newest - age) % self.size for age in range(len(self))]
-        members: dict[int | None, list[int]] = {}
-        for slot in newest_first:
-            members.setdefault(self._groups[slot], []).append(slot)
-        averaging = torch.zeros(self.size, self.size, dtype=torch.float64)
-        counts = torch.zeros(self.size, dtype=torch.float64)
-        same = torch.eye(self.size, dtype=torch.bool)
-        self.representatives = sorted(slots[0] for slots in members.values())
-        for slots in members.values():
-            counts[slots[0]] = len(slots)
-            averaging[slots[0], slots] = 1 / len(slots)
-            if len(slots) > 1:
-                same[torch.tensor(slots)[:, None], slots] = True
-        self.averaging, self.counts, self._same = averaging.to(device), counts.to(device), same.to(device)
+        self.representatives, *matrices = merged(self._groups, newest_first)
+        device = self.displacements.device
+        self.counts, self.averaging, self._same = (torch.from_numpy(values).to(device) for values in matrices)
 
     def clear(self) -> None:
         """Forget everything."""
@@ -329,6 +398,7 @@ class GradientHistory:
         self.appended = 0
         self._groups = [None] * self.size
         self._noise = [0.0] * self.size
+        self._derived = {}
         self._merge_groups()
 
     def state_dict(self) -> dict[str, Any]:
@@ -367,4 +437,5 @@ class GradientHistory:
         self._cross_stale.clear()
         self.anchor = None if saved.anchor is None else saved.anchor.to(self.displacements.device, copy=True)
         self.appended = saved.appended
+        self._derived = {}
         self._merge_groups()

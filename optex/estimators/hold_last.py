@@ -7,13 +7,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optex import small
 from optex.estimators.history import GradientHistory, Locations
-from optex.estimators.interface import Estimator, Posterior
+from optex.estimators.interface import Coefficients, Estimator, Posterior
 
 __all__ = ["HoldLast"]
 
 
 class _HeldGradient(Posterior):
+    def coefficients(self, locations: Locations) -> Coefficients:
+        history = self.history
+        weights = small.full((len(locations), history.size), 0.0, small.array(history.iterate_gram))
+        weights[:, history.newest] = 1.0
+        return Coefficients(weights)
+
     def means(self, locations: Locations) -> Tensor:
         gradient = self.history.gradients[self.history.newest]
         return gradient.to(locations.points.device, locations.points.dtype).expand_as(locations.points)

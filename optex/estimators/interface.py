@@ -4,20 +4,41 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from optex.estimators.arrivals import Arrivals
 from optex.estimators.history import GradientHistory, Locations
+from optex.linalg import accumulate_rows, combine_rows
+from optex.small import Array, tensor
 
-__all__ = ["Estimator", "Posterior"]
+__all__ = ["Coefficients", "Estimator", "Posterior"]
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """Predictions as combinations of stored rows and of the points' own offsets from the anchor.
+
+    Attributes:
+        on_gradients: [n, T0].
+        on_displacements: [n, T0]; None for none.
+        on_offsets: [n]; None with ``on_displacements``.
+    """
+
+    on_gradients: Array
+    on_displacements: Array | None = None
+    on_offsets: Array | None = None
 
 
 class Posterior(ABC):
     """An estimator fitted to a history: predicts the gradient at points not yet evaluated.
 
-    It holds no copy of the rows: it is good until the history changes. A point is located once, by
-    ``locate``, for all that is then asked about it.
+    Every prediction is a combination of the stored rows and of the point's offset from the history's anchor,
+    μ(θ) = a(θ)ᵀ G + b(θ)ᵀ D + c(θ) ξ; a posterior says with which ``coefficients``. It holds no copy of the
+    rows: it is good until the history changes. A point is located once, by ``locate``, for all that is then
+    asked about it.
     """
 
     def __init__(self, history: GradientHistory) -> None:
@@ -31,12 +52,8 @@ class Posterior(ABC):
         return self.history.locate(points)
 
     @abstractmethod
-    def means(self, locations: Locations) -> Tensor:  # [n, d], in the points' dtype
-        """Predicted gradients at n points."""
-
-    @abstractmethod
-    def differences(self, locations: Locations, origins: Locations) -> Tensor:  # [n, d]
-        """μ(point) - μ(origin), pair by pair; exactly zero where the two are the same object."""
+    def coefficients(self, locations: Locations) -> Coefficients:
+        """Of the predictions at n points."""
 
     @abstractmethod
     def variance(
@@ -44,6 +61,32 @@ class Posterior(ABC):
         point: Tensor,  # [d]
     ) -> Tensor:  # [] float64
         """Posterior variance of one component of the gradient, in units of the prior's."""
+
+    def means(self, locations: Locations) -> Tensor:  # [n, d], in the points' dtype
+        """Predicted gradients at n points."""
+        return self._combined(self.coefficients(locations), locations, None, None)
+
+    def differences(self, locations: Locations, origins: Locations) -> Tensor:  # [n, d]
+        """μ(point) - μ(origin), pair by pair; exactly zero where the two are the same object."""
+        return self._combined(self.coefficients(locations), locations, self.coefficients(origins), origins)
+
+    def _combined(
+        self, here: Coefficients, locations: Locations, there: Coefficients | None, origins: Locations | None
+    ) -> Tensor:  # [n, d]
+        on_g, on_d = here.on_gradients, here.on_displacements
+        if there is not None:
+            on_g = on_g - there.on_gradients
+            on_d = None if on_d is None else on_d - there.on_displacements
+        result = combine_rows(tensor(on_g), self.history.gradients)
+        if on_d is not None:
+            accumulate_rows(result, tensor(on_d), self.history.displacements)
+        if here.on_offsets is not None:
+            slopes = here.on_offsets
+            if there is not None and origins is not None:  # c ξ - c' ξ' = (c - c') ξ + c' (ξ - ξ')
+                slopes = slopes - there.on_offsets
+                _add_scaled(result, there.on_offsets, locations.offsets - origins.offsets)
+            _add_scaled(result, slopes, locations.offsets)
+        return result.to(locations.points.device, locations.points.dtype)
 
     def mean(
         self,
@@ -59,6 +102,18 @@ class Posterior(ABC):
     ) -> Tensor:  # [d]
         """μ(point) - μ(origin): how the gradient changes from where it was measured to where it is needed."""
         return self.differences(self.locate(point[None]), self.locate(origin[None]))[0]
+
+
+def _add_scaled(
+    result: Tensor,  # [n, d], changed
+    weights: Array,  # [n]
+    rows: Tensor,  # [n, d]
+) -> None:
+    factors = tensor(weights).to(result.dtype)[:, None]
+    if len(result) == 1 and factors.device.type == "cpu":  # the number itself: nothing has to be waited for
+        result.add_(rows, alpha=float(factors))
+    else:
+        result.addcmul_(rows.to(result.dtype), factors.to(result.device))
 
 
 class Estimator(ABC):
@@ -80,15 +135,14 @@ class Estimator(ABC):
     def judge(
         self,
         posterior: Posterior,
-        points: Tensor,  # [n, d]
-        gradients: Tensor,  # [n, d]
+        arrivals: Arrivals,
         held: Sequence[tuple[Tensor, Tensor] | None],  # n pairs ([d], [d])
     ) -> None:
         """Learn from true gradients that a posterior of this estimator has not seen; nothing by default.
 
         Args:
             posterior: fitted to the history without these pairs.
-            points, gradients: the pairs.
+            arrivals: the pairs.
             held: where a point's step had been measured elsewhere before, with the same minibatch, that
                 point and that gradient: what is asked there is the difference. None elsewhere.
         """

@@ -14,8 +14,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Final
 
-import torch
-from torch import Tensor
+from optex.small import Array, exp, sqrt
 
 __all__ = ["KERNELS", "RBF", "Kernel", "Matern12", "Matern32", "Matern52", "RationalQuadratic", "kernel_named"]
 
@@ -24,21 +23,21 @@ class Kernel(ABC):
     """A stationary kernel ``k(r²)``, normalised to ``k(0) = 1``.
 
     Every method takes squared distances of any shape (squared units of the iterates, not negative) and a
-    length scale (units of the iterates, positive; a number or a tensor that broadcasts against them), and
-    returns a tensor of the broadcast shape. Where a derivative has no finite limit at ``r = 0`` the result
-    there is infinite.
+    length scale (units of the iterates, positive; a number or an array that broadcasts against them), both
+    NumPy's or both torch's, and returns such an array of the broadcast shape. Where a derivative has no finite
+    limit at ``r = 0`` the result there is infinite.
     """
 
     @abstractmethod
-    def value(self, squared_distance: Tensor, lengthscale: float | Tensor) -> Tensor:
+    def value(self, squared_distance: Array, lengthscale: float | Array) -> Array:
         """k(r²)."""
 
     @abstractmethod
-    def derivative(self, squared_distance: Tensor, lengthscale: float | Tensor) -> Tensor:
+    def derivative(self, squared_distance: Array, lengthscale: float | Array) -> Array:
         """dk / d(r²)."""
 
     @abstractmethod
-    def second_derivative(self, squared_distance: Tensor, lengthscale: float | Tensor) -> Tensor:
+    def second_derivative(self, squared_distance: Array, lengthscale: float | Array) -> Array:
         """d²k / d(r²)²."""
 
 
@@ -46,73 +45,73 @@ class Kernel(ABC):
 class RBF(Kernel):
     """Squared exponential: ``exp(-r² / 2ℓ²)``."""
 
-    def value(self, squared_distance: Tensor, lengthscale: float | Tensor) -> Tensor:
-        return torch.exp(-squared_distance / (2 * lengthscale**2))
+    def value(self, squared_distance: Array, lengthscale: float | Array) -> Array:
+        return exp(-squared_distance / (2 * lengthscale**2))
 
-    def derivative(self, squared_distance: Tensor, lengthscale: float | Tensor) -> Tensor:
+    def derivative(self, squared_distance: Array, lengthscale: float | Array) -> Array:
         return -self.value(squared_distance, lengthscale) / (2 * lengthscale**2)
 
-    def second_derivative(self, squared_distance: Tensor, lengthscale: float | Tensor) -> Tensor:
+    def second_derivative(self, squared_distance: Array, lengthscale: float | Array) -> Array:
         return self.value(squared_distance, lengthscale) / (4 * lengthscale**4)
 
 
-def _scaled_distance(squared_distance: Tensor, lengthscale: float | Tensor, degrees: int) -> Tensor:
+def _scaled_distance(squared_distance: Array, lengthscale: float | Array, degrees: int) -> Array:
     """a = √degrees · r / ℓ, the argument of the Matérn family; da/d(r²) = degrees / (2 ℓ² a)."""
-    return math.sqrt(degrees) * squared_distance.sqrt() / lengthscale
+    return math.sqrt(degrees) * sqrt(squared_distance) / lengthscale
 
 
 @dataclass(frozen=True)
 class Matern12(Kernel):
     """Matérn, ν = 1/2: ``exp(-a)``, ``a = r / ℓ``. Both derivatives are infinite at r = 0."""
 
-    def value(self, squared_distance: Tensor, lengthscale: float | Tensor) -> Tensor:
-        return torch.exp(-_scaled_distance(squared_distance, lengthscale, 1))
+    def value(self, squared_distance: Array, lengthscale: float | Array) -> Array:
+        return exp(-_scaled_distance(squared_distance, lengthscale, 1))
 
-    def derivative(self, squared_distance: Tensor, lengthscale: float | Tensor) -> Tensor:
+    def derivative(self, squared_distance: Array, lengthscale: float | Array) -> Array:
         a = _scaled_distance(squared_distance, lengthscale, 1)
-        return -torch.exp(-a) / (2 * lengthscale**2 * a)
+        return -exp(-a) / (2 * lengthscale**2 * a)
 
-    def second_derivative(self, squared_distance: Tensor, lengthscale: float | Tensor) -> Tensor:
+    def second_derivative(self, squared_distance: Array, lengthscale: float | Array) -> Array:
         # d/da [-e⁻ᵃ / (2ℓ²a)] = e⁻ᵃ (1 + a) / (2ℓ²a²), times da/d(r²) = 1 / (2ℓ²a)
         a = _scaled_distance(squared_distance, lengthscale, 1)
-        return torch.exp(-a) * (1 + a) / (4 * lengthscale**4 * a**3)
+        return exp(-a) * (1 + a) / (4 * lengthscale**4 * a**3)
 
 
 @dataclass(frozen=True)
 class Matern32(Kernel):
     """Matérn, ν = 3/2: ``(1 + a) exp(-a)``, ``a = √3 r / ℓ``. The second derivative is infinite at r = 0."""
 
-    def value(self, squared_distance: Tensor, lengthscale: float | Tensor) -> Tensor:
+    def value(self, squared_distance: Array, lengthscale: float | Array) -> Array:
         a = _scaled_distance(squared_distance, lengthscale, 3)
-        return (1 + a) * torch.exp(-a)
+        return (1 + a) * exp(-a)
 
-    def derivative(self, squared_distance: Tensor, lengthscale: float | Tensor) -> Tensor:
+    def derivative(self, squared_distance: Array, lengthscale: float | Array) -> Array:
         # dk/da = -a e⁻ᵃ, times da/d(r²) = 3 / (2ℓ²a)
         a = _scaled_distance(squared_distance, lengthscale, 3)
-        return -3 * torch.exp(-a) / (2 * lengthscale**2)
+        return -3 * exp(-a) / (2 * lengthscale**2)
 
-    def second_derivative(self, squared_distance: Tensor, lengthscale: float | Tensor) -> Tensor:
+    def second_derivative(self, squared_distance: Array, lengthscale: float | Array) -> Array:
         a = _scaled_distance(squared_distance, lengthscale, 3)
-        return 9 * torch.exp(-a) / (4 * lengthscale**4 * a)
+        return 9 * exp(-a) / (4 * lengthscale**4 * a)
 
 
 @dataclass(frozen=True)
 class Matern52(Kernel):
     """Matérn, ν = 5/2: ``(1 + a + a²/3) exp(-a)``, ``a = √5 r / ℓ``."""
 
-    def value(self, squared_distance: Tensor, lengthscale: float | Tensor) -> Tensor:
+    def value(self, squared_distance: Array, lengthscale: float | Array) -> Array:
         a = _scaled_distance(squared_distance, lengthscale, 5)
-        return (1 + a + a**2 / 3) * torch.exp(-a)
+        return (1 + a + a**2 / 3) * exp(-a)
 
-    def derivative(self, squared_distance: Tensor, lengthscale: float | Tensor) -> Tensor:
+    def derivative(self, squared_distance: Array, lengthscale: float | Array) -> Array:
         # dk/da = -a (1 + a) e⁻ᵃ / 3, times da/d(r²) = 5 / (2ℓ²a)
         a = _scaled_distance(squared_distance, lengthscale, 5)
-        return -5 * (1 + a) * torch.exp(-a) / (6 * lengthscale**2)
+        return -5 * (1 + a) * exp(-a) / (6 * lengthscale**2)
 
-    def second_derivative(self, squared_distance: Tensor, lengthscale: float | Tensor) -> Tensor:
+    def second_derivative(self, squared_distance: Array, lengthscale: float | Array) -> Array:
         # d/da [(1 + a) e⁻ᵃ] = -a e⁻ᵃ
         a = _scaled_distance(squared_distance, lengthscale, 5)
-        return 25 * torch.exp(-a) / (12 * lengthscale**4)
+        return 25 * exp(-a) / (12 * lengthscale**4)
 
 
 @dataclass(frozen=True)
@@ -125,16 +124,16 @@ class RationalQuadratic(Kernel):
         if not self.alpha > 0:
             raise ValueError(f"RationalQuadratic: alpha must be positive, got {self.alpha}")
 
-    def _base(self, squared_distance: Tensor, lengthscale: float | Tensor) -> Tensor:
+    def _base(self, squared_distance: Array, lengthscale: float | Array) -> Array:
         return 1 + squared_distance / (2 * self.alpha * lengthscale**2)
 
-    def value(self, squared_distance: Tensor, lengthscale: float | Tensor) -> Tensor:
+    def value(self, squared_distance: Array, lengthscale: float | Array) -> Array:
         return self._base(squared_distance, lengthscale) ** -self.alpha
 
-    def derivative(self, squared_distance: Tensor, lengthscale: float | Tensor) -> Tensor:
+    def derivative(self, squared_distance: Array, lengthscale: float | Array) -> Array:
         return -(self._base(squared_distance, lengthscale) ** (-self.alpha - 1)) / (2 * lengthscale**2)
 
-    def second_derivative(self, squared_distance: Tensor, lengthscale: float | Tensor) -> Tensor:
+    def second_derivative(self, squared_distance: Array, lengthscale: float | Array) -> Array:
         power = self._base(squared_distance, lengthscale) ** (-self.alpha - 2)
         return (self.alpha + 1) / (4 * self.alpha * lengthscale**4) * power
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
 
-from optex.linalg import inner_products, squared_distances, squared_norms
+from optex import small
+from optex.linalg import inner_products, squared_norms
+from optex.small import Array, array
 from optex.vector_space import VectorSpace
 
 __all__ = ["Locations", "StoredPairs"]
@@ -43,8 +46,34 @@ class Locations:
         self.history = history
         self.points = points
         self._offsets: Tensor | None = None  # [n, d]
-        self._on_gradients: Tensor | None = None  # [n, T0]
-        self._near: tuple[Tensor, Tensor] | None = None  # norms [n] and on_displacements [n, T0]
+        self._on_gradients: Array | None = None  # [n, T0]
+        self._near: tuple[Array, Array] | None = None  # norms [n] and on_displacements [n, T0]
+
+    @classmethod
+    def known(
+        cls,
+        history: StoredPairs,
+        points: Tensor,  # [n, d]
+        offsets: Tensor,  # [n, d]
+        norms: Array,  # [n]
+        on_displacements: Array,  # [n, T0]
+        on_gradients: Array | None,  # [n, T0]
+    ) -> Locations:
+        """Points of which this is known."""
+        found = cls(history, points)
+        found._offsets, found._on_gradients, found._near = offsets, on_gradients, (norms, on_displacements)
+        return found
+
+    @classmethod
+    def joined(cls, parts: Sequence[Locations], points: Tensor) -> Locations:
+        """Several of one history as one, with what is known of any; ``points`` are theirs, in that order."""
+        found = cls(parts[0].history, points)
+        if any(part._on_gradients is not None for part in parts):
+            found._on_gradients = small.concatenate([part.on_gradients for part in parts])
+        if any(part._near is not None for part in parts):
+            norms, products = zip(*(part._products_nearby() for part in parts), strict=True)
+            found._near = small.concatenate(norms), small.concatenate(products)
+        return found
 
     def __len__(self) -> int:
         return len(self.points)
@@ -68,37 +97,43 @@ class Locations:
         return self._offsets
 
     @property
-    def norms(self) -> Tensor:  # [n] float64
+    def norms(self) -> Array:  # [n]
         """Squared norms of the offsets."""
         return self._products_nearby()[0]
 
     @property
-    def on_displacements(self) -> Tensor:  # [n, T0] float64
+    def on_displacements(self) -> Array:  # [n, T0]
         """Inner products of the offsets with the stored displacements."""
         return self._products_nearby()[1]
 
     @property
-    def on_gradients(self) -> Tensor:  # [n, T0] float64
+    def on_gradients(self) -> Array:  # [n, T0]
         """Inner products of the offsets with the stored gradients; they bring the others along."""
         if self._on_gradients is None:
             products = inner_products(self.offsets, self.history.gradients)
             if self._near is not None:
-                (self._on_gradients,) = self.history.space.total(products)
+                self._on_gradients = array(self.history.space.total(products)[0])
             else:  # one message between processes for all three
                 total = self.history.space.total(products, *self._nearby_here())
-                self._on_gradients, self._near = total[0], (total[1], total[2])
+                self._on_gradients, self._near = array(total[0]), (array(total[1]), array(total[2]))
         return self._on_gradients
 
-    def _products_nearby(self) -> tuple[Tensor, Tensor]:  # [n], [n, T0]
+    @property
+    def knows_gradients(self) -> bool:
+        """Whether ``on_gradients`` costs nothing any more."""
+        return self._on_gradients is not None
+
+    def _products_nearby(self) -> tuple[Array, Array]:  # [n], [n, T0]
         if self._near is None:
             norms, products = self.history.space.total(*self._nearby_here())
-            self._near = norms, products
+            self._near = array(norms), array(products)
         return self._near
 
     def _nearby_here(self) -> tuple[Tensor, Tensor]:
         return squared_norms(self.offsets), inner_products(self.offsets, self.history.displacements)
 
     @property
-    def squared_distances(self) -> Tensor:  # [n, T0] float64
+    def squared_distances(self) -> Array:  # [n, T0]
         """‖θ - θ_j‖² from each point to each stored iterate."""
-        return squared_distances(self.norms, self.history.iterate_gram.diagonal(), self.on_displacements)
+        diagonal = array(self.history.iterate_gram).diagonal()
+        return small.squared_distances(self.norms, diagonal, self.on_displacements)

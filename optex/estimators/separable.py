@@ -9,11 +9,12 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
+from optex import small
 from optex.estimators.history import GradientHistory, Locations
-from optex.estimators.interface import Estimator, Posterior
+from optex.estimators.interface import Coefficients, Estimator, Posterior
 from optex.estimators.kernels import Kernel, Matern52, kernel_named
 from optex.estimators.noise import relative_noise
-from optex.linalg import combine_rows, jittered_cholesky, one_thread
+from optex.small import Array, array, tensor
 
 __all__ = ["SeparableEstimator", "SeparablePosterior"]
 
@@ -78,33 +79,27 @@ class SeparableEstimator(Estimator):
         return 0.0 if isinstance(self.noise_variance, str) else self.noise_variance
 
     def fit(self, history: GradientHistory) -> SeparablePosterior:
-        squared = history.pairwise_squared_distances()
-        unit = history.median_squared_distance().sqrt().nan_to_num(nan=1.0)
+        unit = history.median_distance
         lengthscales = self._lengthscales(unit)
-        noises = self._noise_variances(unit)
+        noises = NOISE_VARIANCES if self.noise_variance == "leave-one-out" else (float(self.noise_variance),)
         best = 0
         if len(lengthscales) * len(noises) > 1:
             candidates = [(s, n) for s in lengthscales for n in noises]
-            best = int(self._leave_one_out_errors(history, squared, candidates).argmin())
+            best = int(self._leave_one_out_errors(history, candidates).argmin())
         lengthscale, noise = lengthscales[best // len(noises)], noises[best % len(noises)]
-        return SeparablePosterior(self, history, squared, lengthscale, noise)
+        return SeparablePosterior(self, history, lengthscale, noise)
 
-    def _lengthscales(self, unit: Tensor) -> list[Tensor]:
+    def _lengthscales(self, unit: Array) -> list[Array]:
         if self.lengthscale == "median":
             return [unit]
         if self.lengthscale == "leave-one-out":
             return [factor * unit for factor in LENGTHSCALE_FACTORS]
-        return [torch.full_like(unit, float(self.lengthscale))]
-
-    def _noise_variances(self, unit: Tensor) -> list[Tensor]:
-        values = NOISE_VARIANCES if self.noise_variance == "leave-one-out" else (float(self.noise_variance),)
-        return [torch.full_like(unit, value) for value in values]
+        return [0 * unit + float(self.lengthscale)]
 
     def _leave_one_out_errors(
         self,
         history: GradientHistory,
-        squared: Tensor,  # [T0, T0]
-        candidates: Sequence[tuple[Tensor, Tensor]],  # (lengthscale, noise variance)
+        candidates: Sequence[tuple[Array, float]],  # (lengthscale, noise variance)
     ) -> Tensor:  # [candidates]
         """Sum over the history of ‖g_i - μ_{-i}(θ_i)‖², each from T0 × T0 matrices alone.
 
@@ -113,9 +108,9 @@ class SeparableEstimator(Estimator):
         [B S B]_ii / B_ii² with S = G Gᵀ (centred where the mean is the last gradient).
         """
         active = history.active.to(torch.float64)
-        matrices = torch.stack([self.covariance(history, squared, *c) for c in candidates])
+        matrices = torch.stack([tensor(self.covariance(history, *candidate)) for candidate in candidates])
         factors, info = torch.linalg.cholesky_ex(matrices)
-        identity = torch.eye(history.size, dtype=torch.float64, device=squared.device)
+        identity = torch.eye(history.size, dtype=torch.float64, device=matrices.device)
         inverse = torch.cholesky_solve(identity.expand_as(matrices), factors)
         centring = history.averaging.clone()
         if self.prior_mean == "last":
@@ -131,21 +126,18 @@ class SeparableEstimator(Estimator):
     def covariance(
         self,
         history: GradientHistory,
-        squared: Tensor,  # [T0, T0]
-        lengthscale: Tensor,  # []
-        noise_variance: Tensor,  # []
-    ) -> Tensor:  # [T0, T0]
+        lengthscale: Array,  # []
+        noise_variance: float,
+    ) -> Array:  # [T0, T0]
         """A = K + noise on the slots that stand for an iterate, the identity on the others."""
-        active, slots = history.active, history.representatives
+        slots = history.representatives
+        active = array(history.counts) > 0
         both = active[:, None] & active
-        covariance = torch.where(both, self._kernel.value(squared, lengthscale), torch.zeros_like(squared))
-        noise = torch.ones_like(history.counts)
-        noise[slots] = relative_noise(history, slots, covariance[slots][:, slots], noise_variance)
-        return covariance + torch.diag(noise)
-
-    @property
-    def _kernel(self) -> Kernel:
-        return kernel_named(self.kernel)
+        values = kernel_named(self.kernel).value(history.squared_distances, lengthscale)
+        covariance = small.where(both, values, 0 * values)
+        noise = small.full(history.size, 1.0, covariance)
+        noise[slots] = relative_noise(history, slots, small.select(covariance, slots), noise_variance)
+        return small.plus_diagonal(covariance, noise)
 
 
 def _check_setting(name: str, value: float | str, words: tuple[str, ...], *, zero_allowed: bool) -> None:
@@ -171,56 +163,39 @@ class SeparablePosterior(Posterior):
         self,
         estimator: SeparableEstimator,
         history: GradientHistory,
-        squared: Tensor,  # [T0, T0]
-        lengthscale: Tensor,  # []
-        noise_variance: Tensor,  # []
+        lengthscale: Array,  # []
+        noise_variance: float,
     ) -> None:
         super().__init__(history)
         self.lengthscale = lengthscale
         self.noise_variance = noise_variance
         self._kernel = kernel_named(estimator.kernel)
-        self._active = history.active.to(torch.float64)
-        self._factor = jittered_cholesky(estimator.covariance(history, squared, lengthscale, noise_variance))
+        counts = array(history.counts)
+        self._active = small.where(counts > 0, 0 * counts + 1, 0 * counts)
+        self._averaging = array(history.averaging)
+        self._factor = small.jittered_cholesky(estimator.covariance(history, lengthscale, noise_variance))
         self._ones = self._solve(self._active)  # A⁻¹ 1
         self._mean_is_estimated = estimator.prior_mean == "gls"
-        self._mean_coefficients = torch.zeros_like(self._active)  # m = cᵀ G
+        self._mean_coefficients = 0 * counts  # m = cᵀ G
         if estimator.prior_mean == "last":
             self._mean_coefficients[history.newest] = 1.0
         elif estimator.prior_mean == "gls":
-            self._mean_coefficients = history.averaging.mT @ (self._ones / self._ones.sum())
+            self._mean_coefficients = self._averaging.T @ (self._ones / self._ones.sum())
 
     def _solve(
         self,
-        right: Tensor,  # [T0] or [T0, n]
-    ) -> Tensor:  # of that shape
-        columns = right if right.ndim == 2 else right[:, None]
-        solution = torch.cholesky_solve(columns, self._factor) * self._active[:, None]
-        return solution if right.ndim == 2 else solution[:, 0]
+        right: Array,  # [T0] or [T0, n]
+    ) -> Array:  # of that shape
+        mask = self._active if right.ndim == 1 else self._active[:, None]
+        return small.cholesky_solve(right, self._factor) * mask
 
-    def _covariances(self, locations: Locations) -> Tensor:  # [n, T0]
+    def _covariances(self, locations: Locations) -> Array:  # [n, T0]
         return self._kernel.value(locations.squared_distances, self.lengthscale) * self._active
 
-    def coefficients(self, locations: Locations) -> Tensor:  # [n, T0] float64
-        """The weights of the stored gradients in the predictions."""
-        covariances = self._covariances(locations)
-        with one_thread():
-            weights = self._solve(covariances.mT).mT
-            missing = 1 - weights.sum(1, keepdim=True)
-            return weights @ self.history.averaging + missing * self._mean_coefficients
-
-    def means(self, locations: Locations) -> Tensor:
-        return self._combine(self.coefficients(locations), locations)
-
-    def differences(self, locations: Locations, origins: Locations) -> Tensor:
-        return self._combine(self.coefficients(locations) - self.coefficients(origins), locations)
-
-    def _combine(
-        self,
-        coefficients: Tensor,  # [n, T0]
-        locations: Locations,
-    ) -> Tensor:  # [n, d]
-        points = locations.points
-        return combine_rows(coefficients, self.history.gradients).to(points.device, points.dtype)
+    def coefficients(self, locations: Locations) -> Coefficients:
+        weights = self._solve(self._covariances(locations).T).T
+        missing = 1 - weights.sum(1)[:, None]
+        return Coefficients(weights @ self._averaging + missing * self._mean_coefficients)
 
     def variance(self, point: Tensor) -> Tensor:
         covariances = self._covariances(self.locate(point[None]))[0]
@@ -228,4 +203,4 @@ class SeparablePosterior(Posterior):
         variance = 1 - covariances @ weights
         if self._mean_is_estimated:
             variance = variance + (1 - weights.sum()) ** 2 / self._ones.sum()
-        return variance.clamp_min(0)
+        return tensor(small.nonnegative(variance))

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from optex.checks import saved_entry, saved_integer, saved_number
+from optex.estimators import Posterior
+from optex.estimators.history import Locations
 from optex.round.record import RoundRecord
 from optex.vector_space import VectorSpace
 
@@ -308,7 +310,6 @@ class _Replay:
     def __init__(self, record: RoundRecord) -> None:
         self._record = record
         self._posterior = record.posterior
-        self._origins = None if record.posterior is None else record.posterior.locate(record.proxies)
         self._usable = [i for i, usable in enumerate(record.usable) if usable]
         self._before = record.proxies[0]
         self._shortest: Tensor | None = None  # []
@@ -347,10 +348,15 @@ class _Replay:
             return None
         self._before = here
         gradient = self._record.gradients[row]
-        if self._posterior is not None and self._origins is not None and gap > 0:
+        if self._posterior is not None and gap > 0:
             here_seen = self._posterior.locate(here[None])
-            gradient = gradient + self._posterior.differences(here_seen, self._origins[row])[0]
+            gradient = gradient + self._posterior.differences(here_seen, self._origin(self._posterior, row))[0]
         return gradient
+
+    def _origin(self, posterior: Posterior, row: int) -> Locations:
+        """The proxy of a row, which the history holds unless it is a short one."""
+        point, slot = self._record.proxies[row], self._record.slots.get(row)
+        return posterior.locate(point[None]) if slot is None else posterior.history.locate_stored(slot, point)
 
     def predicted(
         self,

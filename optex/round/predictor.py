@@ -12,7 +12,8 @@ from torch import Tensor
 from optex.checks import saved_entry
 from optex.errors import JitterWarning, NotPositiveDefiniteError, warn
 from optex.estimators import Estimator, GradientHistory, HoldLast, Posterior
-from optex.estimators.history import Overwritten
+from optex.estimators.arrivals import Arrivals
+from optex.estimators.history import Locations, Overwritten
 
 __all__ = ["Predictor", "default_history_size"]
 
@@ -64,19 +65,27 @@ class Predictor:
         gradients: Tensor,  # [n, d]
         noise_variance: Sequence[float],  # n
         measured: Sequence[tuple[Tensor, Tensor] | None],  # n
-    ) -> None:
+        located: Locations | None = None,
+    ) -> list[int]:
         """Let the estimator learn how well it had predicted these gradients, then put the pairs into the
         history.
 
         Args:
             points, gradients, noise_variance: the pairs, as in ``GradientHistory.append``.
             measured: where their steps had been measured before, as in ``Estimator.judge``.
+            located: the points as the draft has seen them, if it has.
+
+        Returns:
+            Where they are in the history, in their order; of more than it holds the last alone.
         """
-        posterior = self.posterior()
+        posterior, arrivals = self.posterior(), None
         if posterior is not None:
-            self.estimator.judge(posterior, points, gradients, measured)
+            arrivals = Arrivals(self.history, points, gradients, located)
+            self.estimator.judge(posterior, arrivals, measured)
         self._posterior = None
-        self.history.append(points, gradients, noise_variance)
+        self.history.append(points, gradients, noise_variance, arrivals)
+        held = min(len(points), self.history.size)
+        return [(self.history.newest - age) % self.history.size for age in reversed(range(held))]
 
     def before_remembering(self, count: int) -> _Before:
         """What remembering ``count`` pairs would change; ``take_back`` puts it there again."""

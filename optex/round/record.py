@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from optex.estimators import Posterior
+from optex.estimators.history import Locations
 from optex.round.report import RoundReport
 from optex.round.surprise import Surprises
 from optex.round.window import PlannedStep, Progress
@@ -42,6 +43,7 @@ class RoundRecord:
         distances: n entries: the prediction distance [], how far from where its step was measured each
             drafted gradient was predicted; None for a step that had not been measured.
         draft_mask: parameters that were stepped.
+        located: by row, the proxies as seen from the history that they were predicted from.
 
         **Evaluate.** evaluated: which proxies were evaluated.
         evaluations: gradients computed, those lost left out.
@@ -56,6 +58,7 @@ class RoundRecord:
         failed: index of the step whose loss or gradient ended the round; None where that was not it.
 
         **Remember.** surprises: what the gradients said of their predictions, with those of earlier rounds.
+        slots: by row, where a proxy is in the history now.
         posterior: the estimator fitted to the history with this round's pairs in it; None where
             the acceptance does not ask it.
 
@@ -80,6 +83,7 @@ class RoundRecord:
     predicted: list[int] = field(default_factory=list)
     distances: list[Tensor | None] = field(init=False)
     draft_mask: GradientMask = field(init=False)
+    located: dict[int, Locations] = field(default_factory=dict)
 
     evaluated: range = field(default_factory=lambda: range(0))
     evaluations: int = 0
@@ -95,6 +99,7 @@ class RoundRecord:
     failed: int | None = None
 
     surprises: Surprises = field(default_factory=Surprises)
+    slots: dict[int, int] = field(default_factory=dict)
     posterior: Posterior | None = None
     accepted: int = 0
     after: Progress | None = None

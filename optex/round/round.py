@@ -21,6 +21,7 @@ from optex.round.state import RunState
 from optex.round.stride import Stride
 from optex.round.surprise import Surprises
 from optex.round.window import PlannedStep
+from optex.small import tensor
 from optex.sources import GradientSource
 from optex.stepping import Buffers
 
@@ -160,14 +161,14 @@ class Rounds(RunState):
                 record.drafted[row] = measured[1]
             return
         record.predicted.append(row)
-        here = posterior.locate(record.proxies[row : row + 1])
+        here = record.located[row] = posterior.locate(record.proxies[row : row + 1])
         if measured is not None and origin is not None:
             record.drafted[row] = measured[1] + posterior.differences(here, origin)[0]
             return
         record.drafted[row] = posterior.means(here)[0]
         if record.source.deterministic:  # else a pair of another minibatch is no measurement of this step
             nearest = here.squared_distances[0, self.predictor.history.representatives].min()
-            record.distances[row] = nearest.sqrt()
+            record.distances[row] = tensor(nearest).sqrt()
 
     @staticmethod
     def _measure_distances(record: RoundRecord) -> None:
@@ -267,13 +268,23 @@ class Rounds(RunState):
         rows = [i for i, usable in enumerate(record.usable) if usable]
         record.surprises = self._surprises(record)
         record.undo.append(partial(self.predictor.take_back, self.predictor.before_remembering(len(rows))))
-        self.predictor.remember(
+        slots = self.predictor.remember(
             record.proxies[rows],
             record.gradients[rows],
             [record.noise_variance[i] for i in rows],
             [record.window[i].measured for i in rows],
+            self._located(record, rows),
         )
+        record.slots = dict(zip(rows[-len(slots) :], slots, strict=True))
         record.posterior = self.predictor.posterior() if self.acceptance.keeps_window else None
+
+    def _located(self, record: RoundRecord, rows: list[int]) -> Locations | None:
+        """The proxies in these rows as the draft saw them."""
+        if not record.located:
+            return None
+        history = self.predictor.history
+        parts = [record.located.get(i) or history.locate(record.proxies[i : i + 1]) for i in rows]
+        return Locations.joined(parts, record.proxies[rows])
 
     def _surprises(self, record: RoundRecord) -> Surprises:
         """What the measured gradients say of their predictions."""
