@@ -16,6 +16,7 @@ __all__ = [
     "combine_rows",
     "inner_products",
     "product_rounding",
+    "rows_at",
     "squared_norms",
     "threads_for",
 ]
@@ -75,6 +76,17 @@ def inner_products(
         if whole < a.shape[1]:
             total += a[:, whole:] @ b[:, whole:].mT
     return total
+
+
+def rows_at(
+    matrix: Tensor,  # [n, d]
+    indices: list[int],  # m
+) -> Tensor:  # [m, d]
+    """These rows; a view where they follow on each other, as long ones are costly to copy."""
+    first = indices[0] if indices else 0
+    if indices == list(range(first, first + len(indices))):
+        return matrix[first : first + len(indices)]
+    return matrix[indices]
 
 
 def product_rounding(rows: Tensor) -> float:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from optex.estimators.locations import Locations, StoredPairs
-from optex.linalg import inner_products
 from optex.small import Array, array
 
 __all__ = ["Arrivals"]
@@ -47,29 +45,33 @@ class Arrivals:
     def __len__(self) -> int:
         return len(self.points)
 
-    def _products(self, *pairs: tuple[Tensor, Tensor]) -> tuple[Array, ...]:
-        """Inner products of each pair of rows, in one message between processes."""
-        here = [inner_products(left, right) for left, right in pairs]
-        return tuple(array(products) for products in self.history.space.total(*here))
+    def _products(self, left: Tensor, right: Tensor) -> Array:
+        return array(self.history.space.inner_products(left, right))
 
     @cached_property
     def on_displacements(self) -> Array:  # [n, T0]
         """Inner products of the gradients with the stored displacements."""
-        return self._products((self._rows, self.history.displacements))[0]
+        return self._products(self._rows, self.history.displacements)
 
     @cached_property
     def on_gradients(self) -> Array:  # [n, T0]
         """Inner products of the gradients with the stored gradients."""
-        return self._products((self._rows, self.history.gradients))[0]
+        return self._products(self._rows, self.history.gradients)
 
     @cached_property
-    def among(self) -> tuple[Array, Array, Array]:  # three of [n, n]
-        """Inner products of offsets with offsets, of gradients with offsets, of gradients with gradients."""
-        offsets, gradients = self.locations.offsets, self._rows
-        n = len(self)
-        both = torch.cat([offsets, gradients])
-        (products,) = self._products((both, both))
-        return products[:n, :n], products[n:, :n], products[n:, n:]
+    def offsets_among(self) -> Array:  # [n, n]
+        """Inner products of offsets with offsets."""
+        return self._products(self.locations.offsets, self.locations.offsets)
+
+    @cached_property
+    def mixed_among(self) -> Array:  # [n, n]
+        """Of gradients with offsets."""
+        return self._products(self._rows, self.locations.offsets)
+
+    @cached_property
+    def gradients_among(self) -> Array:  # [n, n]
+        """Of gradients with gradients."""
+        return self._products(self._rows, self._rows)
 
     @property
     def _rows(self) -> Tensor:

@@ -276,20 +276,19 @@ class GradientHistory:
 
     def _take_products(self, slots: list[int], arrivals: Arrivals) -> None:
         """Gram matrices as they will be with these pairs, from products with the rows as they still are."""
-        offsets, mixed, squares = arrivals.among
         rows = small.copy(arrivals.locations.on_displacements)
-        rows[:, slots] = offsets
+        rows[:, slots] = arrivals.offsets_among
         fill(self.iterate_gram, slots, rows, rows.T)
         if arrivals.knows_cross:
             across, down = small.copy(arrivals.on_displacements), small.copy(arrivals.locations.on_gradients)
-            across[:, slots], down[:, slots] = mixed, mixed.T
+            across[:, slots], down[:, slots] = arrivals.mixed_among, arrivals.mixed_among.T
             fill(self._cross_gram, slots, across, down.T)
             self._cross_stale.difference_update(slots)
         else:
             self._cross_stale.update(slots)
         if arrivals.knows_gradients:
             rows = small.copy(arrivals.on_gradients)
-            rows[:, slots] = squares
+            rows[:, slots] = arrivals.gradients_among
             fill(self._gradient_gram, slots, rows, rows.T)
             self._stale.difference_update(slots)
         else:
@@ -347,9 +346,8 @@ class GradientHistory:
             return
         shift = self.displacement(point).to(self.displacements.dtype)
         # New tensors, not the old ones changed: those may have to be gone back to.
-        self.displacements = self.displacements - torch.where(
-            self.filled[:, None], shift, torch.zeros_like(shift)
-        )
+        self.displacements = self.displacements - shift
+        self.displacements[len(self) :] = 0
         self.anchor = point.to(self._anchor().device, self._anchor().dtype, copy=True)
         self.iterate_gram = self.space.inner_products(self.displacements, self.displacements)
         self._cross_stale.update(range(self.size))

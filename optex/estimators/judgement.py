@@ -11,7 +11,7 @@ from optex import small
 from optex.estimators.arrivals import Arrivals
 from optex.estimators.history import GradientHistory
 from optex.estimators.interface import Coefficients, Posterior
-from optex.linalg import inner_products, product_rounding
+from optex.linalg import product_rounding
 from optex.small import Array, array, tensor
 
 __all__ = ["squared_errors"]
@@ -79,9 +79,9 @@ def _vectors(arrivals: Arrivals, row: int) -> tuple[Array, Array]:  # [2, 2 T0],
     locations = arrivals.locations
     offset = small.concatenate([locations.on_gradients[row], locations.on_displacements[row]])
     gradient = small.concatenate([arrivals.on_gradients[row], arrivals.on_displacements[row]])
-    offsets, mixed, squares = (products[row, row] for products in arrivals.among)
     among = small.full((2, 2), 0.0, offset)
-    among[0, 0], among[0, 1], among[1, 0], among[1, 1] = offsets, mixed, mixed, squares
+    among[0, 0], among[1, 1] = arrivals.offsets_among[row, row], arrivals.gradients_among[row, row]
+    among[0, 1] = among[1, 0] = arrivals.mixed_among[row, row]
     return small.concatenate([offset[None], gradient[None]]), among
 
 
@@ -89,7 +89,7 @@ def _among(arrivals: Arrivals, row: int, before: Arrivals, other: int) -> Array:
     pairs = [(arrivals, row), (before, other)]
     vectors = [rows[i] for part, i in pairs for rows in (part.locations.offsets, part.gradients)]
     stacked = torch.stack([vector.to(vectors[0].device, vectors[0].dtype) for vector in vectors])
-    return array(arrivals.history.space.total(inner_products(stacked, stacked))[0])
+    return array(arrivals.history.space.inner_products(stacked, stacked))
 
 
 def _squares(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from optex.estimators import Posterior
 from optex.estimators.history import Locations
+from optex.linalg import rows_at
 from optex.round.report import RoundReport
 from optex.round.surprise import Surprises
 from optex.round.window import PlannedStep, Progress
@@ -132,10 +133,10 @@ class RoundRecord:
     def comparison(self) -> tuple[list[int], Tensor, Tensor]:  # k rows, [k], [k]
         """Rows predicted and measured, how far each prediction was off, and the measured gradients' lengths."""
         rows = [i for i in self.predicted if i in self.evaluated and self.usable[i]]
-        truth = self.gradients[rows]
+        truth = rows_at(self.gradients, rows)
         if not rows:
             return rows, truth.new_empty(0), truth.new_empty(0)
-        gaps, norms = self.space.norms([*(self.drafted[rows] - truth), *truth]).view(2, -1)
+        gaps, norms = self.space.norms([*(rows_at(self.drafted, rows) - truth), *truth]).view(2, -1)
         return rows, gaps, norms
 
     def _relative_errors(self) -> Tensor:  # [k]

@@ -16,6 +16,7 @@ from optex.estimators import Posterior
 from optex.estimators.history import Locations
 from optex.evaluators import Evaluation, EvaluationRequest, RandomDraws
 from optex.evaluators.randomness import generator_states, set_generator_states
+from optex.linalg import rows_at
 from optex.round.record import RoundRecord
 from optex.round.state import RunState
 from optex.round.stride import Stride
@@ -269,8 +270,8 @@ class Rounds(RunState):
         record.surprises = self._surprises(record)
         record.undo.append(partial(self.predictor.take_back, self.predictor.before_remembering(len(rows))))
         slots = self.predictor.remember(
-            record.proxies[rows],
-            record.gradients[rows],
+            rows_at(record.proxies, rows),
+            rows_at(record.gradients, rows),
             [record.noise_variance[i] for i in rows],
             [record.window[i].measured for i in rows],
             self._located(record, rows),
@@ -284,7 +285,7 @@ class Rounds(RunState):
             return None
         history = self.predictor.history
         parts = [record.located.get(i) or history.locate(record.proxies[i : i + 1]) for i in rows]
-        return Locations.joined(parts, record.proxies[rows])
+        return Locations.joined(parts, rows_at(record.proxies, rows))
 
     def _surprises(self, record: RoundRecord) -> Surprises:
         """What the measured gradients say of their predictions."""
@@ -297,11 +298,11 @@ class Rounds(RunState):
         usable = [i for i, flag in enumerate(record.usable) if flag]
         if not rows:
             return known
-        measured, places = record.gradients[usable], [usable.index(i) for i in rows]
+        measured, places = rows_at(record.gradients, usable), [usable.index(i) for i in rows]
         if len(usable) == 1:  # the neighbour is the last round's
             newest = history.gradients[history.newest].to(measured.device, measured.dtype)
             measured, places = torch.stack([newest, measured[0]]), [1]
-        return known.averaged(record.space, record.drafted[rows], measured, places)
+        return known.averaged(record.space, rows_at(record.drafted, rows), measured, places)
 
     # ------------------------------------------------------------------ replay
 
