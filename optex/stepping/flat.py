@@ -1,11 +1,11 @@
-"""A base optimizer's steps on flat vectors: one tensor a parameter group, however many parameters it has."""
+"""A base optimizer's steps on flat vectors, however many parameters they are made of."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -20,14 +20,17 @@ from optex.stepping.stepper import Stepper
 
 __all__ = ["FlatStepper"]
 
+# Numbers a thread that CPUs step at a time: a step runs over them a dozen times, and they stay in the cache.
+_LONGEST: Final = 1 << 17
+
 
 class FlatStepper(Stepper):
     """A stepper that walks on flat copies: nothing is allocated and no loop runs over the parameters.
 
-    From the mark on, an optimizer of the same class and settings steps one flat tensor a group. The base
-    optimizer's own parameters and state stay where the mark was until ``settle`` hands the result over;
-    settings and schedule are the base optimizer's all along. Everything is read anew at every mark, so that
-    whatever is edited or loaded in between counts.
+    From the mark on, an optimizer of the same class and settings steps one flat tensor a group (on CPUs in
+    pieces that fit into caches, if it is long). The base optimizer's own parameters and state stay where the
+    mark was until ``settle`` hands the result over; settings and schedule are the base optimizer's all along.
+    Everything is read anew at every mark, so that whatever is edited or loaded in between counts.
 
     That takes a class that steps every coordinate by itself (``ELEMENTWISE``), with gradients for all
     parameters, without step hooks or a step of its user's making, and plain tensors in one dtype on one
@@ -190,17 +193,19 @@ class _FlatBase:
             torch.zeros(vector.dimension, dtype=vector.dtype, device=vector.device) for _ in range(3)
         )
         self._groups: list[_FlatGroup] = []
+        longest = _LONGEST * torch.get_num_threads() if vector.device.type == "cpu" else vector.dimension
         offset = 0
         for group in base.param_groups:
             parameters = [p for p in group["params"] if p.requires_grad]
             end = offset + sum(p.numel() for p in parameters)
-            tensor = self.point[offset:end].requires_grad_()
-            tensor.grad = self.gradient[offset:end]
-            self._groups.append(_FlatGroup(parameters, tensor))
+            tensors = list(self.point[offset:end].split(longest)) if parameters else []
+            for tensor, gradient in zip(tensors, self.gradient[offset:end].split(longest), strict=False):
+                tensor.requires_grad_().grad = gradient
+            self._groups.append(_FlatGroup(parameters, tensors))
             offset = end
         accepted = inspect.signature(type(base)).parameters
         settings = {name: value for name, value in base.defaults.items() if name in accepted}
-        groups = [{"params": [group.tensor] if group.parameters else []} for group in self._groups]
+        groups = [{"params": group.tensors} for group in self._groups]
         self._twin = type(base)(groups, **settings)
 
     def fits(self) -> bool:
@@ -213,9 +218,8 @@ class _FlatBase:
     @torch.no_grad()
     def note(self) -> bool:
         """Start from where the base optimizer is; False where its state cannot be joined."""
-        for group in self._groups:
-            if group.parameters and not group.note(self._base.state):
-                return False
+        if not all(group.note(self._base.state) for group in self._groups if group.parameters):
+            return False
         torch.cat([p.view(-1) for p in self._vector.parameters], out=self._start)
         self.rewind()
         return True
@@ -253,18 +257,20 @@ class _FlatBase:
 
 
 class _FlatGroup:
-    """The trained parameters of a group, and the tensor that stands for them.
+    """The trained parameters of a group, and the tensors that stand for them.
 
     Attributes:
         parameters: the base optimizer's.
-        tensor: their values one after the other.
+        tensors: their values one after the other; one tensor, or several where it would be a long one.
     """
 
-    def __init__(self, parameters: list[Tensor], tensor: Tensor) -> None:
-        self.parameters, self.tensor = parameters, tensor
+    def __init__(self, parameters: list[Tensor], tensors: list[Tensor]) -> None:
+        self.parameters, self.tensors = parameters, tensors
         self._sizes = [p.numel() for p in parameters]
+        self._lengths = [tensor.numel() for tensor in tensors]
         self._start: dict[str, Tensor] = {}  # state by name, joined; counters but once
-        self._rows: dict[str, Tensor] = {}  # memory for it
+        self._walked: dict[str, Tensor] = {}  # as it is after the steps since then
+        self._rows: dict[str, tuple[Tensor, Tensor]] = {}  # memory for both
         self._known: list[bool] = []  # which parameters had an entry in the state
 
     def note(self, state: dict[Tensor, Any]) -> bool:
@@ -277,21 +283,32 @@ class _FlatGroup:
             if name in COUNTERS:
                 start[name] = values[0].clone()
             else:
-                if name not in self._rows:
-                    self._rows[name] = torch.empty_like(self.tensor)
-                start[name] = torch.cat([value.view(-1) for value in values], out=self._rows[name])
+                row = self._memory(name, values[0])[0]
+                start[name] = torch.cat([value.view(-1) for value in values], out=row)
         self._start, self._known = start, [p in state for p in self.parameters]
         return True
 
+    def _memory(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
+        if name not in self._rows:
+            self._rows[name] = like.new_empty(sum(self._sizes)), like.new_empty(sum(self._sizes))
+        return self._rows[name]
+
     def rewind(self, state: dict[Tensor, Any]) -> None:
-        """Set the flat optimizer's state from what was read, in the memory that it has."""
-        there, entries = state.pop(self.tensor, {}), {}
+        """Set the flat optimizer's state from what was read."""
+        self._walked = {}
+        entries: list[dict[str, Tensor]] = [{} for _ in self.tensors]
         for name, value in self._start.items():
-            known = there.get(name)
-            usable = isinstance(known, Tensor) and known.shape == value.shape and known.dtype == value.dtype
-            entries[name] = known.copy_(value) if usable else value.clone()
-        if entries:
-            state[self.tensor] = entries
+            if name in COUNTERS:
+                pieces = [value.clone() for _ in self.tensors]
+            else:
+                self._walked[name] = self._memory(name, value)[1].copy_(value)
+                pieces = self._walked[name].split(self._lengths)
+            for entry, piece in zip(entries, pieces, strict=True):
+                entry[name] = piece
+        for tensor, entry in zip(self.tensors, entries, strict=True):
+            state.pop(tensor, None)
+            if entry:
+                state[tensor] = entry
 
     def restore(self, state: dict[Tensor, Any]) -> None:
         """Set the parameters' state from what was read."""
@@ -304,7 +321,17 @@ class _FlatGroup:
 
     def hand_over(self, source: dict[Tensor, Any], state: dict[Tensor, Any]) -> None:
         """Set the parameters' state from the flat optimizer's."""
-        self._give(state, source.get(self.tensor, {}))
+        entries = [source.get(tensor, {}) for tensor in self.tensors]
+        names = entries[0] if entries else ()
+        self._give(state, {name: self._joined(name, [entry[name] for entry in entries]) for name in names})
+
+    def _joined(self, name: str, pieces: list[Any]) -> Any:
+        if name in COUNTERS or not isinstance(pieces[0], Tensor):
+            return pieces[0]
+        walked = self._walked.get(name)
+        if walked is not None and pieces[0].data_ptr() == walked.data_ptr():
+            return walked  # stepped in place, as they all do but for making their state
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def _give(self, state: dict[Tensor, Any], joined: dict[str, Any]) -> None:
         for name, value in joined.items():
