@@ -28,7 +28,11 @@ class Twins:
         self.dtype, self.steppers, self.bases, self.parameters = dtype, [], [], []
         for kind in (Stepper, FlatStepper):
             parameters = [nn.Parameter(value.clone()) for value in values]
-            parts = [{"params": parameters[:2], "weight_decay": 0.01}, {"params": []}, {"params": parameters[2:]}]
+            parts = [
+                {"params": parameters[:2], "weight_decay": 0.01},
+                {"params": []},
+                {"params": parameters[2:]},
+            ]
             base = make(parts if groups else parameters)
             if groups:
                 base.param_groups[2]["lr"] = base.param_groups[2]["lr"] * 0.5
@@ -125,7 +129,9 @@ def test_rounds_are_the_plain_steppers(name, in_pieces, dtype, monkeypatch):
         twins.round()
 
 
-@pytest.mark.parametrize("setting", [{"maximize": True}, {"foreach": True}, {"maximize": True, "foreach": True}])
+@pytest.mark.parametrize(
+    "setting", [{"maximize": True}, {"foreach": True}, {"maximize": True, "foreach": True}]
+)
 @pytest.mark.parametrize("kind", sorted(ELEMENTWISE, key=lambda kind: kind.__name__))
 def test_settings_that_change_gradients_in_place(kind, setting):
     twins = Twins(lambda parts: kind(parts, lr=0.01, **setting))

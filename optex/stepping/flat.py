@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -189,9 +189,10 @@ class _FlatBase:
 
     def __init__(self, base: Optimizer, vector: ParameterVector) -> None:
         self._base, self._vector = base, vector
-        self.point, self.gradient, self._start = (
+        self.point, self.gradient, start = (
             torch.zeros(vector.dimension, dtype=vector.dtype, device=vector.device) for _ in range(3)
         )
+        self._start, self._walked = (_Row(row, vector.parameters) for row in (start, self.point))
         self._groups: list[_FlatGroup] = []
         longest = _LONGEST * torch.get_num_threads() if vector.device.type == "cpu" else vector.dimension
         offset = 0
@@ -220,28 +221,28 @@ class _FlatBase:
         """Start from where the base optimizer is; False where its state cannot be joined."""
         if not all(group.note(self._base.state) for group in self._groups if group.parameters):
             return False
-        torch.cat([p.view(-1) for p in self._vector.parameters], out=self._start)
+        torch._foreach_copy_(self._start.pieces, self._vector.parameters)
         self.rewind()
         return True
 
     @torch.no_grad()
     def rewind(self) -> None:
         """Back to that start; the base optimizer is left alone."""
-        self.point.copy_(self._start)
+        self.point.copy_(self._start.vector)
         for group in self._groups:
             group.rewind(self._twin.state)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Bring the base optimizer's parameters and state back to the start."""
-        self._vector.write(self._start)
+        torch._foreach_copy_(self._vector.parameters, self._start.pieces)
         for group in self._groups:
             group.restore(self._base.state)
 
     @torch.no_grad()
     def hand_over(self) -> None:
         """Give the base optimizer parameters and state as they are now."""
-        self._vector.write(self.point)
+        torch._foreach_copy_(self._vector.parameters, self._walked.pieces)
         for group in self._groups:
             group.hand_over(self._twin.state, self._base.state)
 
@@ -256,6 +257,15 @@ class _FlatBase:
         self._twin.step()
 
 
+class _Row:
+    """A vector over parameters laid one after the other, with what of it is whose."""
+
+    def __init__(self, vector: Tensor, parameters: Sequence[Tensor]) -> None:
+        self.vector = vector
+        parts = vector.split([p.numel() for p in parameters])
+        self.pieces = [part.view(p.shape) for part, p in zip(parts, parameters, strict=True)]
+
+
 class _FlatGroup:
     """The trained parameters of a group, and the tensors that stand for them.
 
@@ -266,11 +276,9 @@ class _FlatGroup:
 
     def __init__(self, parameters: list[Tensor], tensors: list[Tensor]) -> None:
         self.parameters, self.tensors = parameters, tensors
-        self._sizes = [p.numel() for p in parameters]
         self._lengths = [tensor.numel() for tensor in tensors]
-        self._start: dict[str, Tensor] = {}  # state by name, joined; counters but once
-        self._walked: dict[str, Tensor] = {}  # as it is after the steps since then
-        self._rows: dict[str, tuple[Tensor, Tensor]] = {}  # memory for both
+        self._start: dict[str, Tensor | _Row] = {}  # state by name, joined; counters but once
+        self._rows: dict[str, tuple[_Row, _Row]] = {}  # memory for the start, and for walking on from it
         self._known: list[bool] = []  # which parameters had an entry in the state
 
     def note(self, state: dict[Tensor, Any]) -> bool:
@@ -278,31 +286,31 @@ class _FlatGroup:
         columns = _columns([state.get(p, {}) for p in self.parameters], self.parameters)
         if columns is None:
             return False
-        start: dict[str, Tensor] = {}
+        start: dict[str, Tensor | _Row] = {}
         for name, values in columns.items():
             if name in COUNTERS:
                 start[name] = values[0].clone()
             else:
-                row = self._memory(name, values[0])[0]
-                start[name] = torch.cat([value.view(-1) for value in values], out=row)
+                start[name] = self._memory(name)[0]
+                torch._foreach_copy_(self._memory(name)[0].pieces, values)
         self._start, self._known = start, [p in state for p in self.parameters]
         return True
 
-    def _memory(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _memory(self, name: str) -> tuple[_Row, _Row]:
         if name not in self._rows:
-            self._rows[name] = like.new_empty(sum(self._sizes)), like.new_empty(sum(self._sizes))
+            like, length = self.tensors[0], sum(self._lengths)
+            start, walked = (_Row(like.new_empty(length), self.parameters) for _ in range(2))
+            self._rows[name] = start, walked
         return self._rows[name]
 
     def rewind(self, state: dict[Tensor, Any]) -> None:
         """Set the flat optimizer's state from what was read."""
-        self._walked = {}
         entries: list[dict[str, Tensor]] = [{} for _ in self.tensors]
         for name, value in self._start.items():
-            if name in COUNTERS:
+            if isinstance(value, Tensor):
                 pieces = [value.clone() for _ in self.tensors]
             else:
-                self._walked[name] = self._memory(name, value)[1].copy_(value)
-                pieces = self._walked[name].split(self._lengths)
+                pieces = self._memory(name)[1].vector.copy_(value.vector).split(self._lengths)
             for entry, piece in zip(entries, pieces, strict=True):
                 entry[name] = piece
         for tensor, entry in zip(self.tensors, entries, strict=True):
@@ -328,17 +336,14 @@ class _FlatGroup:
     def _joined(self, name: str, pieces: list[Any]) -> Any:
         if name in COUNTERS or not isinstance(pieces[0], Tensor):
             return pieces[0]
-        walked = self._walked.get(name)
-        if walked is not None and pieces[0].data_ptr() == walked.data_ptr():
+        walked = self._memory(name)[1]
+        if pieces[0].data_ptr() == walked.vector.data_ptr():
             return walked  # stepped in place, as they all do but for making their state
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return _Row(torch.cat(pieces), self.parameters)
 
-    def _give(self, state: dict[Tensor, Any], joined: dict[str, Any]) -> None:
+    def _give(self, state: dict[Tensor, Any], joined: Mapping[str, Any]) -> None:
         for name, value in joined.items():
-            pieces = [value] * len(self.parameters)
-            if isinstance(value, Tensor) and name not in COUNTERS:
-                parts = zip(value.split(self._sizes), self.parameters, strict=True)
-                pieces = [piece.view(p.shape) for piece, p in parts]
+            pieces = value.pieces if isinstance(value, _Row) else [value] * len(self.parameters)
             entries = [state[p] for p in self.parameters]
             known = [entry.get(name) for entry in entries]
             if all(
