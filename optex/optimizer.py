@@ -27,7 +27,7 @@ from optex.round import (
     WithinTolerance,
     default_history_size,
 )
-from optex.round.arguments import check_choices, check_parts, check_stride, published_parts
+from optex.round.arguments import check_choices, check_parts, check_stride, is_exact, published_parts
 from optex.round.stride import Stride
 from optex.sources import ClosureSource, GradientSource, ObjectiveSource
 from optex.stepping import Buffers, OptimizerWrapper, Stepper, check_base
@@ -86,7 +86,7 @@ class OptEx(OptimizerWrapper):
 
     Memory, in numbers beyond the base optimizer's: ``(2 · T0 + 1) · d`` for the history (of ``history_dtype``),
     ``5 · N · d`` in a round for proxies, predictions, gradients and the pairs they replace, at most ``2 · N ·
-    d`` for steps not kept yet, one copy of parameters and base state, and N + 1 copies of the model's buffers.
+    d`` for steps not kept yet, two copies of parameters and base state, N + 1 copies of the model's buffers.
     What the evaluator needs comes on top.
 
     Raises:
@@ -144,10 +144,11 @@ class OptEx(OptimizerWrapper):
         self._warned_of_plain_steps = False
         super().__init__(base)
         evaluator = evaluator or SequentialEvaluator()
-        stepper = self._lay_out(evaluator, self._trainable())
-        predictor = self._predictor(copy.deepcopy(estimator) or CommitteeEstimator(), stepper)
         acceptance = copy.deepcopy(acceptance) or WithinTolerance()
         largest = check_stride(stride, acceptance)
+        self._flat = not is_exact(acceptance, parallelism, largest)
+        stepper = self._lay_out(evaluator, self._trainable())
+        predictor = self._predictor(copy.deepcopy(estimator) or CommitteeEstimator(), stepper)
         self._rounds = Rounds(
             stepper, predictor, acceptance, evaluator, self.parallelism, Stride(largest), gradient_hook
         )
@@ -340,7 +341,7 @@ class OptEx(OptimizerWrapper):
 
     def _lay_out(self, evaluator: Evaluator, parameters: list[Tensor]) -> Stepper:
         self.ranks: Ranks | None = evaluator.connect(parameters)
-        return lay_out(self.base, parameters, self.scheduler, self.ranks, self._shard)
+        return lay_out(self.base, parameters, self.scheduler, self.ranks, self._shard, self._flat)
 
     def _predictor(self, estimator: Estimator, stepper: Stepper) -> Predictor:
         vector, dtype, device = stepper.vector, self._history_dtype, self._history_device

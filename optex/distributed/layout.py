@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from optex.distributed.ranks import Ranks
 from optex.distributed.sharding import ShardedStepper, ShardedVector
-from optex.stepping import ELEMENTWISE, ParameterVector, Stepper
+from optex.stepping import ELEMENTWISE, FlatStepper, ParameterVector, Stepper
 
 __all__ = ["lay_out"]
 
@@ -21,6 +21,7 @@ def lay_out(
     scheduler: LRScheduler | None,
     ranks: Ranks | None,
     shard: bool | None,
+    flat: bool = False,
 ) -> Stepper:
     """The base optimizer ready to step, on whole vectors or on this rank's slices.
 
@@ -30,20 +31,22 @@ def lay_out(
         ranks: the processes that take part; None where this one is alone.
         shard: whether to split; None: where the base is known to step every coordinate by itself
             (``optex.stepping.ELEMENTWISE``) and has no step hooks, which would see slices.
+        flat: whether to step one tensor a group, where that can be; see ``FlatStepper``.
 
     Raises:
         ValueError: ``shard`` without ranks.
     """
+    plain = FlatStepper if flat and type(base) in ELEMENTWISE else Stepper
     if ranks is None:
         if shard:
             raise ValueError(
                 "OptEx: shard=True splits vectors among ranks, and there are none; pass "
                 "evaluator=optex.DistributedEvaluator()"
             )
-        return Stepper(base, ParameterVector(parameters), scheduler)
+        return plain(base, ParameterVector(parameters), scheduler)
     if shard is None:
         hooks = base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks
         shard = type(base) in ELEMENTWISE and not hooks
     if shard:
         return ShardedStepper(base, ShardedVector(parameters, ranks), scheduler)
-    return Stepper(base, ParameterVector(parameters), scheduler)
+    return plain(base, ParameterVector(parameters), scheduler)

@@ -7,7 +7,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,13 +16,10 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from optex import linalg
 from optex.distributed.ranks import Ranks
-from optex.stepping import GradientMask, Hyperparameters, ParameterVector, Snapshot, Stepper
+from optex.stepping import COUNTERS, GradientMask, Hyperparameters, ParameterVector, Stepper
 from optex.vector_space import VectorSpace
 
 __all__ = ["ShardedSpace", "ShardedStepper", "ShardedVector", "joined_state"]
-
-# State of one number a parameter; with parameters of one number its shape does not tell it from the others.
-_COUNTERS: Final = ("step", "mu_product", "eta", "mu")
 
 
 class ShardedSpace(VectorSpace):
@@ -243,10 +240,10 @@ class ShardedStepper(Stepper):
         self.mask = (True,) * len(vector.whole.parameters)
         base.state.clear()
 
-    def mark(self) -> Snapshot:
+    def mark(self) -> None:
         self.vector.follow()
         self._hyperparameters = Hyperparameters(self._owner)
-        return super().mark()
+        super().mark()
 
     def take_back(self) -> None:
         super().take_back()
@@ -424,4 +421,4 @@ def _move_state(base: Optimizer, twin: Optimizer, vector: ShardedVector) -> None
 
 
 def _is_sliced(name: str, value: Any, size: int) -> bool:
-    return isinstance(value, Tensor) and value.numel() == size and name not in _COUNTERS
+    return isinstance(value, Tensor) and value.numel() == size and name not in COUNTERS

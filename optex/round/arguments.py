@@ -12,10 +12,10 @@ from optex.checks import check_kind
 from optex.estimators import Estimator, SeparableEstimator
 from optex.estimators.kernels import Kernel
 from optex.evaluators import Evaluator
-from optex.round.acceptance import SELECTIONS, Acceptance, Last, LowestLoss
+from optex.round.acceptance import SELECTIONS, Acceptance, Last, LowestLoss, WithinTolerance
 from optex.round.stride import read_stride
 
-__all__ = ["check_choices", "check_parts", "check_stride", "published_parts"]
+__all__ = ["check_choices", "check_parts", "check_stride", "is_exact", "published_parts"]
 
 
 def published_parts(
@@ -75,6 +75,13 @@ def check_stride(stride: Any, acceptance: Acceptance) -> float:
             "positive tolerance"
         )
     return largest
+
+
+def is_exact(acceptance: Acceptance, parallelism: int, stride: float) -> bool:
+    """Whether the run is promised to be the base optimizer's, bit for bit."""
+    return isinstance(acceptance, WithinTolerance) and (
+        acceptance.tolerance == 0 or (parallelism == 1 and stride == 1)
+    )
 
 
 def check_choices(deterministic: Any, gradient_hook: Any, on_nonfinite: Any) -> None:

@@ -314,6 +314,7 @@ class Rounds(RunState):
             self.stepper.mask = record.mask
         record.undo.append(partial(self.acceptance.load_state_dict, self.acceptance.state_dict()))
         record.accepted = self.acceptance.replay(record)
+        self.stepper.settle()
         if not record.space.finite(self.stepper.point[None])[0]:
             record.failed = 0
             raise NonFiniteError(

@@ -1,6 +1,7 @@
 """Stepping: a base optimizer as something that can be walked ahead and taken back."""
 
 from optex.stepping.bases import (
+    COUNTERS,
     ELEMENTWISE,
     OPTIMIZERS,
     base_optimizer,
@@ -8,16 +9,19 @@ from optex.stepping.bases import (
     check_settings,
     default_rate,
 )
+from optex.stepping.flat import FlatStepper
 from optex.stepping.parameters import Buffers, GradientMask, ParameterVector
 from optex.stepping.snapshot import Attributes, Hyperparameters, Snapshot
 from optex.stepping.stepper import FreezesWhileDrafting, Stepper
 from optex.stepping.wrapper import OptimizerWrapper
 
 __all__ = [
+    "COUNTERS",
     "ELEMENTWISE",
     "OPTIMIZERS",
     "Attributes",
     "Buffers",
+    "FlatStepper",
     "FreezesWhileDrafting",
     "GradientMask",
     "Hyperparameters",

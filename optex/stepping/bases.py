@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 __all__ = [
+    "COUNTERS",
     "ELEMENTWISE",
     "OPTIMIZERS",
     "REFUSED",
@@ -56,6 +57,9 @@ ELEMENTWISE: Final[frozenset[type[Optimizer]]] = frozenset(
         torch.optim.ASGD,
     }
 )
+
+# Of their state what is one number a parameter; parameters of one number have everything in that shape.
+COUNTERS: Final = ("step", "mu_product", "eta", "mu")
 
 REFUSED: Final[dict[type[Optimizer], str]] = {
     torch.optim.LBFGS: "it evaluates its closure several times a step, so there is no single next gradient to "

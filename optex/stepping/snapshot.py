@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-__all__ = ["Hyperparameters", "Snapshot"]
+__all__ = ["TORCHS_OWN", "Hyperparameters", "Settings", "Snapshot"]
 
 
 def _copy_value(value: Any) -> Any:
@@ -47,7 +47,7 @@ class Hyperparameters:
 
 
 # What torch itself keeps in an optimizer, beside the state and the groups: none of it is a step's to change.
-_TORCHS_OWN: Final = frozenset(vars(torch.optim.SGD([torch.zeros(1)]))) | {"step", "_opt_called"}
+TORCHS_OWN: Final = frozenset(vars(torch.optim.SGD([torch.zeros(1)]))) | {"step", "_opt_called"}
 
 
 class Attributes:
@@ -59,7 +59,7 @@ class Attributes:
 
     def __init__(self, base: Optimizer) -> None:
         self._base = base
-        own = {name: value for name, value in vars(base).items() if name not in _TORCHS_OWN}
+        own = {name: value for name, value in vars(base).items() if name not in TORCHS_OWN}
         self._saved = {name: _copy_plain(value) for name, value in own.items() if _is_plain(value)}
         self._others = {name: value for name, value in own.items() if name not in self._saved}
         self._fingerprints = {name: _fingerprint(value) for name, value in self._others.items()}
@@ -68,7 +68,7 @@ class Attributes:
     def restore(self) -> None:
         """Put them back; may be called again."""
         live = vars(self._base)
-        for name in [name for name in live if name not in _TORCHS_OWN]:
+        for name in [name for name in live if name not in TORCHS_OWN]:
             if name not in self._saved and name not in self._others:
                 delattr(self._base, name)
         for name, value in self._others.items():
@@ -122,6 +122,27 @@ def _copy_plain(value: Any) -> Any:
     return copy.deepcopy(value.detach()) if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
+class Settings:
+    """Hyperparameters, further attributes and schedule of a base optimizer, saved."""
+
+    def __init__(self, base: Optimizer, scheduler: LRScheduler | None) -> None:
+        self._scheduler = scheduler
+        self._hyperparameters = Hyperparameters(base)
+        self._attributes = Attributes(base)
+        self._schedule = None if scheduler is None else copy.deepcopy(scheduler.state_dict())
+
+    def check(self) -> None:
+        """Refuse steps since then that could not be taken back; as ``Attributes.check``."""
+        self._attributes.check()
+
+    def restore(self) -> None:
+        """Put them back; may be called again."""
+        self._hyperparameters.restore()
+        self._attributes.restore()
+        if self._scheduler is not None and self._schedule is not None:
+            self._scheduler.load_state_dict(copy.deepcopy(self._schedule))
+
+
 class Snapshot:
     """Parameters, state, hyperparameters, further attributes and schedule of a base optimizer, saved.
 
@@ -130,19 +151,16 @@ class Snapshot:
 
     def __init__(self, base: Optimizer, scheduler: LRScheduler | None) -> None:
         self._base = base
-        self._scheduler = scheduler
         self._values = [[p.detach().clone() for p in group["params"]] for group in base.param_groups]
-        self._hyperparameters = Hyperparameters(base)
-        self._attributes = Attributes(base)
+        self._settings = Settings(base, scheduler)
         _check_entries(base)
         self._state = {
             p: {key: _copy_value(value) for key, value in entries.items()} for p, entries in base.state.items()
         }
-        self._schedule = None if scheduler is None else copy.deepcopy(scheduler.state_dict())
 
     def check(self) -> None:
         """Refuse steps since then that could not be taken back; as ``Attributes.check``."""
-        self._attributes.check()
+        self._settings.check()
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -150,8 +168,7 @@ class Snapshot:
         for group, values in zip(self._base.param_groups, self._values, strict=True):
             if values:
                 torch._foreach_copy_(group["params"], values)
-        self._hyperparameters.restore()
-        self._attributes.restore()
+        self._settings.restore()
         for p in [p for p in self._base.state if p not in self._state]:
             del self._base.state[p]
         for p, saved in self._state.items():
@@ -159,8 +176,6 @@ class Snapshot:
             for key in [key for key in live if key not in saved]:
                 del live[key]
             _restore_entries(live, saved)
-        if self._scheduler is not None and self._schedule is not None:
-            self._scheduler.load_state_dict(copy.deepcopy(self._schedule))
 
 
 def _check_entries(base: Optimizer) -> None:

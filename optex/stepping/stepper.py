@@ -51,13 +51,12 @@ class Stepper:
         self.vector = vector
         self.mask: GradientMask = (True,) * len(vector.parameters)
         self.taken = 0
-        self._start = self.mark()
+        self.mark()
 
-    def mark(self) -> Snapshot:
+    def mark(self) -> None:
         """Remember this place; ``rewind`` comes back to it."""
         self._start = Snapshot(self._base, self._scheduler)
         self.taken = 0
-        return self._start
 
     def rewind(self) -> None:
         """Back to the mark, bit for bit.
@@ -91,12 +90,18 @@ class Stepper:
 
     def _step(self) -> None:
         self._step_base()
+        self._tick()
+
+    def _tick(self) -> None:
         if self._scheduler is not None:
             self._scheduler.step()
         self.taken += 1
 
     def _step_base(self) -> None:
         self._base.step()
+
+    def settle(self) -> None:
+        """Leave the steps taken with the base optimizer and its parameters, should they be elsewhere."""
 
     @property
     def point(self) -> Tensor:  # [d]
