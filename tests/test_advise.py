@@ -17,6 +17,7 @@ import optex
 from optex.advice.candidate import Candidate
 from optex.advice.function import BATCHES
 from optex.advice.judge import judge
+from optex.advice.text import candidates_table
 from optex.advice.timing import PlainLoop
 from optex.studies import cli
 from tests.models import network, regression_batches, squared_error
@@ -88,7 +89,7 @@ class TestPutsBack:
             advice = optex.advise(optimizer, batches, objective, model=whole, **SHORT, **options)
         else:
             with pytest.raises(error):
-                optex.advise(optimizer, batches, objective, model=whole, **SHORT, **options)
+                optex.advise(optimizer, batches, objective, model=whole, **ALL, **options)
             advice = None
         assert equal(before, everything(base, [whole], schedule, given))
         assert all(p.grad is grad for p, grad in zip(whole.parameters(), grads, strict=True))
@@ -214,8 +215,8 @@ class TestAdvice:
         assert max(map(len, text.splitlines())) <= 80
         assert text.isascii()
         assert text.startswith("Adam, lr 0.001, 53 parameters, sampled gradients\n")
-        assert "  in turn " in text
-        assert "  vectorized " in text
+        assert "\n in turn " in text
+        assert "\n vectorized " in text
         assert "\nAdvice: " in text
 
     def test_as_a_record(self):
@@ -383,6 +384,23 @@ def candidate(**changed):
         "memory_bytes": 1000,
     }
     return Candidate(**{**settings, **changed})
+
+
+def test_the_widest_row_fits():
+    widest = candidate(
+        parallelism=8,
+        evaluator="AnEvaluatorOfOnesOwn",
+        rounds=12,
+        steps=128.0,
+        stride_reached=16.0,
+        prediction_error=math.inf,
+        gradient_seconds=0.0999,
+        overhead_seconds=0.0999,
+        memory_bytes=999_000_000,
+    )
+    lines = candidates_table([widest, candidate(prediction_error=math.nan, overhead_seconds=1e-5)], widest)
+    assert max(map(len, lines)) <= 80
+    assert " *8  AnEvaluato " in lines[3]
 
 
 class TestRule:

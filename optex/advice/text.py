@@ -12,10 +12,11 @@ from optex.advice.candidate import Candidate
 __all__ = ["at_once_table", "candidates_table", "duration", "heading", "size", "wrapped"]
 
 _WIDTH: Final = 80
+_NAME: Final = 10  # letters of an evaluator's
 _LEGEND: Final = (
-    "stride: steps drafted for a gradient. error: of predicted gradients, relative; at 1 they say nothing. "
-    "overhead: a round's time beyond its gradients. vs plain: time of a step, the plain loop's being 1. "
-    "pays above: how slow a gradient must be for this to be faster. memory: beyond the base optimizer's."
+    "steps: kept in a round. stride: steps drafted for a gradient. error: of predicted gradients, relative; at "
+    "1 they say nothing. overhead: a round's time beyond its gradients. vs plain: time of a step, the plain "
+    "loop's being 1. pays above: how slow a gradient must be for this to be faster. memory: beyond the base optimizer's."
 )
 
 
@@ -39,15 +40,15 @@ def at_once_table(at_once: Mapping[str, Mapping[int, float]], refused: Mapping[s
         rows.append((_evaluator(name), *(duration(row[c]) if c in row else "-" for c in counts)))
     lines = _table(rows, left=1)
     for name, why in refused.items():
-        lines += wrapped(f"{_evaluator(name)}: no, {why}", "  ")
+        lines += wrapped(f"{_evaluator(name)}: no, {why}", " ")
     return lines
 
 
 def candidates_table(candidates: Sequence[Candidate], chosen: Candidate | None) -> list[str]:
     """A candidate a row, the chosen one with a star, and what the columns mean."""
     heads = (
-        ("N", "gradients", "rounds", "steps a", "stride", "error", "over-", "vs", "pays", "memory"),
-        ("", "", "run", "round", "", "", "head", "plain", "above", ""),
+        ("N", "gradients", "rounds", "steps", "stride", "error", "over-", "vs", "pays", "memory"),
+        ("", "", "run", "", "", "", "head", "plain", "above", ""),
     )
     rows = [_row(candidate, chosen=candidate == chosen) for candidate in candidates]
     return ['rounds of OptEx, stride "auto":', *_table([*heads, *rows]), *wrapped(_LEGEND)]
@@ -60,24 +61,31 @@ def _evaluator(name: str) -> str:
 def _row(candidate: Candidate, *, chosen: bool) -> tuple[str, ...]:
     pays = candidate.break_even_seconds
     return (
-        ("* " if chosen else "") + str(candidate.parallelism),
-        _evaluator(candidate.evaluator),
+        ("*" if chosen else "") + str(candidate.parallelism),
+        _evaluator(candidate.evaluator)[:_NAME],
         str(candidate.rounds),
         f"{candidate.steps:.1f}",
         f"{candidate.stride_reached:.1f}",
-        "?" if math.isnan(candidate.prediction_error) else f"{candidate.prediction_error:.2f}",
+        _ratio(candidate.prediction_error),
         duration(candidate.overhead_seconds),
-        f"{candidate.relative_time:.2f}" if candidate.relative_time < 100 else ">99",
+        _ratio(candidate.relative_time),
         "never" if math.isinf(pays) else duration(pays),
         size(candidate.memory_bytes),
     )
+
+
+def _ratio(value: float) -> str:
+    """Two decimals in five characters."""
+    if math.isnan(value):
+        return "?"
+    return f"{value:.2f}" if value < 99.995 else ">99"
 
 
 def _table(rows: Sequence[tuple[str, ...]], left: int = 0) -> list[str]:
     """Columns as wide as they have to be; the first ``left`` are flush left."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
-        "  "
+        " "
         + "  ".join(
             f"{cell:<{width}}" if i < left else f"{cell:>{width}}"
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
@@ -105,7 +113,7 @@ def duration(seconds: float) -> str:
     ('1.23 ms', '45.0 us', '12.0 s')
     """
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
-        if seconds * factor >= 1 or unit == "us":
+        if seconds * factor >= 0.9995 or unit == "us":
             value = seconds * factor
             return f"{value:,.0f} {unit}" if value >= 99.95 else f"{value:#.3g} {unit}"
     raise AssertionError
@@ -119,6 +127,6 @@ def size(count: float) -> str:
     """
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 10 else f"{count:.1f} {unit}"
         count /= 1000
     raise AssertionError
