@@ -205,7 +205,7 @@ class TestAdvice:
         advice = optex.advise(base, [None], objective, deterministic=True, seconds=0.05, quiet=True)
         assert advice.recommended is None
         assert advice.candidates == ()
-        assert "Ask again with seconds=2" in advice.reason
+        assert "Ask again with seconds=" in advice.reason
         assert advice.at_once["sequential"].keys() == {1, 2, 4, 8}
 
     def test_the_text_is_legible(self):

@@ -16,7 +16,8 @@ _NAME: Final = 10  # letters of an evaluator's
 _LEGEND: Final = (
     "steps: kept in a round. stride: steps drafted for a gradient. error: of predicted gradients, relative; at "
     "1 they say nothing. overhead: a round's time beyond its gradients. vs plain: time of a step, the plain "
-    "loop's being 1. pays above: how slow a gradient must be for this to be faster. memory: beyond the base optimizer's."
+    "loop's being 1. pays above: how slow a gradient must be for this to be faster. memory: beyond the "
+    "base optimizer's."
 )
 
 
