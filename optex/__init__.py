@@ -6,6 +6,7 @@ NeurIPS 2024, arXiv 2402.11427, and what goes past it.
 
 from importlib.metadata import version
 
+from optex.advice import Advice, advise
 from optex.errors import (
     ConvergenceWarning,
     JitterWarning,
@@ -46,6 +47,7 @@ __all__ = [
     "RBF",
     "Acceptance",
     "AccumulatingSource",
+    "Advice",
     "CommitteeEstimator",
     "ConvergenceWarning",
     "CurlFreeEstimator",
@@ -82,6 +84,7 @@ __all__ = [
     "WithinTolerance",
     "WorkerLostError",
     "WorkersEvaluator",
+    "advise",
     "minimize",
     "scipy_method",
 ]

@@ -17,7 +17,7 @@ FLOORS = (
     ("evaluators",),
     ("round",),
     ("optimizer",),
-    ("minimize", "ase"),
+    ("minimize", "ase", "advice"),
     ("studies",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,8 +1,8 @@
-"""The command line: compare methods, reproduce the paper's figures, list what there is, fetch data."""
+"""The command line: compare methods, advise, reproduce the paper's figures, list what there is, fetch data."""
 
 from __future__ import annotations
 
-from optex.studies.cli import compare, fetch, listing, reproduce  # noqa: F401  (each adds its command)
+from optex.studies.cli import advise, compare, fetch, listing, reproduce  # noqa: F401  (each adds its command)
 from optex.studies.cli.app import app
 
 __all__ = ["app"]

@@ -19,7 +19,7 @@ from optex.studies.comparison import Comparison, Run, describe, run_case, summar
 from optex.studies.plots import check_plot_path, plot_comparison, write_plot
 from optex.studies.problems import PROBLEMS
 
-__all__ = ["compare"]
+__all__ = ["compare", "read_settings"]
 
 _Problems = Annotated[list[str], typer.Argument(metavar="PROBLEM", help="Names from `optex list`.")]
 _Optimizer = Annotated[str, typer.Option(help="Base optimizer, a name from `optex list`.")]
@@ -96,7 +96,7 @@ def compare(
             dim=dim,
             noise=noise,
             batch_size=batch_size,
-            problem_options=_read_settings(problems, settings or []),
+            problem_options=read_settings(problems, settings or []),
         )
         _check_before_running(comparison, threads, json, plot)
     except (ValueError, ImportError, FileNotFoundError) as error:
@@ -128,7 +128,7 @@ def _run_and_report(comparison: Comparison, json: Path | None, plot: Path | None
         refuse(error)
 
 
-def _read_settings(problems: Sequence[str], settings: Sequence[str]) -> dict[str, Any]:
+def read_settings(problems: Sequence[str], settings: Sequence[str]) -> dict[str, Any]:
     """``key=value`` for each, the value of the type that the problems say."""
     types: dict[str, type] = {}
     for name in problems:
