@@ -44,6 +44,7 @@ __all__ = [
     "sqrt",
     "squared_distances",
     "tensor",
+    "tensors",
     "where",
 ]
 
@@ -51,6 +52,7 @@ Array = Any  # np.ndarray or torch.Tensor, float64
 JITTERS: Final = (1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
 Answer = TypeVar("Answer")
 _potrf, _potrs = get_lapack_funcs(("potrf", "potrs"), dtype=np.float64)
+_TENSORS: ContextVar[bool] = ContextVar("tensors", default=False)
 _UNSAID: ContextVar[bool] = ContextVar("jitter_unsaid", default=False)
 
 
@@ -82,6 +84,16 @@ def one_thread() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def tensors() -> Iterator[None]:
+    """Everything in torch, in main memory, too: as it is on an accelerator, and as torch compiles it."""
+    token = _TENSORS.set(True)
+    try:
+        yield
+    finally:
+        _TENSORS.reset(token)
+
+
 # ------------------------------------------------------------------ either kind
 
 
@@ -89,7 +101,7 @@ def array(
     values: Tensor,  # [...]
 ) -> Array:  # [...]
     """The tensor as NumPy sees it, sharing its memory; itself where it is on an accelerator."""
-    return values.numpy() if values.device.type == "cpu" else values
+    return values.numpy() if values.device.type == "cpu" and not _TENSORS.get() else values
 
 
 def tensor(values: Array) -> Tensor:

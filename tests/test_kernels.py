@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -54,3 +55,12 @@ def test_errors_name_the_argument():
         kernel_named("gauss")
     with pytest.raises(ValueError, match="RationalQuadratic: alpha must be positive, got 0"):
         RationalQuadratic(0)
+
+
+@pytest.mark.parametrize("name", ["rbf", "matern-5/2", "rational-quadratic"])
+def test_profiles_are_the_derivatives_over_that_at_zero(name):
+    kernel, squared, lengthscale = kernel_named(name), np.array([0.0, 1e-6, 0.3, 2.0, 50.0]), np.float64(0.7)
+    first, second = kernel.profiles(squared, lengthscale)
+    at_zero = kernel.derivative(np.zeros(1), lengthscale)
+    np.testing.assert_allclose(first, kernel.derivative(squared, lengthscale) / at_zero, rtol=1e-13)
+    np.testing.assert_allclose(second, 2 * kernel.second_derivative(squared, lengthscale) / at_zero, rtol=1e-13)

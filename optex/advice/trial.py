@@ -62,7 +62,8 @@ def run_trials(
     trials, missing = [], []
     for parallelism, share in zip(PARALLELISM, _SHARES, strict=True):
         name = min(at_once, key=lambda name: at_once[name].get(parallelism, math.inf))
-        gradients = at_once[name][parallelism]
+        # Where the time ran out before N at once were measured, there is none left for rounds of them.
+        gradients = at_once[name].get(parallelism, math.inf)
         least = FEWEST * gradients
         seconds = share * clock.left
         if least > seconds:
@@ -136,6 +137,6 @@ def _trial(
 def _memory(subject: Subject, parallelism: int, loop: PlainLoop) -> int:
     vector, n = subject.vector, parallelism
     d, t0 = vector.dimension, default_history_size(parallelism)
-    numbers = (2 * t0 + 1) * d + 5 * n * d + 2 * n * d + d + loop.state_numbers
+    numbers = (2 * t0 + 1) * d + 5 * n * d + 2 * n * d + 2 * (d + loop.state_numbers)
     buffers = [] if subject.module is None else Buffers.of(subject.module).tensors
     return numbers * vector.dtype.itemsize + (n + 1) * sum(b.numel() * b.itemsize for b in buffers)

@@ -114,10 +114,7 @@ class CurlFreeEstimator(Estimator):
         lengthscale: Array,  # []
     ) -> tuple[Array, Array]:  # [...], [...]
         """The two factors of K(θ, θ') = p₁ I + p₂ δ δᵀ, in units of -2 φ'(0)."""
-        kernel = kernel_named(self.kernel)
-        at_zero = kernel.derivative(0 * lengthscale, lengthscale)
-        first = kernel.derivative(squared, lengthscale) / at_zero
-        return first, 2 * kernel.second_derivative(squared, lengthscale) / at_zero
+        return kernel_named(self.kernel).profiles(squared, lengthscale)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,12 @@ class Kernel(ABC):
     def second_derivative(self, squared_distance: Array, lengthscale: float | Array) -> Array:
         """d²k / d(r²)²."""
 
+    def profiles(self, squared_distance: Array, lengthscale: Array) -> tuple[Array, Array]:
+        """k'(r²) / k'(0) and 2 k''(r²) / k'(0): the factors of the covariance of gradients, p₁ I + p₂ δ δᵀ."""
+        at_zero = self.derivative(0 * lengthscale, lengthscale)
+        first = self.derivative(squared_distance, lengthscale) / at_zero
+        return first, 2 * self.second_derivative(squared_distance, lengthscale) / at_zero
+
 
 @dataclass(frozen=True)
 class RBF(Kernel):
@@ -53,6 +59,10 @@ class RBF(Kernel):
 
     def second_derivative(self, squared_distance: Array, lengthscale: float | Array) -> Array:
         return self.value(squared_distance, lengthscale) / (4 * lengthscale**4)
+
+    def profiles(self, squared_distance: Array, lengthscale: Array) -> tuple[Array, Array]:
+        value = self.value(squared_distance, lengthscale)
+        return value, value / -(lengthscale**2)
 
 
 def _scaled_distance(squared_distance: Array, lengthscale: float | Array, degrees: int) -> Array:
@@ -112,6 +122,11 @@ class Matern52(Kernel):
         # d/da [(1 + a) e⁻ᵃ] = -a e⁻ᵃ
         a = _scaled_distance(squared_distance, lengthscale, 5)
         return 25 * exp(-a) / (12 * lengthscale**4)
+
+    def profiles(self, squared_distance: Array, lengthscale: Array) -> tuple[Array, Array]:
+        a = _scaled_distance(squared_distance, lengthscale, 5)
+        decay = exp(-a)
+        return (1 + a) * decay, decay * (-5 / lengthscale**2)
 
 
 @dataclass(frozen=True)
