@@ -67,9 +67,9 @@ def jitter_unsaid(function: Callable[[], Answer]) -> Answer:
 
 
 @cache
-def _pools() -> ThreadpoolController:
+def _pools() -> tuple[Any, ...]:
     """NumPy's and SciPy's BLAS; found once, as looking for them takes milliseconds."""
-    return ThreadpoolController()
+    return tuple(pool for pool in ThreadpoolController().lib_controllers if pool.user_api == "blas")
 
 
 @contextmanager
@@ -80,8 +80,14 @@ def one_thread() -> Iterator[None]:
     the many small products waits for it: rounds have been seen to take ten times as long. The setting comes
     back; a thread of the user's that computes in between may find it.
     """
-    with _pools().limit(limits=1, user_api="blas"):
+    many = [(pool, threads) for pool in _pools() if (threads := pool.num_threads) and threads != 1]
+    try:
+        for pool, _ in many:
+            pool.set_num_threads(1)
         yield
+    finally:
+        for pool, threads in many:
+            pool.set_num_threads(threads)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from optex.estimators.arrivals import Arrivals
 from optex.estimators.gram import fill, merged
 from optex.estimators.locations import Locations
 from optex.estimators.saved import Overwritten, check_saved
-from optex.linalg import inner_products
+from optex.linalg import inner_products, rows_at
 from optex.small import Array, array
 from optex.vector_space import VectorSpace
 
@@ -126,7 +126,7 @@ class GradientHistory:
         """Inner products of the gradients, brought up to date on demand with one product of new by all."""
         if self._stale:
             rows = sorted(self._stale)
-            products = self.space.inner_products(self.gradients[rows], self.gradients)
+            products = self.space.inner_products(rows_at(self.gradients, rows), self.gradients)
             fill(self._gradient_gram, rows, array(products), array(products).T)
             self._stale.clear()
         return self._gradient_gram
@@ -136,9 +136,9 @@ class GradientHistory:
         """Inner products of gradient i with displacement j, brought up to date on demand likewise."""
         if self._cross_stale:
             rows = sorted(self._cross_stale)
-            parts = [inner_products(self.gradients[rows], self.displacements)]
+            parts = [inner_products(rows_at(self.gradients, rows), self.displacements)]
             if len(rows) < self.size:
-                parts.append(inner_products(self.gradients, self.displacements[rows]))
+                parts.append(inner_products(self.gradients, rows_at(self.displacements, rows)))
             found, *others = map(array, self.space.total(*parts))
             fill(self._cross_gram, rows, found, *others)
             self._cross_stale.clear()
