@@ -240,7 +240,7 @@ class ShardedStepper(Stepper):
         self.mask = (True,) * len(vector.whole.parameters)
         base.state.clear()
 
-    def mark(self) -> None:
+    def mark(self, *, ahead: bool = True) -> None:
         self.vector.follow()
         self._hyperparameters = Hyperparameters(self._owner)
         super().mark()

@@ -88,7 +88,7 @@ class Rounds(RunState):
 
     def _note_start(self, record: RoundRecord) -> None:
         """What takes back all that drafting and evaluating change."""
-        self.stepper.mark()
+        self.stepper.mark(ahead=not self._is_plain())
         record.undo.append(self.stepper.take_back)
         record.undo.append(partial(setattr, self.stepper, "mask", self.stepper.mask))
         if record.buffers is not None:

@@ -46,9 +46,12 @@ class FlatStepper(Stepper):
         self._is_ahead = False  # steps are taken on the flat vectors, and the base optimizer is at the mark
         super().__init__(base, vector, scheduler)
 
-    def mark(self) -> None:
+    def mark(self, *, ahead: bool = True) -> None:
         self.settle()
         self._is_ahead = False
+        if not ahead:
+            super().mark()
+            return
         if not (all(self.mask) and _can_be_flat(self._base, self.vector)):
             self._flat = None
             super().mark()

@@ -53,8 +53,12 @@ class Stepper:
         self.taken = 0
         self.mark()
 
-    def mark(self) -> None:
-        """Remember this place; ``rewind`` comes back to it."""
+    def mark(self, *, ahead: bool = True) -> None:
+        """Remember this place; ``rewind`` comes back to it.
+
+        Args:
+            ahead: several steps may follow; a single one is not worth preparing for.
+        """
         self._start = Snapshot(self._base, self._scheduler)
         self.taken = 0
 
