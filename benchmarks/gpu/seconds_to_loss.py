@@ -13,8 +13,9 @@ as vanilla has steps. Each runs at that rate and, *tuned*, at the best of ``--gr
 seconds on this very run, for all alike. A larger batch, as N data-parallel workers would have, is N times
 vanilla's, so as many gradients in all; √N and N times the rate are in its grid as well. The clock runs for the
 rounds alone: losses are evaluated between them, every few rounds, and the device is waited for. Where a data
-set is not on this machine, data made up in its shape stands in for it, and the table says so. Prints ratios to
-vanilla at 1e-3, the most memory allocated, the device's utilisation (where nvidia-ml-py tells), and
+set is not on this machine, data made up in its shape stands in for it, and the table says so. Capturing a graph
+counts among its seconds. Prints ratios to vanilla at 1e-3, the most memory allocated, the device's utilisation
+(where nvidia-ml-py tells), and
 
     cost of a round   seconds of its N gradients, in units of one vanilla step
     break-even        how slow one gradient must be for the method to pay, if N at once take the time of one
