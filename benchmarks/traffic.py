@@ -1,4 +1,4 @@
-"""What a round of OptEx moves through memory beyond its gradients, counted from the code: docs/cost.md in Python.
+"""What a round of OptEx moves through memory beyond its gradients: docs/cost.md in Python.
 
 The unit is the row, d numbers read or written once by one torch call, as if nothing stayed in a cache between
 two calls. A step of the base optimizer counts as one pass over its operands, since the flat stepper cuts long
@@ -188,7 +188,9 @@ def _replay(setting: Setting) -> Work:
     own = (n - 1) * 2 * (BETWEEN + LENGTH)  # from the step before, and from the step's own proxy
     nearest = (k - n) * (n + 1) * (BETWEEN + LENGTH)  # or from the nearest of all
     steps = k * setting.base_step + (k - 1) * (COPY + setting.difference) + own + nearest
-    if setting.method == "default":  # fits when it is first asked, and does not know the first origin's products
+    if (
+        setting.method == "default"
+    ):  # fits when it is first asked, and does not know the first origin's products
         steps += setting.moves * (_mixed(setting.history) + _products(1, setting.history))
     ends = COPY + LENGTH + (COPY + BETWEEN + LENGTH if n == 1 else NOTHING)
     return learning + rewound + steps + ends + handed_over

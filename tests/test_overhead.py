@@ -1,5 +1,8 @@
 """What benchmarks/overhead.py counts, against rounds whose torch calls are watched one by one."""
 
+import math
+import re
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -8,7 +11,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import optex
 from optex.evaluators import SequentialEvaluator
 from optex.round import Rounds
 
@@ -24,7 +26,7 @@ def scripts():
     sys.path.insert(0, str(ROOT / "benchmarks"))
     yield
     sys.path.remove(str(ROOT / "benchmarks"))
-    for name in ("overhead", "traffic", "rounds_timed"):
+    for name in ("overhead", "overhead_report", "rounds_timed", "traffic"):
         sys.modules.pop(name, None)
 
 
@@ -91,15 +93,20 @@ def watch(monkeypatch):
     for name, part in PARTS.items():
         monkeypatch.setattr(Rounds, name, within(part, getattr(Rounds, name)))
     monkeypatch.setattr(SequentialEvaluator, "evaluate", within(None, SequentialEvaluator.evaluate))
-    for base, state in ((torch.optim.Adam, 2), (torch.optim.SGD, 0)):
 
-        def step(self, *args, silent=within(None, base.step), passes=3 + 2 * state):
-            if mode.part is not None:  # one pass, and one call, whatever it is made of
+    def one_pass(step, passes):  # and one call, whatever it is made of
+        silent = within(None, step)
+
+        def wrapped(*args):
+            if mode.part is not None:
                 mode.rows[mode.part] += passes
                 mode.calls[mode.part] += 1
-            return silent(self, *args)
+            return silent(*args)
 
-        monkeypatch.setattr(base, "step", step)
+        return wrapped
+
+    for base, passes in ((torch.optim.Adam, 7), (torch.optim.SGD, 3)):
+        monkeypatch.setattr(base, "step", one_pass(base.step, passes))
     return mode
 
 
@@ -140,10 +147,10 @@ def test_the_counts_are_what_torch_calls_touch(watch, method, optimizer, paralle
     from traffic import STATES, Setting, round_work
 
     wrapped, reports = rounds_of(method, optimizer, parallelism, stride)
-    for _ in range(HISTORY + 3):
+    for _ in range(HISTORY // parallelism + 3):
         next(reports)
     seen = set()
-    for _ in range(8):
+    for _ in range(6):
         estimator, anchor = wrapped.estimator, wrapped.history.anchor
         before = getattr(estimator, "_judged", 0)
         report, rows, calls = watched_round(watch, reports)
@@ -160,3 +167,112 @@ def test_the_counts_are_what_torch_calls_touch(watch, method, optimizer, paralle
         seen.add((moved, judged))
     assert {moved for moved, _ in seen} >= {False}
     assert method != "default" or {judged for _, judged in seen} == {False, True}
+
+
+def page_formulas():
+    """The table of docs/cost.md: (part, method) to its formulas, each as Python has it."""
+    lines = [line.strip("| ").split(" | ") for line in (ROOT / "docs" / "cost.md").read_text().splitlines()]
+    start = next(i for i, line in enumerate(lines) if line[0] == "part")
+    methods, part, found = lines[start][2:], "", {}
+    for line in lines[start + 2 : start + 14]:
+        part, cells = (line[0], line[2:]) if len(line) == 7 else (part, line[1:])
+        for method, cell in zip(methods, cells, strict=True):
+            found.setdefault((part, method), []).append(python_of(cell))
+    return found
+
+
+def python_of(cell):
+    plain = "0" if cell == "–" else cell.replace("T0", "T")
+    return re.sub(r"(?<=[0-9NTKsb)]) ?(?=[NTKsb(])", "*", plain)
+
+
+@pytest.mark.parametrize("method", ["optex-paper", "separable", "curl-free", "default", "hold-last"])
+@pytest.mark.parametrize(("n", "k", "t0", "state"), [(4, 4, 16, 2), (3, 3, 8, 0), (2, 8, 32, 1)])
+def test_the_page_has_the_same_formulas(method, n, k, t0, state):
+    from traffic import Setting, round_work
+
+    if method == "optex-paper":
+        k = n
+    name = "published" if method == "optex-paper" else method
+    signs = {"N": n, "K": k, "T": t0, "s": state, "b": 5 + 2 * state}
+    page = {
+        part: [eval(cell, {}, signs) for cell in cells]
+        for (part, column), cells in page_formulas().items()
+        if column == name
+    }
+    drafted, replayed = page["*between*"]
+    expected = {
+        "mark": page["mark"][0],
+        "draft": page["draft"][0] + (n - 1) * page["draft"][1] + (k - n) * drafted,
+        "evaluate": page["evaluate"][0],
+        "remember": page["remember"][0] + 0.5 * page["remember"][1],
+        "replay": page["replay"][0] + (n - 1) * page["replay"][1] + (k - n) * replayed,
+    }
+    for moves in (0.0, 1.0):
+        work = round_work(Setting(method, t0, n, k, state, moves))
+        found = {part: work[part].rows for part in work}
+        moved = sum(found.values()) - sum(expected.values())
+        assert moved == moves * page["remember"][2]
+        assert moves or found == expected
+
+
+def test_the_report_fills_the_pages_from_the_json(tmp_path):
+    import overhead_report
+
+    pages = ["README.md", "docs/cost.md", "results/overhead/README.md"]
+    for page in pages:
+        (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
+        text = (ROOT / page).read_text()
+        emptied = re.sub(
+            r"(<!-- table:(?!functions)\S+ -->\n).*?(<!-- end -->)", r"\1\2", text, flags=re.DOTALL
+        )
+        assert emptied != text
+        (tmp_path / page).write_text(emptied)
+    folder = tmp_path / "results" / "overhead"
+    shutil.copy(ROOT / "results" / "overhead" / "overhead.json", folder)
+    overhead_report.report(folder, tmp_path)
+    for page in pages:  # which are those that are committed
+        assert (tmp_path / page).read_text() == (ROOT / page).read_text()
+    assert (folder / "growth.png").stat().st_size > 10_000
+
+
+def test_an_exponent_is_a_slope():
+    from overhead_report import exponent
+
+    assert exponent([8, 16, 32], [5, 20, 80]) == pytest.approx(2)
+    assert math.isnan(exponent([1], [1]))
+
+
+def test_what_is_measured():
+    from overhead import BASE, points
+    from rounds_timed import counted
+
+    chosen = points()
+    assert len({tuple(point.items()) for point in chosen}) == len(chosen)
+    assert all(sum(point[key] != BASE[key] for key in BASE) <= 2 for point in chosen)
+    assert max(point["dimension"] for point in chosen) < max(
+        point["dimension"] for point in points(largest=True)
+    )
+    plain = [point for point in chosen if point["parallelism"] * point["stride"] == 1]
+    assert plain
+    for point in chosen:
+        known = counted(point)
+        assert math.isnan(known["bytes"]) if point in plain else known["bytes"] > known["least_bytes"] > 0
+
+
+def test_a_point_is_measured_in_processes_of_its_own():
+    from rounds_timed import measure_point
+
+    point = {"method": "hold-last", "optimizer": "sgd", "dimension": 500, "parallelism": 2, "history": 2}
+    found = measure_point(point | {"stride": 1}, rounds=2, threads=1)
+    assert found["median"] >= found["minimum"] > 0
+    assert found["accepted"] == 2
+    assert min(found["read_bandwidth"], found["copy_bandwidth"], found["base_step"]) > 0
+
+
+def test_one_point_is_printed(monkeypatch, capsys):
+    import overhead
+
+    monkeypatch.setattr("sys.argv", ["overhead.py", "--dim", "300", "--history", "4", "--rounds", "2"])
+    overhead.main()
+    assert "curl-free" in capsys.readouterr().out
