@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.connection import Connection
 from typing import Any, Final
 
 import torch
@@ -81,12 +82,18 @@ def measure_point(point: dict[str, Any], *, rounds: int, threads: int) -> dict[s
 
 
 def _apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What the function answers in a fork of this process: peaks of memory are a process's own, and no
-    allocator has been warmed up by what was measured before.
+    """What the function answers in a process of its own: peaks of memory are a process's, and no allocator has
+    been warmed up by what was measured before.
+
+    They are forked from a server that has imported much and computed nothing, which takes no time, and leaves
+    them without the threads that a caller may have.
     """
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["optex", "optex.studies.plots"]
+    )  # these scripts' own folder it does not see
     ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=lambda: theirs.send(function(*arguments)))
+    child = context.Process(target=_answer, args=(theirs, function, arguments))
     child.start()
     theirs.close()  # or the answer of one that was killed would be waited for
     try:
@@ -95,6 +102,10 @@ def _apart(function: Callable[..., Any], *arguments: Any) -> Any:
         raise MemoryError(f"the process that measured {arguments[0]} has ended without an answer") from None
     finally:
         child.join()
+
+
+def _answer(pipe: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    pipe.send(function(*arguments))
 
 
 def _start(point: dict[str, Any], threads: int) -> tuple[torch.nn.Parameter, Bowl]:
