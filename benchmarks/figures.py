@@ -1,10 +1,10 @@
-"""Make every number and picture that the README shows, and write its tables.
+"""Make the README's comparisons and pictures, and write their tables. (benchmarks/overhead.py has its costs.)
 
     python benchmarks/figures.py                 some minutes on 2 cores
-    python benchmarks/figures.py demo            one of demo, functions, overhead, and the tables
+    python benchmarks/figures.py demo            one of demo and functions, and the tables
     python benchmarks/figures.py report          the tables alone, from the JSON that is there
 
-Writes results/demo, results/functions and results/overhead (JSON and PNG), and puts the tables between the
+Writes results/demo and results/functions (JSON and PNG), and puts the tables between the
 `<!-- table:NAME -->` and `<!-- end -->` lines of README.md and results/README.md.
 """
 
@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import overhead
 import torch
 
 from optex.studies.comparison import Comparison, describe, run_case, write_json
@@ -24,7 +23,6 @@ from optex.studies.plots import plot_comparison, write_plot
 from optex.studies.tables import fill, markdown_table
 
 ROOT = Path(__file__).parent.parent
-THREADS = 2
 COMPARISONS = {
     "demo": Comparison(  # what `make demo` runs
         ("ackley", "rosenbrock", "logistic-breast-cancer"),
@@ -56,16 +54,6 @@ def run(names: Sequence[str]) -> None:
     for name, comparison in COMPARISONS.items():
         if name in names:
             compare(name, comparison)
-    if "overhead" in names:
-        measure_overhead()
-
-
-def measure_overhead() -> None:
-    """Measure what rounds cost and keep the JSON."""
-    cost = overhead.measure([(100_000, 1, 16), (100_000, 5, 20), (100_000, 5, 50)], rounds=40, threads=THREADS)
-    path = document_path("overhead")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(cost, indent=1) + "\n")
 
 
 def compare(name: str, comparison: Comparison) -> None:
@@ -85,11 +73,10 @@ def document_path(name: str) -> Path:
 
 def report() -> None:
     """Write the tables from the JSON."""
-    documents = {name: json.loads(document_path(name).read_text()) for name in (*COMPARISONS, "overhead")}
+    documents = {name: json.loads(document_path(name).read_text()) for name in COMPARISONS}
     demo, functions = (documents[name]["meta"] for name in COMPARISONS)
-    cost = overhead_table(documents["overhead"])
-    fill(ROOT / "README.md", {"functions": acceleration_table(functions), "overhead": cost})
-    tables = {"demo": full_table(demo), "functions": full_table(functions), "overhead": cost}
+    fill(ROOT / "README.md", {"functions": acceleration_table(functions)})
+    tables = {"demo": full_table(demo), "functions": full_table(functions)}
     fill(ROOT / "results" / "README.md", tables)
 
 
@@ -136,22 +123,10 @@ def _spread(spread: dict[str, float], form: str, deviation_form: str) -> str:
     return f"{spread['mean']:{form}} ± {spread['deviation']:{deviation_form}}"
 
 
-def overhead_table(result: dict[str, Any]) -> str:
-    """Milliseconds and steps a round by method, for every size measured."""
-    lines = []
-    for size in result["sizes"]:
-        first = (f"{size['dimension']:,}", str(size["parallelism"]), str(size["history"]))
-        for name, times in size["milliseconds"].items():
-            steps = f"{times['steps']:g}" if "steps" in times else "–"
-            lines.append((*first, name, f"{times['median']:.1f}", steps))
-        lines.append((*first, "*reading the history N times*", f"{size['read']:.1f}", "–"))
-    return markdown_table(("d", "N", "T0", "method", "ms a round beyond the gradients", "steps"), lines)
-
-
 def main() -> None:
     """Run everything, one thing, or nothing, and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    everything = (*COMPARISONS, "overhead")
+    everything = tuple(COMPARISONS)
     parser.add_argument("what", nargs="?", choices=["run", *everything, "report"], default="run")
     what = parser.parse_args().what
     if what != "report":

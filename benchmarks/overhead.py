@@ -1,119 +1,138 @@
-"""What a round costs beyond its gradients.
+"""What a round costs beyond its gradients: milliseconds, and the bytes that it has to move.
 
-    python benchmarks/overhead.py --dim 100000 --parallelism 5 --history 50 --threads 2
+    python benchmarks/overhead.py                   some minutes on 2 idle cores
+    python benchmarks/overhead.py --largest         and d = 1e8, where memory allows
+    python benchmarks/overhead.py report            tables and picture alone, from the JSON that is there
+    python benchmarks/overhead.py --dim 100000 --parallelism 8 --history 32      one point, printed
 
-Runs OptEx with Adam in float32 on the sphere and prints, in milliseconds a round (median over the rounds with
-a full history, and the slowest), all that is not spent evaluating gradients: predicting, stepping the base
-optimizer, remembering. Beside it stands the time that reading the history N times takes on this machine, the
-least any method that looks at the whole history for each proxy could need.
+Rounds of OptEx in float32 on a quadratic whose gradient is written down, kept whole, once the history is full:
+the time of each beyond its gradients, beside the bytes that `traffic.py` counts (docs/cost.md has the formulas)
+and the speed at which this machine reads a history of that size. One setting is the base, and one thing is
+varied at a time. Writes results/overhead (overhead.json, the page's tables, growth.png) and the tables of
+README.md and docs/cost.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import json
+import os
 import platform
-import statistics
 import time
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import torch
+from overhead_report import FOLDER, derived, report
+from rounds_timed import counted, measure_point
+from traffic import MODELS
 
-import optex
-
-METHODS: dict[str, Callable[..., optex.OptEx]] = {
-    "optex-paper": lambda base, n, t0: optex.OptEx.from_paper(base, n, t0, deterministic=True),
-    "optex-paper, leave-one-out": lambda base, n, t0: optex.OptEx.from_paper(
-        base, n, t0, lengthscale="leave-one-out", noise_variance="leave-one-out", deterministic=True
-    ),
-    "optex, stride=1": lambda base, n, t0: optex.OptEx(
-        base, parallelism=n, stride=1, history_size=t0, deterministic=True
-    ),
-    "optex": lambda base, n, t0: optex.OptEx(base, parallelism=n, history_size=t0, deterministic=True),
+BASE: Final = {"optimizer": "adam", "dimension": 100_000, "parallelism": 4, "history": 16, "stride": 1}
+AXES: Final[dict[str, tuple[int, ...]]] = {
+    "dimension": (100, 1_000, 10_000, 100_000, 1_000_000, 10_000_000),
+    "history": (8, 16, 32, 50),
+    "parallelism": (1, 4, 8, 16),
 }
+LARGEST: Final = 100_000_000
+KEYS: Final = ("method", *BASE)
 
 
-def overhead_milliseconds(
-    method: str, dimension: int, parallelism: int, history: int, rounds: int
-) -> dict[str, float]:
-    """Median and largest overhead of a round once the history is full, and the median of its steps."""
-    torch.manual_seed(0)
-    theta = torch.nn.Parameter(torch.rand(dimension) * 4 - 2)
-    optimizer = METHODS[method](torch.optim.Adam([theta], lr=0.01), parallelism, history)
-    warm_up = -(-history // parallelism)
-    reports = itertools.islice(
-        optimizer.rounds(itertools.repeat(None), lambda _: theta.square().mean().sqrt()), warm_up + rounds
-    )
-    full = list(reports)[warm_up:]
-    times = [1e3 * report.overhead_seconds for report in full]
-    steps = statistics.median(report.accepted for report in full)
-    return {"median": statistics.median(times), "slowest": max(times), "steps": steps}
+def points(largest: bool = False) -> list[dict[str, Any]]:
+    """The base with every method, one axis varied at a time, the other base, and strides in N's place."""
+    changes: list[dict[str, Any]] = [{axis: value} for axis, values in AXES.items() for value in values]
+    changes += [{"optimizer": "sgd"}] + [{"dimension": LARGEST}] * largest
+    found = [{"method": method, **BASE, **change} for change in changes for method in MODELS]
+    found.append({"method": "default", **BASE, "parallelism": 1, "stride": 4})
+    return [point for i, point in enumerate(found) if point not in found[:i]]
 
 
-def methods(parallelism: int) -> list[str]:
-    """Those that are not the base optimizer there."""
-    return list(METHODS) if parallelism > 1 else ["optex"]
+def rounds_for(dimension: int) -> int:
+    """Fewer where they are long; an even number, as a committee judges in every other."""
+    return 40 if dimension <= 10_000 else 24 if dimension <= 100_000 else 12 if dimension <= 1_000_000 else 2
 
 
-def read_milliseconds(dimension: int, parallelism: int, history: int, repeats: int) -> float:
-    """Reading iterates and gradients of the history once for each of N proxies: two matrix-vector products."""
-    rows, vector = torch.randn(2, history, dimension), torch.randn(dimension)
-    weights, times = torch.randn(history), []
-    for _ in range(repeats):
+def fits(point: dict[str, Any]) -> bool:
+    """Whether memory is free for it, and half as much again: what is read is this machine's."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    needed = counted(point)["memory_bytes"]
+    return not 1.5 * needed > free  # NaN where there is no formula, and little to hold
+
+
+def measure(chosen: list[dict[str, Any]], *, threads: int, rounds: int | None = None) -> dict[str, Any]:
+    """Every point, and what it was measured with."""
+    load, results = os.getloadavg()[0], []
+    for point in chosen:
+        if not fits(point):
+            print(f"left out, for want of memory: {point}")
+            continue
         started = time.perf_counter()
-        for _ in range(parallelism):
-            rows[0] @ vector
-            weights @ rows[1]
-        times.append(1e3 * (time.perf_counter() - started))
-    return statistics.median(times)
-
-
-def measure(sizes: list[tuple[int, int, int]], *, rounds: int, threads: int) -> dict[str, Any]:
-    """Overheads for each (d, N, T0), and what they were measured with."""
-    torch.set_num_threads(threads)
-    return {
-        "meta": {
-            "rounds": rounds,
-            "threads": threads,
-            "dtype": "float32",
-            "optimizer": "adam",
-            "torch": torch.__version__,
-            "machine": f"{platform.machine()}, {platform.system()}",
-        },
-        "sizes": [
-            {
-                "dimension": size[0],
-                "parallelism": size[1],
-                "history": size[2],
-                "milliseconds": {
-                    method: overhead_milliseconds(method, *size, rounds) for method in methods(size[1])
-                },
-                "read": read_milliseconds(*size, rounds),
-            }
-            for size in sizes
-        ],
+        result = measure_point(point, rounds=rounds or rounds_for(point["dimension"]), threads=threads)
+        results.append(result | counted(result))
+        seconds = time.perf_counter() - started
+        print(*(point[key] for key in KEYS), f"{result['median']:.2f} ms, {seconds:.1f} s", flush=True)
+    meta = {
+        "threads": threads,
+        "dtype": "float32",
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {platform.system()}, {os.cpu_count()} cores",
+        "load": [round(load, 1), round(os.getloadavg()[0], 1)],
     }
+    return {"meta": meta, "base": BASE, "points": results}
+
+
+def rounded(value: Any) -> Any:
+    """Four digits are more than a timing has; what is not a number is None in JSON."""
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if value == value else None
+    return value
+
+
+def write(document: dict[str, Any]) -> None:
+    """A line for each point."""
+    document = rounded(document)
+    lines = ",\n".join("  " + json.dumps(point) for point in document.pop("points"))
+    head = json.dumps(document, indent=1)[:-2]
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    (FOLDER / "overhead.json").write_text(f'{head},\n "points": [\n{lines}\n ]\n}}\n')
+
+
+def show(document: dict[str, Any]) -> None:
+    """One setting, method by method."""
+    for point in document["points"]:
+        ratio = derived(point)["ratio"]
+        print(
+            f"  {point['method']:12s} median {point['median']:9.2f} ms   least {point['minimum']:9.2f} ms   "
+            f"{point['bytes'] / 1e6:10.1f} MB   {point['calls']:6.0f} calls   "
+            f"{ratio:5.1f} times reading them at {point['read_bandwidth'] / 1e9:5.1f} GB/s   "
+            f"kept {point['accepted']:g} of {point['drafted']:g}"
+        )
 
 
 def main() -> None:
-    """Print the table."""
+    """Measure and report, or one of the two, or one point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dim", type=int, default=100_000)
-    parser.add_argument("--parallelism", type=int, default=5)
-    parser.add_argument("--history", type=int, default=50)
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("what", nargs="?", choices=["run", "report"], default="run")
+    parser.add_argument("--largest", action="store_true", help="d = 1e8 as well, where memory allows")
+    parser.add_argument("--dim", type=int, help="print one point, and write nothing")
+    parser.add_argument("--optimizer", choices=["adam", "momentum", "sgd"], default=BASE["optimizer"])
+    parser.add_argument("--parallelism", type=int, default=BASE["parallelism"])
+    parser.add_argument("--history", type=int, default=BASE["history"])
+    parser.add_argument("--stride", type=int, default=BASE["stride"])
+    parser.add_argument("--rounds", type=int, help="watched at each point")
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    size = (options.dim, options.parallelism, options.history)
-    (result,) = measure([size], rounds=options.rounds, threads=options.threads)["sizes"]
-    print(f"d = {size[0]}, N = {size[1]}, T0 = {size[2]}, Adam, float32, {options.threads} threads; ms a round")
-    for method, times in result["milliseconds"].items():
-        print(
-            f"  {method:30s} median {times['median']:7.2f}   slowest {times['slowest']:7.2f}   "
-            f"steps a round {times['steps']:g}"
-        )
-    print(f"  {'reading the history N times':30s} median {result['read']:7.2f}")
+    if options.dim is not None:
+        keys = {key: getattr(options, key) for key in BASE if key != "dimension"} | {"dimension": options.dim}
+        methods = [m for m in MODELS if options.stride == 1 or m != "optex-paper"]  # published: no strides
+        chosen = [{"method": method, **keys} for method in methods]
+        show(measure(chosen, threads=options.threads, rounds=options.rounds))
+        return
+    if options.what == "run":
+        write(measure(points(options.largest), threads=options.threads, rounds=options.rounds))
+    report()
 
 
 if __name__ == "__main__":
