@@ -17,12 +17,12 @@ from optex.estimators.history import Locations
 from optex.evaluators import Evaluation, EvaluationRequest, RandomDraws
 from optex.evaluators.randomness import generator_states, set_generator_states
 from optex.linalg import rows_at
+from optex.round.linear import draft_linearly, linear_rule
 from optex.round.record import RoundRecord
 from optex.round.state import RunState
 from optex.round.stride import Stride
 from optex.round.surprise import Surprises
 from optex.round.window import PlannedStep
-from optex.small import tensor
 from optex.sources import GradientSource
 from optex.stepping import Buffers
 
@@ -136,6 +136,11 @@ class Rounds(RunState):
         record.draft_mask = stepper.mask
         record.proxies[0] = stepper.point
         origins, row = _locate_measured(window, posterior), 0
+        rule = linear_rule(record, posterior)
+        if rule is not None and posterior is not None:
+            draft_linearly(record, posterior, rule, origins)
+            self._measure_distances(record)
+            return
         with stepper.drafting():
             for position in range(last):
                 if record.positions[row] == position:
@@ -167,9 +172,7 @@ class Rounds(RunState):
             record.drafted[row] = measured[1] + posterior.differences(here, origin)[0]
             return
         record.drafted[row] = posterior.means(here)[0]
-        if record.source.deterministic:  # else a pair of another minibatch is no measurement of this step
-            nearest = here.squared_distances[0, self.predictor.history.representatives].min()
-            record.distances[row] = tensor(nearest).sqrt()
+        record.note_distance(row, here)
 
     @staticmethod
     def _measure_distances(record: RoundRecord) -> None:
