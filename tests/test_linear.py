@@ -1,12 +1,15 @@
 """Rounds of linear base optimizers in small algebra are those of walking."""
 
 import itertools
+import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from optex import CurlFreeEstimator, HoldLast, Last, LowestLoss, OptEx, SeparableEstimator, WithinTolerance
+from optex.estimators.interface import Coefficients
 from optex.round import acceptance as acceptance_module
 from optex.round import round as round_module
 from optex.round.linear import LinearReplay, draft_linearly
@@ -172,3 +175,33 @@ def test_long_float32_vectors_are_drafted_so_for_few_steps_alone(monkeypatch):
     assert max(r.drafted for r in reports) > 17
     assert calls
     assert max(calls) <= 16
+
+
+class Changing(HoldLast):
+    """Predicts something else whenever it is asked."""
+
+    def __init__(self, amount):
+        object.__setattr__(self, "amount", amount)
+
+    def fit(self, history):
+        posterior, calls = super().fit(history), itertools.count(1)
+        posterior.coefficients = lambda _: Coefficients(np.full((1, history.size), self.amount * next(calls)))
+        return posterior
+
+
+@pytest.mark.parametrize("amount", [math.nan, math.inf, 1e308])
+def test_corrections_that_are_not_finite_leave_the_exact_first_step(amount):
+    parameters, twins = model(), model()
+    wide = WithinTolerance(1e9, adaptive=False)
+    optimizer = optimizer_of(
+        parameters, SETTINGS[2], estimator=Changing(amount), acceptance=wide, deterministic=True, stride=1
+    )
+    loss = lambda own: lambda _: sum(p.square().sum() for p in own)  # noqa: E731
+    base = torch.optim.SGD(twins, **SETTINGS[2])
+    rounds = optimizer.rounds(itertools.repeat(None), loss(parameters))
+    for _ in range(3):
+        assert next(rounds).accepted == 1
+        base.zero_grad()
+        loss(twins)(None).backward()
+        base.step()
+    assert all(torch.equal(p, q) for p, q in zip(parameters, twins, strict=True))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
+import numpy as np
 import torch
 
 from optex import linalg
@@ -70,10 +72,10 @@ class Rounds(RunState):
         self.record = record
         self._note_start(record)
         try:
-            with linalg.threads_for(record.space.width):
+            with _algebra(record):
                 self._draft(record)
             self._evaluate(record, verify=verify)
-            with linalg.threads_for(record.space.width):
+            with _algebra(record):
                 self._remember(record)
                 self._replay(record)
                 self._keep(record)
@@ -384,6 +386,13 @@ class Rounds(RunState):
         record.accepted = 0
         self.progress = replace(self.progress, rounds=record.number + 1)
         return record
+
+
+@contextmanager
+def _algebra(record: RoundRecord) -> Iterator[None]:
+    """For what is computed between gradients; what is not finite is noticed where it counts, and not before."""
+    with linalg.threads_for(record.space.width), np.errstate(all="ignore"):
+        yield
 
 
 def _locate_measured(window: Sequence[PlannedStep], posterior: Posterior | None) -> dict[int, Locations]:
