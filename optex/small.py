@@ -107,7 +107,9 @@ def array(
     values: Tensor,  # [...]
 ) -> Array:  # [...]
     """The tensor as NumPy sees it, sharing its memory; itself where it is on an accelerator."""
-    return values.numpy() if values.device.type == "cpu" and not _TENSORS.get() else values
+    if values.device.type != "cpu" or torch.compiler.is_compiling() or _TENSORS.get():
+        return values  # a context variable cannot be read in what torch compiles
+    return values.numpy()
 
 
 def tensor(values: Array) -> Tensor:

@@ -109,11 +109,11 @@ def _add_scaled(
     weights: Array,  # [n]
     rows: Tensor,  # [n, d]
 ) -> None:
-    factors = tensor(weights).to(result.dtype)[:, None]
-    if len(result) == 1 and factors.device.type == "cpu":  # the number itself: nothing has to be waited for
-        result.add_(rows, alpha=float(factors))
+    if len(result) == 1 and not isinstance(weights, Tensor):  # the number itself: nothing has to be waited for
+        result.add_(rows, alpha=float(weights[0]))
     else:
-        result.addcmul_(rows.to(result.dtype), factors.to(result.device))
+        factors = tensor(weights).to(result.device, result.dtype)[:, None]
+        result.addcmul_(rows.to(result.dtype), factors)
 
 
 class Estimator(ABC):
