@@ -16,7 +16,6 @@ __all__ = [
     "combine_rows",
     "inner_products",
     "product_rounding",
-    "products_are_exact",
     "rows_at",
     "squared_norms",
     "threads_for",
@@ -90,14 +89,9 @@ def rows_at(
     return matrix[indices]
 
 
-def products_are_exact(rows: Tensor) -> bool:
-    """Whether ``inner_products`` of such rows are those of float64."""
-    return rows.shape[1] <= _WIDENED or rows.dtype == torch.float64
-
-
 def product_rounding(rows: Tensor) -> float:
     """Relative error of ``inner_products`` of such rows, whose terms are rounded each by itself."""
-    if products_are_exact(rows):
+    if rows.shape[1] <= _WIDENED or rows.dtype == torch.float64:
         return 16 * torch.finfo(torch.float64).eps
     return torch.finfo(_working_dtype(rows.dtype)).eps / rows.shape[1] ** 0.5
 

@@ -11,6 +11,7 @@ from torch import nn
 from optex import CurlFreeEstimator, HoldLast, Last, LowestLoss, OptEx, SeparableEstimator, WithinTolerance
 from optex.estimators.interface import Coefficients
 from optex.round import acceptance as acceptance_module
+from optex.round import linear
 from optex.round import round as round_module
 from optex.round.linear import LinearReplay, draft_linearly
 from optex.stepping import FlatStepper, ParameterVector
@@ -30,6 +31,11 @@ ESTIMATORS = [
     SeparableEstimator(noise_variance=1e-2, prior_mean="gls"),
     HoldLast(),
 ]
+
+
+@pytest.fixture(autouse=True)
+def any_length(monkeypatch):
+    monkeypatch.setattr(linear, "SHORTEST", 1)
 
 
 @pytest.fixture
@@ -162,18 +168,18 @@ def test_schedules_are_walked(monkeypatch):
         assert set(calls) == expected
 
 
-def test_long_float32_vectors_are_drafted_so_for_few_steps_alone(monkeypatch):
+def test_short_vectors_and_long_drafts_are_walked(monkeypatch):
     calls = []
+    monkeypatch.setattr(linear, "SHORTEST", 4097)
     monkeypatch.setattr(
         round_module, "draft_linearly", lambda *a: calls.append(a[0].positions[-1]) or draft_linearly(*a)
     )
-    theta = nn.Parameter(torch.linspace(-1, 1, 5000))
-    optimizer = OptEx(torch.optim.SGD([theta], lr=0.1), deterministic=True)
-    reports = list(
-        itertools.islice(optimizer.rounds(itertools.repeat(None), lambda _: theta.square().sum() / 2), 8)
-    )
-    assert max(r.drafted for r in reports) > 17
-    assert calls
+    for size in (4096, 5000):
+        theta = nn.Parameter(torch.linspace(-1, 1, size))
+        optimizer = OptEx(torch.optim.SGD([theta], lr=0.1), deterministic=True)
+        rounds = optimizer.rounds(itertools.repeat(None), lambda _, theta=theta: theta.square().sum() / 2)
+        assert max(report.drafted for report in itertools.islice(rounds, 8)) > 17
+        assert bool(calls) == (size > 4096)
     assert max(calls) <= 16
 
 
