@@ -184,7 +184,10 @@ class Changing(HoldLast):
 def test_corrections_that_are_not_finite_leave_the_exact_first_step(amount, parallelism):
     plain, model, batches = network(), network(), regression_batches(6)
     settings = {"lr": 10.0, "momentum": 0.9}  # 10 times 1e308 is not finite either
-    base, twin = (torch.optim.SGD(each.parameters(), **settings) for each in (plain, model))
+    # Groups that differ: what is linear and of one kind asks for coefficients, not for differences.
+    first, second = ([{"params": [p]} for p in each.parameters()] for each in (plain, model))
+    first[0]["weight_decay"] = second[0]["weight_decay"] = 0.01
+    base, twin = (torch.optim.SGD(groups, **settings) for groups in (first, second))
     optimizer = OptEx(
         twin,
         parallelism=parallelism,

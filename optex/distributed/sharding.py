@@ -172,12 +172,12 @@ class ShardedVector(ParameterVector):
     def whole(self) -> ParameterVector:
         return self._whole
 
-    def _pieces(self, vector: Tensor) -> list[Tensor]:
+    def parts(self, vector: Tensor) -> list[Tensor]:
         return list(vector.split(self.sizes))[: len(self.parameters)]
 
-    def _flatten(self, pieces: Any) -> Tensor:
+    def flatten(self, pieces: Any) -> Tensor:
         # A slice may hold nothing but padding.
-        return self._slices.padded(super()._flatten([torch.empty(0), *pieces]), self._slices.width)
+        return self._slices.padded(super().flatten([torch.empty(0), *pieces]), self._slices.width)
 
     def write_gradients(self, vector: Tensor, mask: GradientMask) -> None:
         super().write_gradients(vector, tuple(mask[piece.index] for piece in self.pieces))

@@ -216,6 +216,15 @@ class GradientHistory:
         dtype = torch.promote_types(points.dtype, self.displacements.dtype)
         return points.to(self.displacements.device, dtype) - self._anchor().to(dtype)
 
+    @property
+    def reference(self) -> Tensor:  # [d]
+        """The anchor, not to be changed.
+
+        Raises:
+            RuntimeError: the history is empty.
+        """
+        return self._anchor()
+
     def append(
         self,
         points: Tensor,  # [n, d]

@@ -22,6 +22,7 @@ class StoredPairs(Protocol):
     displacements: Tensor  # [T0, d]
     gradients: Tensor  # [T0, d]
     iterate_gram: Tensor  # [T0, T0]
+    representatives: list[int]
 
     def displacement(self, points: Tensor) -> Tensor:  # [..., d]
         """Points as displacements from the anchor."""
@@ -54,7 +55,7 @@ class Locations:
         cls,
         history: StoredPairs,
         points: Tensor,  # [n, d]
-        offsets: Tensor,  # [n, d]
+        offsets: Tensor | None,  # [n, d]
         norms: Array,  # [n]
         on_displacements: Array,  # [n, T0]
         on_gradients: Array | None,  # [n, T0]

@@ -6,16 +6,15 @@ import math
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
 from optex.checks import saved_entry, saved_integer, saved_number
-from optex.estimators import Posterior
-from optex.estimators.history import Locations
+from optex.round.linear import linear_replay
 from optex.round.record import RoundRecord
+from optex.round.replay import Vectors
 from optex.vector_space import VectorSpace
 
 __all__ = [
@@ -246,25 +245,34 @@ class WithinTolerance(Acceptance):
         stepper, space = record.stepper, record.space
         if stepper.taken:
             stepper.rewind()
-        replay = _Replay(record)
-        stepper.step(record.gradients[0])
+        replay = linear_replay(record) or Vectors(record)
         row, tolerance = 1, self.tolerance  # the next row that was evaluated
         if record.steps > len(record.positions) and record.source.deterministic:
             tolerance *= EXTRAPOLATED if len(record.positions) == 1 else EARNED
+        usable, shortest = [i for i, flag in enumerate(record.usable) if flag], math.inf
         for position in range(1, record.steps):
-            here = stepper.point
-            evaluated = row < len(record.positions) and record.positions[row] == position
-            if evaluated:
-                gradient = replay.measured(here, row, tolerance) if record.usable[row] else None
-                row += 1
-            elif record.source.deterministic:
-                gradient = replay.corrected(here, tolerance)
+            measured = row < len(record.positions) and record.positions[row] == position
+            rows = [row] if measured else usable
+            row += measured
+            if measured or record.source.deterministic:
+                if not record.usable[rows[0]]:
+                    break
+                step, gaps = replay.lengths(rows)
+                shortest, gap = min(shortest, step), min(gaps)
+                if not gap <= tolerance * shortest:
+                    break
+                gradient = replay.corrected(rows[gaps.index(gap)], gap)
             else:
-                gradient = replay.predicted(here)
-            if gradient is None:
-                break
-            with nullcontext() if evaluated else stepper.drafting():
-                stepper.step(gradient)
+                # No minibatch's gradient is better than a prediction. One much longer than usual is none of
+                # those whose errors are known: a model that has just been chosen may hold a single gradient,
+                # noise and all, through every step.
+                if record.posterior is None:
+                    break
+                gradient, length = replay.predicted()
+                if not length <= LONGER * record.surprises.usual_length:
+                    break
+            replay.step(gradient, measured=measured)
+        replay.finish()
         if stepper.taken > 1 and not space.finite(stepper.point[None])[0]:
             # A correction went wrong; step 0 is exact, whatever the estimator said.
             stepper.rewind()
@@ -299,80 +307,6 @@ class WithinTolerance(Acceptance):
         bearable = self.error * statistics.median(ratio for _, ratio in sorted(evidence)[:NEAREST])
         bearable = min(max(bearable, self.lowest), self.highest)
         self.tolerance = min(bearable, math.sqrt(self.tolerance * bearable))
-
-
-class _Replay:
-    """The gradients of a replay, and how long its steps are.
-
-    Every answer is None where the replay has to stop.
-    """
-
-    def __init__(self, record: RoundRecord) -> None:
-        self._record = record
-        self._posterior = record.posterior
-        self._usable = [i for i, usable in enumerate(record.usable) if usable]
-        self._before = record.proxies[0]
-        self._shortest: Tensor | None = None  # []
-
-    def measured(
-        self,
-        here: Tensor,  # [d]
-        row: int,
-        tolerance: float,
-    ) -> Tensor | None:  # [d]
-        """Of a step that was evaluated: the gradient measured for it, corrected to where it is needed."""
-        step, gap = self._record.space.norms([here - self._before, here - self._record.proxies[row]])
-        return self._within(here, row, step, gap, tolerance)
-
-    def corrected(
-        self,
-        here: Tensor,  # [d]
-        tolerance: float,
-    ) -> Tensor | None:  # [d]
-        """Of any step on a deterministic objective: the gradient measured nearest, corrected."""
-        gaps = [here - self._record.proxies[row] for row in self._usable]
-        step, *distances = self._record.space.norms([here - self._before, *gaps])
-        gap, row = min(zip(distances, self._usable, strict=True), key=lambda pair: float(pair[0]))
-        return self._within(here, row, step, gap, tolerance)
-
-    def _within(
-        self,
-        here: Tensor,  # [d]
-        row: int,
-        step: Tensor,  # []
-        gap: Tensor,  # []
-        tolerance: float,
-    ) -> Tensor | None:  # [d]
-        self._shortest = step if self._shortest is None else torch.minimum(step, self._shortest)
-        if not gap <= tolerance * self._shortest:
-            return None
-        self._before = here
-        gradient = self._record.gradients[row]
-        if self._posterior is not None and gap > 0:
-            here_seen = self._posterior.locate(here[None])
-            gradient = gradient + self._posterior.differences(here_seen, self._origin(self._posterior, row))[0]
-        return gradient
-
-    def _origin(self, posterior: Posterior, row: int) -> Locations:
-        """The proxy of a row, which the history holds unless it is a short one."""
-        point, slot = self._record.proxies[row], self._record.slots.get(row)
-        return posterior.locate(point[None]) if slot is None else posterior.history.locate_stored(slot, point)
-
-    def predicted(
-        self,
-        here: Tensor,  # [d]
-    ) -> Tensor | None:  # [d]
-        """Of a step that was not evaluated, where gradients are sampled: no minibatch's is better.
-
-        A prediction much longer than usual is none of those whose errors are known: a model that has just been
-        chosen may hold a single gradient, noise and all, through every step.
-        """
-        if self._posterior is None:
-            return None
-        self._before = here
-        gradient = self._posterior.mean(here)
-        length = self._record.space.norms([gradient])[0]
-        return gradient if length <= LONGER * self._record.surprises.usual_length else None
 
 
 SELECTIONS: Final[dict[str, type[_Selection]]] = {

@@ -16,6 +16,7 @@ from optex.linalg import rows_at
 from optex.round.report import RoundReport
 from optex.round.surprise import Surprises
 from optex.round.window import PlannedStep, Progress
+from optex.small import tensor
 from optex.sources import GradientSource
 from optex.stepping import Buffers, GradientMask, Stepper
 from optex.vector_space import VectorSpace
@@ -128,6 +129,12 @@ class RoundRecord:
             seconds=time.perf_counter() - self.started,
             gradient_seconds=self.gradient_seconds,
         )
+
+    def note_distance(self, row: int, here: Locations) -> None:
+        """How far the nearest pair is that a row is predicted from, where its gradient is no sample's."""
+        if self.source.deterministic:  # else a pair of another minibatch is no measurement of this step
+            nearest = here.squared_distances[0, here.history.representatives].min()
+            self.distances[row] = tensor(nearest).sqrt()
 
     @cached_property
     def comparison(self) -> tuple[list[int], Tensor, Tensor]:  # k rows, [k], [k]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
+import numpy as np
 import torch
 
 from optex import linalg
@@ -17,12 +19,12 @@ from optex.estimators.history import Locations
 from optex.evaluators import Evaluation, EvaluationRequest, RandomDraws
 from optex.evaluators.randomness import generator_states, set_generator_states
 from optex.linalg import rows_at
+from optex.round.linear import draft_linearly, linear_rule
 from optex.round.record import RoundRecord
 from optex.round.state import RunState
 from optex.round.stride import Stride
 from optex.round.surprise import Surprises
 from optex.round.window import PlannedStep
-from optex.small import tensor
 from optex.sources import GradientSource
 from optex.stepping import Buffers
 
@@ -70,10 +72,10 @@ class Rounds(RunState):
         self.record = record
         self._note_start(record)
         try:
-            with linalg.threads_for(record.space.width):
+            with _algebra(record):
                 self._draft(record)
             self._evaluate(record, verify=verify)
-            with linalg.threads_for(record.space.width):
+            with _algebra(record):
                 self._remember(record)
                 self._replay(record)
                 self._keep(record)
@@ -136,6 +138,11 @@ class Rounds(RunState):
         record.draft_mask = stepper.mask
         record.proxies[0] = stepper.point
         origins, row = _locate_measured(window, posterior), 0
+        rule = linear_rule(record, posterior)
+        if rule is not None and posterior is not None:
+            draft_linearly(record, posterior, rule, origins)
+            self._measure_distances(record)
+            return
         with stepper.drafting():
             for position in range(last):
                 if record.positions[row] == position:
@@ -167,9 +174,7 @@ class Rounds(RunState):
             record.drafted[row] = measured[1] + posterior.differences(here, origin)[0]
             return
         record.drafted[row] = posterior.means(here)[0]
-        if record.source.deterministic:  # else a pair of another minibatch is no measurement of this step
-            nearest = here.squared_distances[0, self.predictor.history.representatives].min()
-            record.distances[row] = tensor(nearest).sqrt()
+        record.note_distance(row, here)
 
     @staticmethod
     def _measure_distances(record: RoundRecord) -> None:
@@ -381,6 +386,13 @@ class Rounds(RunState):
         record.accepted = 0
         self.progress = replace(self.progress, rounds=record.number + 1)
         return record
+
+
+@contextmanager
+def _algebra(record: RoundRecord) -> Iterator[None]:
+    """For what is computed between gradients; what is not finite is noticed where it counts, and not before."""
+    with linalg.threads_for(record.space.width), np.errstate(all="ignore"):
+        yield
 
 
 def _locate_measured(window: Sequence[PlannedStep], posterior: Posterior | None) -> dict[int, Locations]:

@@ -10,6 +10,7 @@ from optex.stepping.bases import (
     default_rate,
 )
 from optex.stepping.flat import FlatStepper
+from optex.stepping.linear import LinearRule
 from optex.stepping.parameters import Buffers, GradientMask, ParameterVector
 from optex.stepping.snapshot import Attributes, Hyperparameters, Snapshot
 from optex.stepping.stepper import FreezesWhileDrafting, Stepper
@@ -25,6 +26,7 @@ __all__ = [
     "FreezesWhileDrafting",
     "GradientMask",
     "Hyperparameters",
+    "LinearRule",
     "OptimizerWrapper",
     "ParameterVector",
     "Snapshot",

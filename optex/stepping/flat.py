@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from optex.stepping.bases import COUNTERS, ELEMENTWISE
+from optex.stepping.linear import LinearRule, linear_rule
 from optex.stepping.parameters import ParameterVector
 from optex.stepping.snapshot import TORCHS_OWN, Settings
 from optex.stepping.stepper import Stepper
@@ -90,6 +91,15 @@ class FlatStepper(Stepper):
         # A scheduler asks whether the optimizer it ticks for has stepped.
         vars(self._base)["_opt_called"] = True
         self._tick()
+
+    def linear_rule(self) -> LinearRule | None:
+        if not self._is_ahead or self.taken or self._scheduler is not None:
+            return None
+        return linear_rule(self._base, self.vector)
+
+    def arrive(self, point: Tensor, gradient: Tensor, state: Mapping[str, Tensor], taken: int) -> None:
+        self._is_ahead = False  # the base optimizer goes there itself
+        super().arrive(point, gradient, state, taken)
 
     def _step_base(self) -> None:
         self._hand_over()

@@ -61,12 +61,13 @@ class ParameterVector:
         """Where the vector lives, and how to sum over its coordinates."""
         return self._space
 
-    def _pieces(self, vector: Tensor) -> list[Tensor]:
+    def parts(self, vector: Tensor) -> list[Tensor]:
+        """The parts of a vector [d], each in its parameter's shape."""
         return [v.view(p.shape) for v, p in zip(vector.split(self.sizes), self.parameters, strict=True)]
 
     def read(self) -> Tensor:  # [d]
         """The parameters' values, copied."""
-        return self._flatten([p.detach() for p in self.parameters])
+        return self.flatten([p.detach() for p in self.parameters])
 
     @torch.no_grad()
     def write(
@@ -74,13 +75,13 @@ class ParameterVector:
         vector: Tensor,  # [d]
     ) -> None:
         """Copy a vector into the parameters, each in its own dtype."""
-        torch._foreach_copy_(self.parameters, self._pieces(vector))
+        torch._foreach_copy_(self.parameters, self.parts(vector))
 
     def read_gradients(self) -> tuple[Tensor, GradientMask]:  # [d], one flag a parameter
         """The parameters' ``.grad`` as a vector, zero where there is none, and which ones there are."""
         mask = tuple(p.grad is not None for p in self.parameters)
         pieces = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in self.parameters]
-        return self._flatten(pieces), mask
+        return self.flatten(pieces), mask
 
     def write_gradients(
         self,
@@ -88,7 +89,7 @@ class ParameterVector:
         mask: GradientMask,
     ) -> None:
         """Set every ``.grad`` from a copy of the vector; None outside the mask."""
-        for p, piece, there in zip(self.parameters, self._pieces(vector.clone()), mask, strict=True):
+        for p, piece, there in zip(self.parameters, self.parts(vector.clone()), mask, strict=True):
             piece = piece.to(p.device, p.dtype)
             # Fused optimizers step through memory: a gradient has to lie in it as its parameter does.
             laid_out = piece if p.is_contiguous() else torch.empty_like(p).copy_(piece)
@@ -99,7 +100,8 @@ class ParameterVector:
         for p in self.parameters:
             p.grad = None
 
-    def _flatten(self, pieces: Sequence[Tensor]) -> Tensor:
+    def flatten(self, pieces: Sequence[Tensor]) -> Tensor:  # [d]
+        """Tensors of the parameters' sizes as one vector."""
         return torch.cat([piece.reshape(-1).to(self.device, self.dtype) for piece in pieces])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from optex.stepping.linear import LinearRule
 from optex.stepping.parameters import GradientMask, ParameterVector
 from optex.stepping.snapshot import Snapshot
 
@@ -87,6 +88,32 @@ class Stepper:
         """One step of the base optimizer (and its schedule) with this gradient."""
         self.vector.write_gradients(gradient, self.mask)
         self._step()
+
+    def linear_rule(self) -> LinearRule | None:
+        """The rule of the steps from here, where they are linear in the gradients and of one kind for all."""
+        return None
+
+    def arrive(
+        self,
+        point: Tensor,  # [d]
+        gradient: Tensor,  # [d]
+        state: Mapping[str, Tensor],  # of [d]
+        taken: int,
+    ) -> None:
+        """Be where so many steps lead that were worked out elsewhere, as their ``linear_rule`` has it.
+
+        Args:
+            point: where that is.
+            gradient: of the last step.
+            state: the base optimizer's there, by name.
+            taken: how many steps.
+        """
+        self.vector.write(point)
+        self.vector.write_gradients(gradient, self.mask)
+        for name, values in state.items():
+            for p, piece in zip(self.vector.parameters, self.vector.parts(values), strict=True):
+                self._base.state[p][name] = piece.clone()
+        self.taken = taken
 
     def step_with_current_gradients(self) -> None:
         """One step with whatever the parameters' ``.grad`` hold."""
