@@ -174,8 +174,8 @@ def _move(setting: Setting) -> Work:
 
 
 def _mixed(history: int) -> Work:
-    """All products of G, of which a copy is made, with D."""
-    return Work(2 * history, 1) + _products(history, history)
+    """All products of G with D."""
+    return _products(history, history)
 
 
 def _replay(setting: Setting) -> Work:

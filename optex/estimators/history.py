@@ -126,7 +126,7 @@ class GradientHistory:
         """Inner products of the gradients, brought up to date on demand with one product of new by all."""
         if self._stale:
             rows = sorted(self._stale)
-            products = self.space.inner_products(rows_at(self.gradients, rows), self.gradients)
+            products = self.space.inner_products(self.gradients[rows], self.gradients)
             fill(self._gradient_gram, rows, array(products), array(products).T)
             self._stale.clear()
         return self._gradient_gram
