@@ -260,8 +260,8 @@ def test_gram_matrices_are_those_of_the_rows_wherever_the_anchor_goes(size, chun
         torch.testing.assert_close(ours, left @ right.mT, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("last", "anchor"), [(5.9, 0.0), (6.5, 6.5)])
-def test_the_anchor_moves_beyond_three_median_distances(last, anchor):
+@pytest.mark.parametrize(("last", "anchor"), [(15.9, 0.0), (16.5, 16.5)])
+def test_the_anchor_moves_beyond_eight_median_distances(last, anchor):
     # From 0, 1 and 2 and such a point, the lower median distance is 2.
     history = GradientHistory(6, 1)
     for point in (0.0, 1.0, 2.0, last):

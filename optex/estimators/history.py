@@ -22,7 +22,7 @@ from optex.vector_space import VectorSpace
 
 __all__ = ["GradientHistory", "Locations", "Overwritten"]
 
-FARTHEST_ANCHOR: Final = 3.0  # median distances from the newest iterate
+FARTHEST_ANCHOR: Final = 8.0  # median distances from the newest iterate
 TINY: Final = float(np.finfo(np.float64).tiny)
 
 
