@@ -212,5 +212,5 @@ def least_rows(setting: Setting) -> float:
 
 
 def memory_rows(setting: Setting) -> float:
-    """The formula in OptEx's docstring, in rows, for rounds kept whole: no steps wait."""
-    return 2 * setting.history + 1 + 5 * setting.parallelism + 2 * (1 + setting.state)
+    """The formula in OptEx's docstring, in rows, where the anchor moves and rounds are kept whole: none wait."""
+    return 3 * setting.history + 1 + 5 * setting.parallelism + 2 * (1 + setting.state)

@@ -85,9 +85,9 @@ class OptEx(OptimizerWrapper):
         last_report: of the last round, None before it.
 
     Memory, in numbers beyond the base optimizer's: ``(2 · T0 + 1) · d`` for the history (of ``history_dtype``),
-    ``5 · N · d`` in a round for proxies, predictions, gradients and the pairs they replace, at most ``2 · N ·
-    d`` for steps not kept yet, two copies of parameters and base state, N + 1 copies of the model's buffers.
-    What the evaluator needs comes on top.
+    ``T0 · d`` more while its anchor moves, ``5 · N · d`` in a round for proxies, predictions, gradients and the
+    pairs they replace, at most ``2 · N · d`` for steps not kept yet, two copies of parameters and base state,
+    N + 1 copies of the model's buffers. What the evaluator needs comes on top.
 
     Raises:
         TypeError, ValueError: an argument cannot work; the message names it and the remedy.

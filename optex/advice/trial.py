@@ -137,6 +137,6 @@ def _trial(
 def _memory(subject: Subject, parallelism: int, loop: PlainLoop) -> int:
     vector, n = subject.vector, parallelism
     d, t0 = vector.dimension, default_history_size(parallelism)
-    numbers = (2 * t0 + 1) * d + 5 * n * d + 2 * n * d + 2 * (d + loop.state_numbers)
+    numbers = (3 * t0 + 1) * d + 5 * n * d + 2 * n * d + 2 * (d + loop.state_numbers)
     buffers = [] if subject.module is None else Buffers.of(subject.module).tensors
     return numbers * vector.dtype.itemsize + (n + 1) * sum(b.numel() * b.itemsize for b in buffers)

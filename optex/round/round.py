@@ -282,6 +282,7 @@ class Rounds(RunState):
             self._located(record, rows),
         )
         record.slots = dict(zip(rows[-len(slots) :], slots, strict=True))
+        record.located.clear()  # N offsets, and of a history that is no more
         record.posterior = self.predictor.posterior() if self.acceptance.keeps_window else None
 
     def _located(self, record: RoundRecord, rows: list[int]) -> Locations | None:
