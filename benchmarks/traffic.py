@@ -212,5 +212,5 @@ def least_rows(setting: Setting) -> float:
 
 
 def memory_rows(setting: Setting) -> float:
-    """The formula in OptEx's docstring, in rows, where the anchor moves and rounds are kept whole: none wait."""
+    """The formula in OptEx's docstring, in rows, where the anchor moves and no step waits."""
     return 3 * setting.history + 1 + 5 * setting.parallelism + 2 * (1 + setting.state)
