@@ -64,18 +64,26 @@ def inner_products(
     if left.shape[1] <= _WIDENED or left.dtype == right.dtype == torch.float64:
         return left.to(torch.float64) @ right.to(torch.float64).mT
     dtype = _working_dtype(torch.promote_types(left.dtype, right.dtype))
+    if left.shape[1] <= _SLAB:
+        return _in_blocks(left.to(dtype), right.to(dtype))
     total = torch.zeros(left.shape[0], right.shape[0], dtype=torch.float64, device=left.device)
     for slab in _slabs(left.shape[1]):
-        a, b = left[:, slab].to(dtype), right[:, slab].to(dtype)
-        whole = a.shape[1] - a.shape[1] % _BLOCK
-        blocks = torch.bmm(
-            a[:, :whole].unflatten(1, (-1, _BLOCK)).transpose(0, 1),  # [blocks, n, _BLOCK]
-            b[:, :whole].unflatten(1, (-1, _BLOCK)).permute(1, 2, 0),  # [blocks, _BLOCK, m]
-        )
-        total += blocks.sum(0, dtype=torch.float64)
-        if whole < a.shape[1]:
-            total += a[:, whole:] @ b[:, whole:].mT
+        total += _in_blocks(left[:, slab].to(dtype), right[:, slab].to(dtype))
     return total
+
+
+def _in_blocks(
+    left: Tensor,  # [n, d]
+    right: Tensor,  # [m, d]
+) -> Tensor:  # [n, m] float64
+    count, rest = divmod(left.shape[1], _BLOCK)
+    whole = left.shape[1] - rest
+    blocks = torch.bmm(
+        left[:, :whole].view(-1, count, _BLOCK).transpose(0, 1),  # [blocks, n, _BLOCK]
+        right[:, :whole].view(-1, count, _BLOCK).permute(1, 2, 0),  # [blocks, _BLOCK, m]
+    )
+    total = blocks.sum(0, dtype=torch.float64)
+    return total + left[:, whole:] @ right[:, whole:].mT if rest else total
 
 
 def rows_at(
