@@ -23,6 +23,7 @@ from torch import Tensor
 from optex.errors import ConvergenceWarning, JitterWarning, NotPositiveDefiniteError
 
 __all__ = [
+    "TINY",
     "Array",
     "array",
     "cholesky_inverse",
@@ -49,6 +50,7 @@ __all__ = [
 ]
 
 Array = Any  # np.ndarray or torch.Tensor, float64
+TINY: Final = float(np.finfo(np.float64).tiny)
 JITTERS: Final = (1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
 Answer = TypeVar("Answer")
 _potrf, _potrs = get_lapack_funcs(("potrf", "potrs"), dtype=np.float64)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +19,6 @@ from optex.small import Array, array, tensor
 __all__ = ["CurlFreeEstimator", "CurlFreePosterior"]
 
 NOISE_FLOOR: Final = 4.0
-TINY: Final = float(np.finfo(np.float64).tiny)
 DENSE_LIMIT: Final = 1200  # unknowns up to which the system in the span is factorised
 
 
@@ -294,7 +292,7 @@ def _directions(
     """U and √λ of the Gram matrix, without directions that are rounding."""
     values, vectors = small.eigh(gram)
     eps = torch.finfo(dtype).eps if dtype.itemsize >= 4 else torch.finfo(torch.float32).eps
-    kept = values > len(gram) ** 0.5 * eps * small.maximum(values[-1], 0 * values[-1] + TINY)
+    kept = values > len(gram) ** 0.5 * eps * small.maximum(values[-1], 0 * values[-1] + small.TINY)
     return vectors[:, kept], small.sqrt(values[kept])
 
 

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from optex.small import Array, array
+from optex.small import Array, array, concatenate
 
-__all__ = ["fill", "merged"]
+__all__ = ["fill", "joined", "merged"]
 
 
 def fill(
@@ -24,6 +24,15 @@ def fill(
     here[slots] = rows
     for values in columns:
         here[:, slots] = values
+
+
+def joined(
+    gradients: Array,  # [T0, T0]
+    cross: Array,  # [T0, T0], gradients with displacements
+    displacements: Array,  # [T0, T0]
+) -> Array:  # [2 T0, 2 T0]
+    """Inner products of all rows, gradients first, from those of each kind."""
+    return concatenate([concatenate([gradients, cross.T]).T, concatenate([cross, displacements]).T])
 
 
 def merged(

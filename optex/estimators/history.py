@@ -13,7 +13,7 @@ from torch import Tensor
 from optex import small
 from optex.checks import check_integer
 from optex.estimators.arrivals import Arrivals
-from optex.estimators.gram import fill, merged
+from optex.estimators.gram import fill, joined, merged
 from optex.estimators.locations import Locations
 from optex.estimators.saved import Overwritten, check_saved
 from optex.linalg import inner_products, rows_at
@@ -23,7 +23,6 @@ from optex.vector_space import VectorSpace
 __all__ = ["GradientHistory", "Locations", "Overwritten"]
 
 FARTHEST_ANCHOR: Final = 8.0  # median distances from the newest iterate
-TINY: Final = float(np.finfo(np.float64).tiny)
 
 
 class GradientHistory:
@@ -145,6 +144,12 @@ class GradientHistory:
         return self._cross_gram
 
     @property
+    def row_gram(self) -> Array:  # [2 T0, 2 T0] float64
+        """Inner products of all rows, gradients first and displacements behind."""
+        parts = self.gradient_gram, self.cross_gram, self.iterate_gram
+        return self.derived("rows", lambda: joined(*map(array, parts)))
+
+    @property
     def filled(self) -> Tensor:  # [T0] bool
         """Which slots hold a pair."""
         return torch.arange(self.size, device=self.counts.device) < self.appended
@@ -174,7 +179,7 @@ class GradientHistory:
     def _find_median(self) -> Array:
         squared = self.squared_distances
         filled = array(self.filled)
-        pairs = filled[:, None] & filled & (squared > TINY)
+        pairs = filled[:, None] & filled & (squared > small.TINY)
         if isinstance(squared, Tensor):
             return torch.where(pairs, squared, torch.nan).nanmedian()
         values = squared[pairs]
@@ -214,7 +219,7 @@ class GradientHistory:
     ) -> Tensor:  # [..., d]
         """Points as displacements from the anchor, subtracted in the wider of the two precisions."""
         dtype = torch.promote_types(points.dtype, self.displacements.dtype)
-        return points.to(self.displacements.device, dtype) - self._anchor().to(dtype)
+        return points.to(self.displacements.device, dtype) - self.reference.to(dtype)
 
     @property
     def reference(self) -> Tensor:  # [d]
@@ -223,7 +228,9 @@ class GradientHistory:
         Raises:
             RuntimeError: the history is empty.
         """
-        return self._anchor()
+        if self.anchor is None:
+            raise RuntimeError("GradientHistory: the history is empty; append a pair first")
+        return self.anchor
 
     def append(
         self,
@@ -340,11 +347,6 @@ class GradientHistory:
         self.displacements[overwritten.slots] = displacements
         self.gradients[overwritten.slots] = gradients
 
-    def _anchor(self) -> Tensor:
-        if self.anchor is None:
-            raise RuntimeError("GradientHistory: the history is empty; append a pair first")
-        return self.anchor
-
     def _follow(
         self,
         point: Tensor,  # [d]
@@ -357,7 +359,7 @@ class GradientHistory:
         # New tensors, not the old ones changed: those may have to be gone back to.
         self.displacements = self.displacements - shift
         self.displacements[len(self) :] = 0
-        self.anchor = point.to(self._anchor().device, self._anchor().dtype, copy=True)
+        self.anchor = point.to(self.reference.device, self.reference.dtype, copy=True)
         self.iterate_gram = self.space.inner_products(self.displacements, self.displacements)
         self._cross_stale.update(range(self.size))
         self._derived = {}

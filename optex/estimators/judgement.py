@@ -31,7 +31,7 @@ def squared_errors(
     """
     history, locations = arrivals.history, arrivals.locations
     assert isinstance(history, GradientHistory)
-    gram = _gram(history)
+    gram = history.row_gram
     here = [posterior.coefficients(locations) for posterior in posteriors]
     known = {row: pair for row, pair in enumerate(held) if pair is not None}
     before, there = None, []
@@ -51,14 +51,6 @@ def squared_errors(
             among = _among(arrivals, i, before, k)
         found.append(_squares(on_rows, beside, gram, onto, among, product_rounding(arrivals.gradients)))
     return tensor(small.concatenate([row[None] for row in found]).T)
-
-
-def _gram(history: GradientHistory) -> Array:  # [2 T0, 2 T0]
-    """Inner products of the rows, gradients first."""
-    gradients, cross, iterates = map(array, (history.gradient_gram, history.cross_gram, history.iterate_gram))
-    return small.concatenate(
-        [small.concatenate([gradients, cross.T]).T, small.concatenate([cross, iterates]).T]
-    )
 
 
 def _combination(members: Sequence[Coefficients], row: int, like: Array) -> tuple[Array, Array]:

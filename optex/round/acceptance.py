@@ -14,7 +14,7 @@ from torch import Tensor
 from optex.checks import saved_entry, saved_integer, saved_number
 from optex.round.linear import linear_replay
 from optex.round.record import RoundRecord
-from optex.round.replay import Vectors
+from optex.round.replay import Replay, Vectors
 from optex.vector_space import VectorSpace
 
 __all__ = [
@@ -245,7 +245,7 @@ class WithinTolerance(Acceptance):
         stepper, space = record.stepper, record.space
         if stepper.taken:
             stepper.rewind()
-        replay = linear_replay(record) or Vectors(record)
+        replay: Replay = linear_replay(record) or Vectors(record)
         row, tolerance = 1, self.tolerance  # the next row that was evaluated
         if record.steps > len(record.positions) and record.source.deterministic:
             tolerance *= EXTRAPOLATED if len(record.positions) == 1 else EARNED

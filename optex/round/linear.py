@@ -22,7 +22,7 @@ from optex.round.record import RoundRecord
 from optex.small import Array, array, tensor
 from optex.stepping import LinearRule
 
-__all__ = ["draft_linearly", "linear_rule"]
+__all__ = ["draft_linearly", "linear_replay", "linear_rule"]
 
 # Large coefficients that cancel make more of the inner products' rounding than vectors do, and ever more in a
 # long draft. On short vectors walking takes no longer.
@@ -39,19 +39,13 @@ class _Basis:
         beside: Tensor,  # [m, d]
     ) -> None:
         self._history, self._beside = history, beside
-        space, size = history.space, history.size
-        onto = [space.inner_products(beside, rows) for rows in (history.gradients, history.displacements)]
-        gradients, cross, iterates = map(
-            array, (history.gradient_gram, history.cross_gram, history.iterate_gram)
-        )
-        among = array(space.inner_products(beside, beside))
-        self.gram = small.full((2 * size + len(beside),) * 2, 0.0, iterates)
-        blocks = ((slice(size), gradients, cross, 0), (slice(size, 2 * size), cross.T, iterates, 1))
-        for rows, left, right, number in blocks:
-            self.gram[rows, :size], self.gram[rows, size : 2 * size] = left, right
-            self.gram[rows, 2 * size :] = array(onto[number]).T
-            self.gram[2 * size :, rows] = array(onto[number])
-        self.gram[2 * size :, 2 * size :] = among
+        space, size = history.space, 2 * history.size
+        rows = history.gradients, history.displacements
+        onto = small.concatenate([array(space.inner_products(part, beside)) for part in rows])  # [2 T0, m]
+        self.gram = small.full((size + len(beside),) * 2, 0.0, onto)
+        self.gram[:size, :size], self.gram[:size, size:] = history.row_gram, onto
+        self.gram[size:, :size] = onto.T
+        self.gram[size:, size:] = array(space.inner_products(beside, beside))
 
     def unit(self, number: int) -> Array:  # [2 T0 + m]
         """A stored gradient (from 0), a stored displacement (from T0), or a vector beside them (from 2 T0)."""
@@ -186,7 +180,7 @@ def draft_linearly(
 def linear_replay(record: RoundRecord) -> LinearReplay | None:
     """A replay by small algebra, where the base optimizer is linear and the history holds what was measured."""
     posterior = record.posterior
-    rule = linear_rule(record, posterior) if posterior is not None else None
+    rule = linear_rule(record, posterior)
     usable = [row for row, flag in enumerate(record.usable) if flag]
     if rule is None or posterior is None or any(row not in record.slots for row in usable):
         return None

@@ -14,13 +14,7 @@ __all__ = ["Replay", "Vectors"]
 
 
 class Replay(Protocol):
-    """Steps from a round's start with the gradients that were measured in it.
-
-    Attributes:
-        taken: steps so far.
-    """
-
-    taken: int
+    """Steps from a round's start with the gradients that were measured in it."""
 
     def lengths(self, rows: list[int]) -> tuple[float, list[float]]:
         """How long the last step was, and how far the proxies in these rows are from here."""
@@ -50,10 +44,6 @@ class Vectors:
         self._record = record
         self._before = record.proxies[0]
         record.stepper.step(record.gradients[0])
-
-    @property
-    def taken(self) -> int:
-        return self._record.stepper.taken
 
     def lengths(self, rows: list[int]) -> tuple[float, list[float]]:
         here, record = self._record.stepper.point, self._record
