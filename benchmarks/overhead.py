@@ -124,6 +124,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="watched at each point")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    for name in ("dim", "parallelism", "history"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
     if options.dim is not None:
         keys = {key: getattr(options, key) for key in BASE if key != "dimension"} | {"dimension": options.dim}
         methods = [m for m in MODELS if options.stride == 1 or m != "optex-paper"]  # published: no strides

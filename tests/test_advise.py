@@ -348,6 +348,13 @@ class TestArguments:
         with pytest.raises(optex.NonFiniteError, match="start elsewhere"):
             optex.advise(self.base, regression_batches(24), lambda batch: objective(batch) * math.nan, **SHORT)
 
+    @pytest.mark.filterwarnings("error")
+    def test_a_loss_that_is_no_number_contradicts_no_declaration(self):
+        theta = nn.Parameter(torch.ones(3))
+        base = torch.optim.Adam([theta], lr=0.1)
+        with pytest.raises(optex.NonFiniteError, match="start elsewhere"):
+            optex.advise(base, [None], lambda _: (theta * math.nan).sum(), deterministic=True, quiet=True)
+
     def test_a_declaration_that_does_not_hold_is_said(self):
         def objective(_):
             return squared_error(self.model)(regression_batches(1)[0]) * torch.rand(())
