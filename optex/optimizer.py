@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from optex.checks import check_integer, check_kind, saved_entry
+from optex.checks import check_integer, saved_entry
 from optex.distributed import Ranks, lay_out
 from optex.errors import NonFiniteError, NonFiniteWarning, PlainStepWarning, warn
 from optex.estimators import CommitteeEstimator, Estimator, GradientHistory
@@ -25,9 +25,9 @@ from optex.round import (
     RoundReport,
     Rounds,
     WithinTolerance,
+    arguments,
     default_history_size,
 )
-from optex.round.arguments import check_choices, check_parts, check_stride, is_exact, published_parts
 from optex.round.stride import Stride
 from optex.sources import ClosureSource, GradientSource, ObjectiveSource
 from optex.stepping import Buffers, OptimizerWrapper, Stepper, check_base
@@ -130,8 +130,8 @@ class OptEx(OptimizerWrapper):
         self.parallelism = check_integer("OptEx", "parallelism", parallelism)
         size = default_history_size(parallelism) if history_size is None else history_size
         self.history_size = check_integer("OptEx", "history_size", size)
-        check_parts(base, estimator, acceptance, evaluator, scheduler, model)
-        check_choices(deterministic, gradient_hook, on_nonfinite)
+        arguments.check_parts(base, estimator, acceptance, evaluator, scheduler, model)
+        arguments.check_choices(deterministic, gradient_hook, on_nonfinite)
         self.scheduler = scheduler
         self.model = model
         self.deterministic = deterministic
@@ -145,8 +145,8 @@ class OptEx(OptimizerWrapper):
         super().__init__(base)
         evaluator = evaluator or SequentialEvaluator()
         acceptance = copy.deepcopy(acceptance) or WithinTolerance()
-        largest = check_stride(stride, acceptance)
-        self._flat = not is_exact(acceptance, parallelism, largest)
+        largest = arguments.check_stride(stride, acceptance)
+        self._flat = not arguments.is_exact(acceptance, parallelism, largest)
         stepper = self._lay_out(evaluator, self._trainable())
         predictor = self._predictor(copy.deepcopy(estimator) or CommitteeEstimator(), stepper)
         self._rounds = Rounds(
@@ -180,7 +180,9 @@ class OptEx(OptimizerWrapper):
         Raises:
             ValueError: a name is unknown, or ``evaluate="last"`` meets another selection.
         """
-        estimator, acceptance = published_parts(kernel, lengthscale, noise_variance, selection, evaluate)
+        estimator, acceptance = arguments.published_parts(
+            kernel, lengthscale, noise_variance, selection, evaluate
+        )
         return cls(
             base,
             parallelism=parallelism,
@@ -214,7 +216,7 @@ class OptEx(OptimizerWrapper):
 
     @evaluator.setter
     def evaluator(self, evaluator: Evaluator) -> None:
-        check_kind("OptEx", "evaluator", evaluator, Evaluator, "an optex.evaluators.Evaluator")
+        arguments.check_evaluator(self.base, evaluator)
         self._rounds.evaluator = evaluator
 
     @property
@@ -296,8 +298,7 @@ class OptEx(OptimizerWrapper):
             if not window:
                 self.gather()
                 return
-            given = isinstance(objective, GradientSource)
-            source = objective if given else ObjectiveSource(objective, self._is_deterministic)
+            source = arguments.source_of(self.base, objective, deterministic=self._is_deterministic)
             self.step(_RoundRequest(source, window))
             yield cast(RoundReport, self.last_report)
 

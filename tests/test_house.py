@@ -12,6 +12,7 @@ FLOORS = (
     ("small",),
     ("linalg",),
     ("vector_space",),
+    ("optimizers", "batching"),
     ("estimators", "stepping", "sources"),
     ("distributed",),
     ("evaluators",),

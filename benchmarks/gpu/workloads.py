@@ -49,6 +49,7 @@ WORKLOADS = {
     "deep-mlp": Workload("fashion-mnist", {"width": 32, "depth": 12}, 64, 400, 5),
     "fashion-mlp": Workload("fashion-mnist", {}, 64, 400, 5),
     "resnet-20": Workload("cifar10", {"model": "resnet", "depth": 20}, 64, 800, 10),
+    "resnet-20-small": Workload("cifar10", {"model": "resnet", "depth": 20, "width": 4}, 32, 240, 5),
     "shakespeare": Workload("shakespeare", {}, 16, 240, 5),
     "transformer-10m": Workload(
         "shakespeare", {"layers": 6, "heads": 6, "width": 384, "context": 256}, 64, 800, 10
@@ -65,6 +66,7 @@ QUICK = {  # the same kinds, tiny
     "deep-mlp": Workload("fashion-mnist", {"width": 8, "depth": 4, **_IMAGES}, 8, 12, 3),
     "fashion-mlp": Workload("fashion-mnist", {"width": 8, **_IMAGES}, 8, 12, 3),
     "resnet-20": Workload("cifar10", {"model": "resnet", "width": 2, "depth": 8, **_IMAGES}, 4, 6, 3),
+    "resnet-20-small": Workload("cifar10", {"model": "resnet", "width": 2, "depth": 8, **_IMAGES}, 4, 6, 3),
     "shakespeare": Workload("shakespeare", _TEXT, 4, 12, 3),
     "transformer-10m": Workload("shakespeare", {**_TEXT, "layers": 2, "width": 32}, 4, 6, 3),
     "burgers": Workload("burgers", {"width": 8, "depth": 2}, 32, 12, 3),

@@ -32,6 +32,8 @@ class EvaluationRequest:
         draws: n, the random numbers of each point's step.
         gradient_hook: changes a gradient in place, with the parameters at its point and it in their ``.grad``.
         buffers: what an evaluation changes beside the gradients; None where that is not known.
+        observe: called behind each backward pass, for what the base optimizer needs beside the gradient; an
+            evaluator that cannot (``observes`` is False) is never asked to.
     """
 
     source: GradientSource
@@ -41,6 +43,7 @@ class EvaluationRequest:
     draws: Sequence[RandomDraws]
     gradient_hook: Callable[[], Any] | None = None
     buffers: Buffers | None = None
+    observe: Callable[[], Any] | None = None
 
     def __len__(self) -> int:
         """Points."""
@@ -63,6 +66,7 @@ class Evaluation:
             where it knows none.
         buffers: per point, the request's buffers after its evaluation and those of the points before it; None
             where the evaluator leaves buffers alone.
+        observations: per point, what was observed there; None where nothing was asked for.
         retried: indices of points that got no answer at the first try.
         lost: those that got none at all. Never the first point.
     """
@@ -72,12 +76,20 @@ class Evaluation:
     masks: tuple[GradientMask, ...]
     noise_variance: Tensor | None = None
     buffers: tuple[list[Tensor], ...] | None = None
+    observations: tuple[Any, ...] | None = None
     retried: tuple[int, ...] = ()
     lost: tuple[int, ...] = ()
 
 
 class Evaluator(ABC):
-    """Computes the gradients of a request at once. Parameters and buffers after a call are those before it."""
+    """Computes the gradients of a request at once. Parameters and buffers after a call are those before it.
+
+    Attributes:
+        observes: backward passes run in this process and on the parameters themselves, so that a base optimizer
+            can read more off them than gradients (``optex.stepping.ObservesEvaluations``).
+    """
+
+    observes: bool = False
 
     @abstractmethod
     def evaluate(self, request: EvaluationRequest) -> Evaluation:
@@ -112,6 +124,7 @@ class WrappingEvaluator(Evaluator):
 
     def __init__(self, inner: Evaluator) -> None:
         self.inner = inner
+        self.observes = inner.observes
 
     def connect(self, parameters: Sequence[Tensor]) -> Ranks | None:
         return self.inner.connect(parameters)

@@ -32,6 +32,8 @@ class SequentialEvaluator(Evaluator):
             statistics of a model that is not known.
     """
 
+    observes = True
+
     def __init__(self) -> None:
         self._watched: list[Tensor] | None = None  # parameters of a model that was seen to update no statistics
 
@@ -40,7 +42,7 @@ class SequentialEvaluator(Evaluator):
         unknown = request.buffers is None and self._watched is not vector.parameters
         before, buffers_before = vector.read(), buffers.read()
         gradients = torch.empty_like(request.points)
-        losses, masks, after, noise = [], [], [], []
+        losses, masks, after, noise, observations = [], [], [], [], []
         try:
             with statistics_watched("OptEx", _REMEDY) if unknown else nullcontext():
                 for point, batch, drawn, row in zip(
@@ -51,6 +53,8 @@ class SequentialEvaluator(Evaluator):
                     torch.clear_autocast_cache()  # or a caller's autocast keeps the last point's weights
                     with torch.enable_grad(), drawn.replayed():
                         loss, variance = gradient_of(request.source, batch)
+                        if request.observe is not None:
+                            observations.append(request.observe())
                     _check_gradients(vector)
                     gradient, mask = vector.read_gradients()
                     row.copy_(gradient)
@@ -65,7 +69,14 @@ class SequentialEvaluator(Evaluator):
             vector.clear_gradients()
         if unknown:
             self._watched = vector.parameters
-        evaluation = Evaluation(torch.stack(losses), gradients, tuple(masks), stack_noise(noise), tuple(after))
+        evaluation = Evaluation(
+            torch.stack(losses),
+            gradients,
+            tuple(masks),
+            stack_noise(noise),
+            tuple(after),
+            None if request.observe is None else tuple(observations),
+        )
         return with_hook(request, evaluation)
 
 

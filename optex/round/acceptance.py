@@ -93,8 +93,10 @@ class _Selection(Acceptance):
         stepper = record.stepper
         if stepper.taken != chosen:
             stepper.rewind()
-            for gradient in record.drafted[:chosen]:
-                stepper.step(gradient)
+            with stepper.drafting():
+                for gradient in record.drafted[:chosen]:
+                    stepper.step(gradient)
+        stepper.recall(record.observations, chosen)
         stepper.step(record.gradients[chosen])
         return chosen + 1
 
@@ -276,6 +278,7 @@ class WithinTolerance(Acceptance):
         if stepper.taken > 1 and not space.finite(stepper.point[None])[0]:
             # A correction went wrong; step 0 is exact, whatever the estimator said.
             stepper.rewind()
+            stepper.recall(record.observations, 0)
             stepper.step(record.gradients[0])
         if len(record.positions) == 1 and record.predicted:
             self._length = float(space.norms([stepper.point - record.proxies[0]])[0]) / stepper.taken

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -14,8 +16,18 @@ from optex.estimators.kernels import Kernel
 from optex.evaluators import Evaluator
 from optex.round.acceptance import SELECTIONS, Acceptance, Last, LowestLoss, WithinTolerance
 from optex.round.stride import read_stride
+from optex.sources import GradientSource, ObjectiveSource
+from optex.stepping import ObservesEvaluations
 
-__all__ = ["check_choices", "check_parts", "check_stride", "is_exact", "published_parts"]
+__all__ = [
+    "check_choices",
+    "check_evaluator",
+    "check_parts",
+    "check_stride",
+    "is_exact",
+    "published_parts",
+    "source_of",
+]
 
 
 def published_parts(
@@ -46,7 +58,7 @@ def check_parts(
     """Refuse parts that are of another kind, or that do not go with the base optimizer."""
     check_kind("OptEx", "estimator", estimator, Estimator, "an optex.estimators.Estimator")
     check_kind("OptEx", "acceptance", acceptance, Acceptance, "an optex.Acceptance")
-    check_kind("OptEx", "evaluator", evaluator, Evaluator, "an optex.evaluators.Evaluator")
+    check_evaluator(base, evaluator)
     check_kind("OptEx", "scheduler", scheduler, LRScheduler, "a torch.optim.lr_scheduler.LRScheduler")
     check_kind("OptEx", "model", model, nn.Module, "the torch.nn.Module whose buffers follow the steps taken")
     if isinstance(scheduler, ReduceLROnPlateau):
@@ -56,6 +68,27 @@ def check_parts(
         )
     if isinstance(acceptance, LowestLoss) and any(group.get("maximize") for group in base.param_groups):
         raise ValueError("OptEx: acceptance keeps the lowest loss, but base was built with maximize=True")
+
+
+def check_evaluator(base: Optimizer, evaluator: Any) -> None:
+    """Refuse what is no evaluator, or one that cannot tell the base optimizer what its steps need."""
+    check_kind("OptEx", "evaluator", evaluator, Evaluator, "an optex.evaluators.Evaluator")
+    if evaluator is not None and isinstance(base, ObservesEvaluations) and not evaluator.observes:
+        raise ValueError(
+            f"OptEx: evaluator {type(evaluator).__name__} answers gradients alone, and {type(base).__name__} "
+            "needs more of a backward pass than that; pass evaluator=SequentialEvaluator(), or none"
+        )
+
+
+def source_of(
+    base: Optimizer, objective: Callable[[Any], Tensor] | GradientSource, *, deterministic: bool
+) -> GradientSource:
+    """The objective's gradients, with their graph where the base optimizer differentiates them again."""
+    given = isinstance(objective, GradientSource)
+    source = objective if given else ObjectiveSource(objective, deterministic)
+    if isinstance(source, ObjectiveSource) and isinstance(base, ObservesEvaluations) and base.needs_graph:
+        return replace(source, create_graph=True)
+    return source
 
 
 def check_stride(stride: Any, acceptance: Acceptance) -> float:

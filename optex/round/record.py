@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,6 +56,7 @@ class RoundRecord:
         usable: n flags: evaluated, loss and gradient finite, gradient plausible.
         mask: parameters that got a gradient at the first point evaluated.
         buffers_after: per point evaluated, the buffers behind it; None where there are none.
+        observations: per row, what the base optimizer observed there; None where it asked for nothing.
         retried, lost: indices of proxies whose evaluation was lost at first, and for good.
         gradient_seconds: wall time of the evaluations.
         failed: index of the step whose loss or gradient ended the round; None where that was not it.
@@ -95,6 +97,7 @@ class RoundRecord:
     usable: list[bool] = field(default_factory=list)
     mask: GradientMask = field(init=False)
     buffers_after: tuple[list[Tensor], ...] | None = None
+    observations: list[Any] | None = None
     retried: tuple[int, ...] = ()
     lost: tuple[int, ...] = ()
     gradient_seconds: float = 0.0

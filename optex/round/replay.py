@@ -43,7 +43,8 @@ class Vectors:
     def __init__(self, record: RoundRecord) -> None:
         self._record = record
         self._before = record.proxies[0]
-        record.stepper.step(record.gradients[0])
+        self._row = 0  # that the next measured step uses
+        self.step(record.gradients[0], measured=True)
 
     def lengths(self, rows: list[int]) -> tuple[float, list[float]]:
         here, record = self._record.stepper.point, self._record
@@ -54,6 +55,7 @@ class Vectors:
 
     def corrected(self, row: int, gap: float) -> Tensor:
         record, gradient = self._record, self._record.gradients[row]
+        self._row = row
         if record.posterior is None or not gap > 0:
             return gradient
         here = record.posterior.locate(self._before[None])
@@ -75,6 +77,8 @@ class Vectors:
 
     def step(self, gradient: Tensor, *, measured: bool) -> None:
         stepper = self._record.stepper
+        if measured:
+            stepper.recall(self._record.observations, self._row)
         with nullcontext() if measured else stepper.drafting():
             stepper.step(gradient)
 

@@ -201,6 +201,7 @@ class Rounds(RunState):
             [step.draws for step in steps],
             self.gradient_hook,
             record.buffers,
+            self.stepper.observe,
         )
         evaluation = self._verified(request) if verify else self.evaluator.evaluate(request)
         record.gradient_seconds = time.perf_counter() - started
@@ -217,6 +218,8 @@ class Rounds(RunState):
         record.usable = _spread((finite & plausible).tolist(), chosen, count, False)
         record.noise_variance = _spread(_noise(record.source, evaluation), chosen, count, 0.0)
         record.losses, record.gradients = evaluation.losses, evaluation.gradients
+        if evaluation.observations is not None:
+            record.observations = _spread(evaluation.observations, chosen, count, None)
         if len(chosen) < count:
             record.losses = evaluation.losses.new_full((count,), torch.nan)
             record.losses[chosen.start : chosen.stop] = evaluation.losses
@@ -413,7 +416,7 @@ def _noise(source: GradientSource, evaluation: Evaluation) -> list[float]:
     return evaluation.noise_variance.tolist()
 
 
-def _spread(values: list[Any], chosen: range, count: int, otherwise: Any) -> list[Any]:
+def _spread(values: Sequence[Any], chosen: range, count: int, otherwise: Any) -> list[Any]:
     result = [otherwise] * count
     result[chosen.start : chosen.stop] = values
     return result

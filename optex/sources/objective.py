@@ -21,10 +21,12 @@ class ObjectiveSource(GradientSource):
     Args:
         objective: the scalar loss of a batch at the parameters' present values, without backward.
         deterministic: it answers the same whenever it is asked at a point, whatever the batch.
+        create_graph: keep the graph of the gradient, for optimizers that differentiate it again.
     """
 
     objective: Callable[[Any], Tensor]
     deterministic: bool = False
+    create_graph: bool = False
     module: nn.Module | None = field(init=False, default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -38,7 +40,7 @@ class ObjectiveSource(GradientSource):
                 "objective: the loss does not depend on any parameter through autograd; compute it from the "
                 "model's output, without .item(), .detach() or torch.no_grad()"
             )
-        loss.backward()
+        loss.backward(create_graph=self.create_graph)
         return loss.detach(), None
 
 

@@ -3,9 +3,11 @@
 from optex.stepping.bases import (
     COUNTERS,
     ELEMENTWISE,
+    MODEL_OPTIMIZERS,
     OPTIMIZERS,
     base_optimizer,
     check_base,
+    check_name,
     check_settings,
     default_rate,
 )
@@ -13,12 +15,13 @@ from optex.stepping.flat import FlatStepper
 from optex.stepping.linear import LinearRule
 from optex.stepping.parameters import Buffers, GradientMask, ParameterVector
 from optex.stepping.snapshot import Attributes, Hyperparameters, Snapshot
-from optex.stepping.stepper import FreezesWhileDrafting, Stepper
+from optex.stepping.stepper import FreezesWhileDrafting, ObservesEvaluations, Stepper
 from optex.stepping.wrapper import OptimizerWrapper
 
 __all__ = [
     "COUNTERS",
     "ELEMENTWISE",
+    "MODEL_OPTIMIZERS",
     "OPTIMIZERS",
     "Attributes",
     "Buffers",
@@ -27,12 +30,14 @@ __all__ = [
     "GradientMask",
     "Hyperparameters",
     "LinearRule",
+    "ObservesEvaluations",
     "OptimizerWrapper",
     "ParameterVector",
     "Snapshot",
     "Stepper",
     "base_optimizer",
     "check_base",
+    "check_name",
     "check_settings",
     "default_rate",
 ]

@@ -8,16 +8,18 @@ from functools import partial
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 __all__ = [
     "COUNTERS",
     "ELEMENTWISE",
+    "MODEL_OPTIMIZERS",
     "OPTIMIZERS",
     "REFUSED",
     "base_optimizer",
     "check_base",
+    "check_name",
     "check_settings",
     "default_rate",
 ]
@@ -40,6 +42,9 @@ OPTIMIZERS: Final[dict[str, Callable[..., Optimizer]]] = {
 }
 if hasattr(torch.optim, "Muon"):  # torch 2.9 and later; two-dimensional parameters only
     OPTIMIZERS["muon"] = torch.optim.Muon
+
+# Of a module, whose layers they have to know: made from that, not from its parameters.
+MODEL_OPTIMIZERS: Final[dict[str, Callable[..., Optimizer]]] = {}
 
 # Steps every coordinate by itself, so that a slice of the parameters can be stepped alone.
 ELEMENTWISE: Final[frozenset[type[Optimizer]]] = frozenset(
@@ -68,15 +73,34 @@ REFUSED: Final[dict[type[Optimizer], str]] = {
 }
 
 
-def base_optimizer(name: str, parameters: Iterable[Tensor], **settings: Any) -> Optimizer:
-    """The optimizer of that name (a key of ``OPTIMIZERS``) with torch's defaults but for ``settings``.
+def base_optimizer(name: str, of: nn.Module | Iterable[Tensor], **settings: Any) -> Optimizer:
+    """The optimizer of that name with its own defaults but for ``settings``.
+
+    Args:
+        name: a key of ``OPTIMIZERS`` or ``MODEL_OPTIMIZERS``.
+        of: a module, or its parameters; those of ``MODEL_OPTIMIZERS`` need the module.
+        settings: keywords of the optimizer.
 
     Raises:
-        ValueError: the name is unknown.
+        ValueError: the name is unknown, or the optimizer needs a module and there is none.
     """
-    if name not in OPTIMIZERS:
-        raise ValueError(f"optimizer: {name!r} is not one of {', '.join(OPTIMIZERS)}")
-    return OPTIMIZERS[name](parameters, **settings)
+    check_name(name)
+    if name in OPTIMIZERS:
+        return OPTIMIZERS[name](of.parameters() if isinstance(of, nn.Module) else of, **settings)
+    if not isinstance(of, nn.Module):
+        raise ValueError(f"optimizer: {name} has to know the layers; hand it a torch.nn.Module")
+    return MODEL_OPTIMIZERS[name](of, **settings)
+
+
+def check_name(name: str) -> None:
+    """Refuse what is no optimizer's name.
+
+    Raises:
+        ValueError: it is neither in ``OPTIMIZERS`` nor in ``MODEL_OPTIMIZERS``.
+    """
+    known = (*OPTIMIZERS, *MODEL_OPTIMIZERS)
+    if name not in known:
+        raise ValueError(f"optimizer: {name!r} is not one of {', '.join(known)}")
 
 
 _RATES: Final[dict[str, float]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,7 +16,7 @@ from optex.stepping.linear import LinearRule
 from optex.stepping.parameters import GradientMask, ParameterVector
 from optex.stepping.snapshot import Snapshot
 
-__all__ = ["FreezesWhileDrafting", "Stepper"]
+__all__ = ["FreezesWhileDrafting", "ObservesEvaluations", "Stepper"]
 
 
 @runtime_checkable
@@ -29,6 +29,29 @@ class FreezesWhileDrafting(Protocol):
 
     def drafting(self) -> AbstractContextManager[None]:
         """Freeze that state until the context is left."""
+        ...
+
+
+@runtime_checkable
+class ObservesEvaluations(Protocol):
+    """A base optimizer whose steps need more of an evaluation than its gradient.
+
+    A product with the Hessian, what went into a layer and what came back: it is read off right after the
+    backward pass, and handed back before the step that uses that evaluation's gradient. Steps on predictions
+    have no evaluation; such an optimizer is ``FreezesWhileDrafting``, too.
+
+    Attributes:
+        needs_graph: the backward pass has to be ``backward(create_graph=True)``.
+    """
+
+    needs_graph: bool
+
+    def observe(self) -> Any:
+        """What the evaluation that just ended left, taken away from it; the parameters' ``.grad`` are there."""
+        ...
+
+    def recall(self, observation: Any) -> None:
+        """The next step uses the gradient of the evaluation that this was observed in."""
         ...
 
 
@@ -48,6 +71,7 @@ class Stepper:
         self._base = base
         # Asked once: whether a protocol is kept takes longer to find out than a small step.
         self._freezing = base if isinstance(base, FreezesWhileDrafting) else None
+        self._observing = base if isinstance(base, ObservesEvaluations) else None
         self._scheduler = scheduler
         self.vector = vector
         self.mask: GradientMask = (True,) * len(vector.parameters)
@@ -80,6 +104,16 @@ class Stepper:
     def drafting(self) -> AbstractContextManager[None]:
         """Steps inside are taken on predictions alone: a base that freezes state for them does so."""
         return nullcontext() if self._freezing is None else self._freezing.drafting()
+
+    @property
+    def observe(self) -> Callable[[], Any] | None:
+        """What the base optimizer reads off every evaluation; None where gradients are all it needs."""
+        return None if self._observing is None else self._observing.observe
+
+    def recall(self, observations: Sequence[Any] | None, row: int) -> None:
+        """The next step uses the gradient of this row of an evaluation, and what was observed with it."""
+        if self._observing is not None and observations is not None:
+            self._observing.recall(observations[row])
 
     def step(
         self,

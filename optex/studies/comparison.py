@@ -18,7 +18,7 @@ import torch
 
 from optex.checks import check_integer
 from optex.round import read_stride
-from optex.stepping import OPTIMIZERS, base_optimizer, default_rate
+from optex.stepping import base_optimizer, check_name, default_rate
 from optex.studies.baselines import Setting, Trace, make_method
 from optex.studies.measures import VANILLA, Outcome, Spread, Summary, acceleration, rounds_to_level
 from optex.studies.problems import PROBLEMS, Problem, make_problem
@@ -55,7 +55,7 @@ class Comparison:
         problems: names of ``optex.studies.problems.PROBLEMS``.
         methods: names of ``optex.studies.baselines.METHODS``; vanilla, which the others are measured against,
             is added first where it is missing.
-        optimizer: name of the base optimizer, of ``optex.stepping.bases.OPTIMIZERS``.
+        optimizer: name of the base optimizer, as in ``optex list``.
         lr: its learning rate; None is ``default_rate(optimizer)``.
         parallelism: N.
         stride: of ``optex`` and ``optex-alone``: ``"auto"``, the largest, or 1 for none.
@@ -101,8 +101,7 @@ class Comparison:
             self._check_option(option)
         for name in self.methods:
             make_method(name)
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer: {self.optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
+        check_name(self.optimizer)
         if self.lr is None:
             object.__setattr__(self, "lr", default_rate(self.optimizer))
         if not 0 < self.learning_rate < math.inf:
@@ -140,11 +139,11 @@ class Comparison:
     def setting(self, method: str) -> Setting:
         """What a method runs with."""
 
-        def base(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-            return base_optimizer(self.optimizer, parameters, lr=self.learning_rate)
+        def base(problem: Problem) -> torch.optim.Optimizer:
+            return base_optimizer(self.optimizer, problem, lr=self.learning_rate)
 
         rounds = self.rounds * self.reach if method == VANILLA else self.rounds
-        return Setting(base, self.parallelism, self.history_size, rounds, self.stride)
+        return Setting(base, self.parallelism, self.history_size, rounds, self.stride, of_module=True)
 
     def check(self) -> None:
         """Build every problem and base optimizer once, so that no mistake shows up after hours of runs.

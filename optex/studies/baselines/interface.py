@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
-import torch
 from torch.optim import Optimizer
 
 from optex.errors import NonFiniteError, NotPositiveDefiniteError
@@ -17,7 +16,7 @@ from optex.studies.problems import Problem
 
 __all__ = ["BaseFactory", "Method", "Recorder", "Setting", "Trace"]
 
-BaseFactory = Callable[[Iterable[torch.nn.Parameter]], Optimizer]
+BaseFactory = Callable[[Any], Optimizer]
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,7 @@ class Setting:
         history_size: T0, pairs to predict from, at least 1; None is each method's own default.
         rounds: how many to run, at least 1.
         stride: of ``optex`` and ``optex-alone``, as in ``OptEx``.
+        of_module: ``base`` is handed the whole problem, a module, for optimizers that have to know its layers.
     """
 
     base: BaseFactory
@@ -37,10 +37,11 @@ class Setting:
     history_size: int | None
     rounds: int
     stride: float | Literal["auto"] = "auto"
+    of_module: bool = False
 
     def base_optimizer(self, problem: Problem) -> Optimizer:
         """A new base optimizer of the problem's parameters."""
-        return self.base(problem.parameters())
+        return self.base(problem if self.of_module else problem.parameters())
 
 
 @dataclass(frozen=True)

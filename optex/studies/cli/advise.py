@@ -13,7 +13,7 @@ import typer
 
 import optex
 from optex.checks import check_integer
-from optex.stepping import OPTIMIZERS, base_optimizer, default_rate
+from optex.stepping import base_optimizer, check_name, default_rate
 from optex.studies.cli.app import app, make_folder, refuse
 from optex.studies.cli.compare import read_settings
 from optex.studies.problems import Problem, make_problem
@@ -96,9 +96,8 @@ def advise(
 def _base(start: Problem, optimizer: str, lr: float | None) -> torch.optim.Optimizer:
     if lr is not None and not 0 < lr < math.inf:
         raise ValueError(f"lr: must be positive and finite, got {lr}")
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer: {optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
+    check_name(optimizer)
     try:
-        return base_optimizer(optimizer, start.parameters(), lr=default_rate(optimizer) if lr is None else lr)
+        return base_optimizer(optimizer, start, lr=default_rate(optimizer) if lr is None else lr)
     except (TypeError, ValueError) as error:
         raise ValueError(f"optimizer: {optimizer} cannot optimise {start.name}: {error}") from error

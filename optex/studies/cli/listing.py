@@ -7,8 +7,7 @@ from functools import partial
 
 from rich.console import Console
 
-from optex.stepping import default_rate
-from optex.stepping.bases import OPTIMIZERS
+from optex.stepping import MODEL_OPTIMIZERS, OPTIMIZERS, default_rate
 from optex.studies.baselines import METHODS
 from optex.studies.cli.app import app
 from optex.studies.problems import PROBLEMS, ProblemEntry
@@ -24,7 +23,7 @@ def list_names() -> None:
     groups = {
         "problems": {name: _problem_lines(entry) for name, entry in PROBLEMS.items()},
         "methods": {name: entry.description for name, entry in METHODS.items()},
-        "optimizers": {name: _optimizer_line(name) for name in OPTIMIZERS},
+        "optimizers": {name: _optimizer_line(name) for name in (*OPTIMIZERS, *MODEL_OPTIMIZERS)},
     }
     for i, (title, group) in enumerate(groups.items()):
         console.print(("\n" if i else "") + title, style="bold")
@@ -47,8 +46,10 @@ def _problem_lines(entry: ProblemEntry) -> str:
 
 
 def _optimizer_line(name: str) -> str:
-    factory = OPTIMIZERS[name]
-    made = factory.func if isinstance(factory, partial) else factory
+    factory = {**OPTIMIZERS, **MODEL_OPTIMIZERS}[name]
     settings = factory.keywords if isinstance(factory, partial) else {}
+    made = factory.func if isinstance(factory, partial) else factory
+    made = getattr(made, "__self__", made)  # a class method makes its class
+    home = "torch.optim" if made.__module__.startswith("torch.") else "optex.optimizers"
     inside = ", ".join(f"{key}={value}" for key, value in settings.items())
-    return f"lr {default_rate(name):<4g}  torch.optim.{made.__name__}" + f"({inside})" * bool(inside)
+    return f"lr {default_rate(name):<4g}  {home}.{made.__name__}" + f"({inside})" * bool(inside)

@@ -1,0 +1,28 @@
+"""What each paper of the family is held to; benchmarks/family.py runs these files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Check"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A number to be reproduced, or contradicted with evidence.
+
+    Attributes:
+        name: what is measured, as the table's row has it.
+        asked: what it has to be, in words, and by whom it was published or derived.
+        run: measures; the figure in words, and whether it is as asked.
+    """
+
+    name: str
+    asked: str
+    run: Callable[[], tuple[str, bool]]
+
+    def described(self) -> dict[str, Any]:
+        """What of it is written down."""
+        return {"name": self.name, "asked": self.asked}

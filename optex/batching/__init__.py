@@ -1,0 +1,1 @@
+"""The family's batch sizes: rules that set how many samples a gradient gets."""

@@ -1,0 +1,158 @@
+"""What all step rules of the family have in common: torch's contract, and what is refused before a step."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from optex.errors import NonFiniteError
+
+__all__ = ["StepRule", "check_number"]
+
+
+def check_number(
+    owner: str,
+    name: str,
+    value: Any,
+    *,
+    least: float = 0.0,
+    most: float = math.inf,
+    open_below: bool = False,
+    open_above: bool = False,
+) -> float:
+    """The value as a float.
+
+    Args:
+        owner: the class, for the message.
+        name: of the argument.
+        value: what came; a tensor of one number passes, booleans and NaN do not.
+        least, most: the range; infinity never passes.
+        open_below, open_above: its ends do not belong to it.
+
+    Raises:
+        ValueError: it is no number in this range.
+
+    >>> check_number("NAG", "lr", 0.1, open_below=True)
+    0.1
+    """
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    scalar = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+    number = float(value) if plain or scalar else math.nan
+    inside = (number > least if open_below else number >= least) and (
+        number < most if open_above else number <= most
+    )
+    if not (inside and math.isfinite(number)):
+        below = f"{'above' if open_below else 'at least'} {least:g}"
+        above = "" if most == math.inf else f" and {'below' if open_above else 'at most'} {most:g}"
+        raise ValueError(f"{owner}: {name} must be a finite number {below}{above}, got {value!r}")
+    return number
+
+
+class StepRule(Optimizer):
+    """A step rule of the family: a ``torch.optim.Optimizer`` whose steps happen whole or not at all.
+
+    A step collects the gradients of all groups and refuses what it cannot use, before anything changes; a
+    subclass says in ``_update`` how a group's parameters and state move.
+    """
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, with the defaults for what it does not set.
+
+        Raises:
+            ValueError, TypeError: a setting is out of range, or a parameter complex; no group was added.
+        """
+        super().add_param_group(param_group)
+        try:
+            if any(p.is_complex() for p in self.param_groups[-1]["params"]):
+                raise TypeError(
+                    f"{type(self).__name__}: complex parameters; optimise torch.view_as_real(parameter) instead"
+                )
+            self._check(self.param_groups[-1])
+        except BaseException:
+            self.param_groups.pop()
+            raise
+
+    @abstractmethod
+    def _check(self, group: dict[str, Any]) -> None:
+        """Refuse a group's settings that are out of range, in the name of the argument."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step.
+
+        Args:
+            closure: clears the gradients, backpropagates, returns the loss; called once.
+
+        Returns:
+            What the closure returned; None without one.
+
+        Raises:
+            NonFiniteError: a gradient is NaN or infinite; the message names its parameter. Parameters and state
+                are as before.
+            TypeError: a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found = [(group, *self._gradients(i, group)) for i, group in enumerate(self.param_groups)]
+        self._prepare([(group, parameters, gradients) for group, parameters, gradients in found if parameters])
+        for group, parameters, gradients in found:
+            if parameters:
+                self._update(group, parameters, gradients)
+        return loss
+
+    def _prepare(self, groups: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]]) -> None:
+        """What a step needs of all groups together, such as a norm over all of them; nothing by default."""
+
+    @abstractmethod
+    def _update(
+        self,
+        group: dict[str, Any],
+        parameters: list[Tensor],
+        gradients: list[Tensor],  # of the parameters' shapes; not to be changed
+    ) -> None:
+        """Move a group's parameters and state; gradients are those of what is to be minimised."""
+
+    def _gradients(self, number: int, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+        """A group's parameters that have a gradient, and these gradients, negated where it maximises."""
+        owner = type(self).__name__
+        parameters = [p for p in group["params"] if p.grad is not None]
+        for p in parameters:
+            if p.grad.is_sparse:
+                raise TypeError(
+                    f"{owner}: a gradient is sparse, and steps need dense ones; build the embedding with "
+                    "sparse=False"
+                )
+        gradients = [p.grad.detach() for p in parameters]
+        if gradients and not torch.compiler.is_compiling():
+            self._check_finite(number, group, parameters, gradients)
+        if group.get("maximize"):
+            gradients = list(torch._foreach_neg(gradients))
+        return parameters, gradients
+
+    def _check_finite(
+        self, number: int, group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor]
+    ) -> None:
+        # One number is read back for all gradients; the largest entry, as a sum of squares may overflow.
+        largest = torch.stack([n.float() for n in torch._foreach_norm(gradients, math.inf)])
+        if bool(largest.isfinite().all()):
+            return
+        position = int((~largest.isfinite()).nonzero()[0])
+        names = group.get("param_names")
+        shape = tuple(parameters[position].shape)
+        which = f"{names[_place(group, parameters[position])]!r}" if names else f"{position}"
+        raise NonFiniteError(
+            f"{type(self).__name__}: the gradient of parameter {which} {shape} of group {number} is not "
+            "finite; parameters and state are those of before the step. Check the batch, or lower the rate"
+        )
+
+
+def _place(group: dict[str, Any], parameter: Tensor) -> int:
+    return next(i for i, p in enumerate(group["params"]) if p is parameter)
