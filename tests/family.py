@@ -1,4 +1,4 @@
-"""The family's optimizers, declared once: tests/test_family_optimizers.py runs its suite over this table.
+"""The family, declared once: tests/test_family_*.py run their suites over these tables.
 
 A row is a paper's method with one setting. A paper's own file of tests has what only that paper promises.
 """
@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
-__all__ = ["FAMILY", "Member"]
+from optex import GradientSource
+
+__all__ = ["FAMILY", "SOURCES", "Member", "SourceRow"]
 
 
 @dataclass(frozen=True)
@@ -35,3 +38,28 @@ class Member:
 
 
 FAMILY: dict[str, Member] = {}
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """A source as the suite drives it.
+
+    Attributes:
+        make: builds everything anew, from the same seeds: the source, the parameters that are optimised, and
+            ``count -> batches`` (None for each where it needs none).
+        lr: of SGD, at which the objective falls.
+        exact: the gradient that the source estimates, one tensor a parameter, given what ``make`` made; None
+            where there is no closed form.
+        tolerance: relative error of the mean of so many ``answers`` against it.
+        pickles: can be sent to worker processes.
+    """
+
+    make: Callable[[], tuple[GradientSource, list[torch.Tensor], Callable[[int], list]]]
+    lr: float = 0.05
+    exact: Callable[[GradientSource, list[torch.Tensor]], list[torch.Tensor]] | None = None
+    tolerance: float = 1e-6
+    answers: int = 1
+    pickles: bool = True
+
+
+SOURCES: dict[str, SourceRow] = {}

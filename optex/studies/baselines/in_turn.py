@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 
-from optex.stepping import ObservesEvaluations
+from optex.round.arguments import source_of
 from optex.studies.baselines.interface import Recorder, Setting, Trace
 from optex.studies.problems import Problem
 
@@ -23,14 +23,14 @@ def target(problem: Problem, setting: Setting) -> Trace:
 
 def _in_turn(problem: Problem, setting: Setting, steps: int) -> Trace:
     base = setting.base_optimizer(problem)
-    create_graph = isinstance(base, ObservesEvaluations) and base.needs_graph
+    source = source_of(base, problem.source(), deterministic=problem.deterministic)
     lr = base.param_groups[0]["lr"]
     with Recorder(problem, setting.rounds) as recorder:
         batches = problem.batches()
         while not recorder.done:
             for batch in islice(batches, steps):
                 base.zero_grad()
-                problem(batch).backward(create_graph=create_graph)
+                source.gradient(batch)
                 base.step()
             recorder.round(gradients=steps, accepted=steps)
     return recorder.trace(lr)

@@ -51,7 +51,7 @@ class _RecordingClosure:
 
     def __init__(self, problem: Problem, optimizer: torch.optim.LBFGS, recorder: Recorder) -> None:
         self.batch: object = None
-        self._problem = problem
+        self._source = problem.source()
         self._optimizer = optimizer
         self._recorder = recorder
         self._evaluated = False
@@ -67,6 +67,4 @@ class _RecordingClosure:
         self._evaluated = True
         self._optimizer.zero_grad()
         with torch.enable_grad():
-            loss = self._problem(self.batch)
-        loss.backward()
-        return loss
+            return self._source.gradient(self.batch)[0]

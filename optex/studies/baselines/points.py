@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor
 
 from optex.evaluators import Evaluation, EvaluationRequest, RandomDraws, SequentialEvaluator
-from optex.sources import ObjectiveSource
 from optex.stepping import Buffers, ParameterVector
 from optex.studies.problems import Problem
 
@@ -24,7 +23,7 @@ class Points:
     """
 
     def __init__(self, problem: Problem, vector: ParameterVector) -> None:
-        self._source, self._vector = ObjectiveSource(problem), vector
+        self._source, self._vector = problem.source(), vector
         self._buffers, self._evaluator = Buffers.of(problem), SequentialEvaluator()
         self._after: Sequence[list[Tensor]] | None = None
 

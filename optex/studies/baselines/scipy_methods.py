@@ -77,7 +77,7 @@ class _Evaluation:
     """
 
     def __init__(self, problem: Problem, recorder: Recorder) -> None:
-        self._problem, self._recorder = problem, recorder
+        self._source, self._recorder = problem.source(), recorder
         self._vector = ParameterVector(problem.parameters())
         self._evaluated = False
         self._iterations = 0
@@ -99,11 +99,12 @@ class _Evaluation:
         if self._recorder.done:
             raise _RoundsUsedUpError
         self._evaluated = True
+        self._vector.clear_gradients()
         with torch.enable_grad():
-            loss = self._problem(None)
-        gradients = torch.autograd.grad(loss, list(self._vector.parameters))
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients]).double().numpy()
-        value = float(loss.detach())
+            loss, _ = self._source.gradient(None)
+        flat = self._vector.read_gradients()[0].double().numpy()
+        self._vector.clear_gradients()
+        value = float(loss)
         if value < self._lowest:
             self._lowest, self.best = value, x.copy()
         return value, flat

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from optex.checks import check_integer
-from optex.sources import ObjectiveSource
+from optex.sources import GradientSource, ObjectiveSource
 
 __all__ = ["Problem", "seeded_generator"]
 
@@ -61,8 +61,8 @@ class Problem(nn.Module, ABC):
     def reset(self) -> None:
         """Put the parameters back to the start, bit for bit."""
 
-    def source(self) -> ObjectiveSource:
-        """Its gradients, declared deterministic where they are."""
+    def source(self) -> GradientSource:
+        """Its gradients, declared deterministic where they are; of a problem without, whatever stands in."""
         return ObjectiveSource(self, self.deterministic)
 
     def between_rounds(self) -> None:
