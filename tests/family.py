@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from torch import nn
 from torch.optim import Optimizer
 
+from optex.optimizers import SCALE
+
 __all__ = ["FAMILY", "Member"]
 
 
@@ -34,4 +36,9 @@ class Member:
     compiles: bool = True
 
 
-FAMILY: dict[str, Member] = {}
+FAMILY: dict[str, Member] = {
+    "scale": Member(
+        make=lambda model: SCALE.of(model, lr=0.02),
+        make_groups=lambda groups: SCALE(groups, lr=0.02, role="last"),
+    ),
+}
