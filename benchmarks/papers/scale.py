@@ -97,10 +97,10 @@ def expected_loss(model: Network) -> float:
 
 METHODS: dict[str, tuple[Callable[[nn.Module, float], Optimizer], tuple[float, ...]]] = {
     "SCALE": (SCALE.of, (0.01, 0.03, 0.1)),
-    "no momentum": (lambda model, lr: SCALE.of(model, lr, momentum=0), (0.01, 0.03, 0.1)),
+    "no momentum": (lambda model, lr: SCALE.of(model, lr, momentum=0), (0.03, 0.1, 0.3)),
     "Adam": (lambda model, lr: torch.optim.Adam(model.parameters(), lr), (0.01, 0.03, 0.1)),
-    "SGD": (lambda model, lr: torch.optim.SGD(model.parameters(), lr), (1.0, 2.0, 4.0)),
-    "SGD, momentum 0.9": (lambda m, lr: torch.optim.SGD(m.parameters(), lr, momentum=0.9), (0.6, 1.2, 2.4)),
+    "SGD": (lambda model, lr: torch.optim.SGD(model.parameters(), lr), (2.0, 3.0, 4.0)),
+    "SGD, momentum 0.9": (lambda m, lr: torch.optim.SGD(m.parameters(), lr, momentum=0.9), (1.2, 1.8, 2.4)),
 }
 STYLES = {
     "SCALE": ("#d55e00", "-"),
