@@ -364,7 +364,8 @@ def draw(found: dict[str, Any]) -> Figure:
         xlabel="step", ylabel="expected loss − entropy rate (nats)", yscale="log", title="each at its best rate"
     )
     right.set(xlabel="peak learning rate", xscale="log", title="after the last step; lost runs are left out")
-    left.legend(fontsize=8)
+    # Beside the lines: there is room above the ends.
+    right.legend(*left.get_legend_handles_labels(), fontsize=8, loc="upper right")
     for panel in (left, right):
         panel.grid(alpha=0.3, which="both", linewidth=0.5)
     figure.suptitle("Markov language of 512 symbols, 1,000 steps")
