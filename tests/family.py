@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from optex import GradientSource
+from optex.optimizers import SCALE
 
 __all__ = ["FAMILY", "SOURCES", "Member", "SourceRow"]
 
@@ -37,7 +38,12 @@ class Member:
     compiles: bool = True
 
 
-FAMILY: dict[str, Member] = {}
+FAMILY: dict[str, Member] = {
+    "scale": Member(
+        make=lambda model: SCALE.of(model, lr=0.02),
+        make_groups=lambda groups: SCALE(groups, lr=0.02, role="last"),
+    ),
+}
 
 
 @dataclass(frozen=True)

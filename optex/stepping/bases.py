@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from optex.optimizers import SCALE
+
 __all__ = [
     "COUNTERS",
     "ELEMENTWISE",
@@ -44,7 +46,9 @@ if hasattr(torch.optim, "Muon"):  # torch 2.9 and later; two-dimensional paramet
     OPTIMIZERS["muon"] = torch.optim.Muon
 
 # Of a module, whose layers they have to know: made from that, not from its parameters.
-MODEL_OPTIMIZERS: Final[dict[str, Callable[..., Optimizer]]] = {}
+MODEL_OPTIMIZERS: Final[dict[str, Callable[..., Optimizer]]] = {
+    "scale": SCALE.of,
+}
 
 # Steps every coordinate by itself, so that a slice of the parameters can be stepped alone.
 ELEMENTWISE: Final[frozenset[type[Optimizer]]] = frozenset(
