@@ -1,5 +1,30 @@
 """The family's step rules: ``torch.optim.Optimizer``s, one paper a file."""
 
+from optex.optimizers.gns import (
+    GNS,
+    Curvature,
+    DenseCurvature,
+    Metric,
+    NoCurvature,
+    ProductCurvature,
+    RankOneCurvature,
+    WindowCurvature,
+    power_fisher,
+    power_gauss_newton,
+)
 from optex.optimizers.step_rule import StepRule, check_number
 
-__all__ = ["StepRule", "check_number"]
+__all__ = [
+    "GNS",
+    "Curvature",
+    "DenseCurvature",
+    "Metric",
+    "NoCurvature",
+    "ProductCurvature",
+    "RankOneCurvature",
+    "StepRule",
+    "WindowCurvature",
+    "check_number",
+    "power_fisher",
+    "power_gauss_newton",
+]
