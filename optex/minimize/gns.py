@@ -56,7 +56,7 @@ def minimize_gns(
     least_smoothness: float = 1e-9,
     eps: float = 1e-8,
     trials: int = 41,
-    cg_tolerance: float = 1e-6,
+    cg_tolerance: float = 0.1,
     cg_iterations: int = 200,
     parallelism: int | None = None,
     evaluator: Evaluator | Literal["sequential", "vectorized"] | None = None,

@@ -47,9 +47,7 @@ class Second:
                 f"optex.optimizers.Curvature, got {curvature!r}"
             )
         if curvature != "exact" and not (hess is hessp is None):
-            raise ValueError(
-                "minimize_gns: curvature and hess or hessp both say what H is; leave one out"
-            )
+            raise ValueError("minimize_gns: curvature and hess or hessp both say what H is; leave one out")
         if curvature == "exact" and jac is not None and hess is hessp is None:
             raise ValueError(
                 "minimize_gns: there is no Hessian: pass hess=, hessp=, a function as curvature=, or "
@@ -93,8 +91,10 @@ class Second:
         values: Tensor,  # [d]
     ) -> Any:  # [...]
         """A copy in the form that ``fun`` gets points in."""
-        return values.reshape(self._form.shape).to(self._form.dtype, copy=True) if self._torch else (
-            self._form.present(values)
+        return (
+            values.reshape(self._form.shape).to(self._form.dtype, copy=True)
+            if self._torch
+            else (self._form.present(values))
         )
 
     def _told(self, answer: Any) -> Curvature:
@@ -140,7 +140,5 @@ def _numbers(value: Any, name: str, count: int) -> Tensor:
             "products of a sparse matrix can be handed over as hessp"
         )
     if answer.numel() != count:
-        raise ValueError(
-            f"minimize_gns: {name} must return {count} numbers, got shape {tuple(answer.shape)}"
-        )
+        raise ValueError(f"minimize_gns: {name} must return {count} numbers, got shape {tuple(answer.shape)}")
     return answer

@@ -81,7 +81,7 @@ class GNS(Optimizer):
         least_smoothness: float = 1e-9,
         eps: float = 1e-8,
         trials: int = 41,
-        cg_tolerance: float = 1e-6,
+        cg_tolerance: float = 0.1,
         cg_iterations: int = 200,
     ) -> None:
         if not (callable(curvature) or curvature in _NAMED):
@@ -220,6 +220,11 @@ class GNS(Optimizer):
         if self._curvature == "none":
             return NoCurvature()
         if self._curvature == "exact":
+            if not any(g is not None and g.requires_grad for g in gradients):
+                raise ValueError(
+                    "GNS: the gradient does not depend on the parameters as far as autograd sees, so there is no "
+                    "Hessian; use curvature='none', or a function that returns a Curvature"
+                )
             return ProductCurvature(hessian_product(gradients, parameters), **limits)
         if self._curvature == "gauss-newton":
             assert outputs is not None
@@ -260,11 +265,6 @@ class GNS(Optimizer):
                     f"GNS: the closure backpropagated, and curvature {self._curvature!r} needs the graph; leave "
                     "backward() out of the closure" + (", or call backward(create_graph=True)" if exact else "")
                 )
-        if exact and not any(g is not None and g.requires_grad for g in gradients):
-            raise ValueError(
-                "GNS: the gradient does not depend on the parameters as far as autograd sees, so there is no "
-                "Hessian; use curvature='none', or a function that returns a Curvature"
-            )
         if any(g is not None and g.layout is not torch.strided for g in gradients):
             raise TypeError(
                 "GNS: a gradient is sparse, and steps need dense ones; build the embedding with sparse=False"

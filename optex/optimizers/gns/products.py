@@ -35,7 +35,8 @@ class ProductCurvature(Curvature):
 
     Args:
         product: v [d] to H v [d].
-        tolerance: of the residual, relative to r, in the dual norm.
+        tolerance: of the residual, relative to r, in the dual norm. The default takes as many iterations of the
+            method as an exact solve or a few more, with half the products.
         iterations: products at most for one r; then the iterate of that many is the answer, a descent direction
             nonetheless. Memory is so many vectors, twice that with a metric.
 
@@ -49,13 +50,13 @@ class ProductCurvature(Curvature):
     Lucidi, Roma, Toint, SIAM Journal on Optimization 9 (1999) 504-525, section 5.
 
     >>> matrix = torch.diag(torch.tensor([1.0, 3.0]))
-    >>> curvature = ProductCurvature(lambda v: matrix @ v)
+    >>> curvature = ProductCurvature(lambda v: matrix @ v, tolerance=1e-6)
     >>> curvature.solve(1.0, torch.tensor([2.0, 4.0])).round(decimals=4), curvature.products
     (tensor([1., 1.]), 2)
     """
 
     def __init__(
-        self, product: Callable[[Tensor], Tensor], *, tolerance: float = 1e-6, iterations: int = 200
+        self, product: Callable[[Tensor], Tensor], *, tolerance: float = 0.1, iterations: int = 200
     ) -> None:
         self._product = product
         self._tolerance = check_number("ProductCurvature", "tolerance", tolerance, most=1.0, open_above=True)
