@@ -66,7 +66,7 @@ def minimize_gns(
     gtol: float = 1e-5,
     disp: bool = False,
 ) -> OptimizeResult:
-    """Minimise by Newton's method regularised by the gradient's norm over γ, the gradient-normalized smoothness.
+    """Newton's method regularised by the gradient's norm over γ, the gradient-normalized smoothness.
 
         λ = ‖g‖* / (γ + eps),   h = -(H + λ B)⁻¹ g,   taken where   f(x) - f(x + h) ≥ ‖∇f(x + h)‖*² / (8 λ)
 
@@ -192,8 +192,8 @@ class _Run:
         largest = float(torch.linalg.vector_norm(self._gradient, math.inf))
         if not (math.isfinite(self._loss) and math.isfinite(largest)):
             raise ValueError(
-                f"minimize_gns: at x0 fun is {self._loss:g} and the largest component of its gradient {largest:g}; "
-                "start where both are finite"
+                f"minimize_gns: at x0 fun is {self._loss:g} and the largest component of its gradient "
+                f"{largest:g}; start where both are finite"
             )
 
     def _evaluate(

@@ -21,7 +21,8 @@ class Second:
         count: calls of ``hess`` or ``curvature``, and products with the Hessian.
 
     Raises:
-        TypeError, ValueError: nothing says what the curvature is, or two arguments do; a setting is out of range.
+        TypeError, ValueError: nothing says what the curvature is, or two arguments do; or a setting is out of
+            range.
     """
 
     def __init__(
@@ -39,7 +40,8 @@ class Second:
         for name, function in (("hess", hess), ("hessp", hessp)):
             if not (function is None or callable(function)):
                 raise TypeError(
-                    f"minimize_gns: {name} must be a function, got {function!r}; there are no finite differences"
+                    f"minimize_gns: {name} must be a function, got {function!r}; there are no finite "
+                    "differences"
                 )
         if not (callable(curvature) or curvature in ("exact", "none")):
             raise ValueError(

@@ -58,8 +58,9 @@ class Metric:
         if self.matrix.ndim == 1:
             positive = bool((self.matrix > 0).all() & self.matrix.isfinite().all())
         else:
-            self._factor, failed = torch.linalg.cholesky_ex(self.matrix)
-            positive = not failed and bool(self._factor.isfinite().all())
+            factor, failed = torch.linalg.cholesky_ex(self.matrix)
+            positive = not failed and bool(factor.isfinite().all())
+            self._factor = factor
         if not positive:
             raise ValueError("Metric: matrix is not positive definite; add to its diagonal")
 
@@ -71,7 +72,8 @@ class Metric:
         """
         if self.matrix is not None and len(self.matrix) != dimension:
             raise ValueError(
-                f"{owner}: metric is of dimension {len(self.matrix)}, and there are {dimension} numbers to optimise"
+                f"{owner}: metric is of dimension {len(self.matrix)}, and there are {dimension} numbers to "
+                "optimise"
             )
 
     def inverse(

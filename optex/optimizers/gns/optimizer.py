@@ -38,8 +38,8 @@ class GNS(Optimizer):
     loss falls with every step, and no rate is to be set. The closure is evaluated once at the parameters and
     once a trial: it must give the same loss at the same parameters, so a minibatch stays fixed for a step.
 
-    The closure **returns the loss and need not backpropagate**. One that does, as for torch's optimizers, serves
-    as well; with ``"exact"`` it has to call ``loss.backward(create_graph=True)``.
+    The closure **returns the loss and need not backpropagate**. One that does, as for torch's optimizers,
+    serves as well; with ``"exact"`` it has to call ``loss.backward(create_graph=True)``.
 
     Args:
         params: tensors, or one group of them.
@@ -131,7 +131,7 @@ class GNS(Optimizer):
         self._metric.check("GNS", sum(p.numel() for p in group["params"] if p.requires_grad))
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; the parameters' ``.grad`` are then those at the new point.
 
         Args:
@@ -166,9 +166,9 @@ class GNS(Optimizer):
             taken = self._search(search, closure, parameters)
             if taken is None:
                 warn(
-                    f"GNS: none of {settings.trials} trials lowered the loss {float(loss):.6g} enough (norm of the "
-                    f"gradient {metric.dual_norm(gradient):.3g}); the parameters stay. At a minimum that is the "
-                    "precision's end; else see that the closure gives the same loss whenever it is called",
+                    f"GNS: none of {settings.trials} trials lowered the loss {float(loss):.6g} enough (norm of "
+                    f"the gradient {metric.dual_norm(gradient):.3g}); the parameters stay. At a minimum that "
+                    "is the precision's end; else see that the closure gives the same loss whenever called",
                     ConvergenceWarning,
                 )
             else:
@@ -186,7 +186,7 @@ class GNS(Optimizer):
         self, search: StepSearch, closure: Callable[[], Any], parameters: list[Tensor]
     ) -> tuple[Trial, list[Tensor | None]] | None:
         """The trial to take and the gradients there; the parameters are where they were, whatever happens."""
-        # The version counter stays, too: products with the Hessian still need the graph of the first evaluation.
+        # Through .data, which autograd does not notice: products with the Hessian still need the first graph.
         before = [p.data.clone() for p in parameters]
         while trials := search.next(1):
             try:
@@ -222,8 +222,8 @@ class GNS(Optimizer):
         if self._curvature == "exact":
             if not any(g is not None and g.requires_grad for g in gradients):
                 raise ValueError(
-                    "GNS: the gradient does not depend on the parameters as far as autograd sees, so there is no "
-                    "Hessian; use curvature='none', or a function that returns a Curvature"
+                    "GNS: the gradient does not depend on the parameters as far as autograd sees, so there is "
+                    "no Hessian; use curvature='none', or a function that returns a Curvature"
                 )
             return ProductCurvature(hessian_product(gradients, parameters), **limits)
         if self._curvature == "gauss-newton":
@@ -232,8 +232,8 @@ class GNS(Optimizer):
         found = self._curvature() if callable(self._curvature) else None
         if not isinstance(found, Curvature):
             raise TypeError(
-                f"GNS: curvature must return an optex.optimizers.Curvature, got {type(found).__name__}; a matrix "
-                "is DenseCurvature(matrix)"
+                f"GNS: curvature must return an optex.optimizers.Curvature, got {type(found).__name__}; a "
+                "matrix is DenseCurvature(matrix)"
             )
         return found
 
@@ -251,8 +251,8 @@ class GNS(Optimizer):
             if all(g is None for g in gradients):
                 if not loss.requires_grad:
                     raise ValueError(
-                        "GNS: the closure's loss carries no graph and no parameter received a gradient; compute "
-                        "the loss from the parameters this optimizer was built with"
+                        "GNS: the closure's loss carries no graph and no parameter received a gradient; "
+                        "compute the loss from the parameters this optimizer was built with"
                     )
                 keep = exact or (pairs and first)
                 gradients = list(
@@ -262,8 +262,9 @@ class GNS(Optimizer):
                 )
             elif pairs or (exact and not any(g is not None and g.requires_grad for g in gradients)):
                 raise ValueError(
-                    f"GNS: the closure backpropagated, and curvature {self._curvature!r} needs the graph; leave "
-                    "backward() out of the closure" + (", or call backward(create_graph=True)" if exact else "")
+                    f"GNS: the closure backpropagated, and curvature {self._curvature!r} needs the graph; "
+                    "leave backward() out of the closure"
+                    + (", or call backward(create_graph=True)" if exact else "")
                 )
         if any(g is not None and g.layout is not torch.strided for g in gradients):
             raise TypeError(
@@ -296,8 +297,8 @@ def _read_answer(answer: Any, *, pairs: bool) -> tuple[Tensor, Tensor | None]:
     if pairs:
         if not (isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[1], Tensor)):
             raise TypeError(
-                "GNS: curvature 'gauss-newton' needs a closure that returns (loss, outputs), the model's outputs "
-                f"as one tensor, got {type(answer).__name__}"
+                "GNS: curvature 'gauss-newton' needs a closure that returns (loss, outputs), the model's "
+                f"outputs as one tensor, got {type(answer).__name__}"
             )
         answer, outputs = answer
     try:

@@ -70,7 +70,9 @@ class ProductCurvature(Curvature):
             basis = self._basis = _Basis(right, metric)
         if basis.norm == 0:
             return torch.zeros_like(right)
-        for size in range(1, min(self._iterations, len(right)) + 1):
+        size, most = 0, min(self._iterations, len(right))
+        while True:
+            size += 1
             if size > len(basis.diagonal):
                 self.products += 1
                 basis.extend(self._product)
@@ -78,9 +80,8 @@ class ProductCurvature(Curvature):
             if solution is None:
                 return None
             residual = basis.beyond[size - 1] * abs(solution[-1])
-            if residual <= self._tolerance * basis.norm or basis.exhausted(size):
-                break
-        return basis.combine(solution)
+            if residual <= self._tolerance * basis.norm or size == most or basis.exhausted(size):
+                return basis.combine(solution)
 
 
 class _Basis:
