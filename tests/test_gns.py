@@ -536,7 +536,11 @@ REFUSALS = {
         "curvature must return an optex.optimizers.Curvature",
     ),
     "hess of another size": ({"jac": rosen_der, "hess": lambda x: x}, ValueError, "hess must return 4 numbers"),
-    "hess no array": ({"jac": rosen_der, "hess": lambda x: "H"}, TypeError, "hess must return a real dense"),
+    "hess no array": (
+        {"jac": rosen_der, "hess": lambda x: "H"},
+        TypeError,
+        "what hess returns must be a real dense",
+    ),
     "hess complex": ({"jac": rosen_der, "hess": lambda x: 1j * np.eye(2)}, TypeError, "real dense array"),
     "hessp of another size": (
         {"jac": rosen_der, "hessp": lambda x, v: 1.0},
@@ -806,6 +810,14 @@ def test_a_closure_that_fails_at_a_trial_leaves_the_start():
 
 def one():
     return [nn.Parameter(torch.ones(2, dtype=F64))]
+
+
+def test_parameters_that_are_all_frozen_are_refused():
+    (x,) = parameters = one()
+    optimizer = GNS(parameters)
+    x.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter requires a gradient"):
+        optimizer.step(lambda: x.sum())
 
 
 STEPS = {

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from optex.optimizers.gns import Curvature, DenseCurvature, NoCurvature, ProductCurvature, hessian_product
+from optex.optimizers.gns.metric import real_tensor
 from optex.sources.functions import PointForm, differentiated
 
 __all__ = ["Second"]
@@ -93,11 +94,9 @@ class Second:
         values: Tensor,  # [d]
     ) -> Any:  # [...]
         """A copy in the form that ``fun`` gets points in."""
-        return (
-            values.reshape(self._form.shape).to(self._form.dtype, copy=True)
-            if self._torch
-            else (self._form.present(values))
-        )
+        if not self._torch:
+            return self._form.present(values)
+        return values.reshape(self._form.shape).to(self._form.dtype, copy=True)
 
     def _told(self, answer: Any) -> Curvature:
         if not isinstance(answer, Curvature):
@@ -130,17 +129,7 @@ class Second:
 
 def _numbers(value: Any, name: str, count: int) -> Tensor:
     """A function's answer as a tensor of so many real numbers."""
-    try:
-        answer = torch.as_tensor(value).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(
-            f"minimize_gns: {name} must return a real dense array, got {type(value).__name__}"
-        ) from error
-    if answer.is_complex() or answer.layout is not torch.strided:
-        raise TypeError(
-            f"minimize_gns: {name} must return a real dense array, got {answer.dtype} {answer.layout}; "
-            "products of a sparse matrix can be handed over as hessp"
-        )
+    answer = real_tensor("minimize_gns", f"what {name} returns", value)
     if answer.numel() != count:
         raise ValueError(f"minimize_gns: {name} must return {count} numbers, got shape {tuple(answer.shape)}")
     return answer

@@ -153,6 +153,8 @@ class GNS(Optimizer):
             raise TypeError(_CLOSURE)
         group = self.param_groups[0]
         parameters = [p for p in group["params"] if p.requires_grad]
+        if not parameters:
+            raise ValueError("GNS: no parameter requires a gradient; there is nothing to optimise")
         loss, outputs, gradients = self._evaluate(closure, parameters, first=True)
         self._check_finite(loss, gradients)
         gradient = flatten(gradients, parameters)

@@ -35,8 +35,8 @@ class ProductCurvature(Curvature):
 
     Args:
         product: v [d] to H v [d].
-        tolerance: of the residual, relative to r, in the dual norm. The default takes as many iterations of the
-            method as an exact solve or a few more, with half the products.
+        tolerance: of the residual, relative to r, in the dual norm. The default takes about as many
+            iterations of the method as an exact solve does, with half the products or fewer.
         iterations: products at most for one r; then the iterate of that many is the answer, a descent direction
             nonetheless. Memory is so many vectors, twice that with a metric.
 
