@@ -37,7 +37,7 @@ from optex.evaluators import (
     VectorizedEvaluator,
     WorkersEvaluator,
 )
-from optex.minimize import minimize, scipy_method
+from optex.minimize import minimize, minimize_gns, scipy_method
 from optex.optimizer import OptEx
 from optex.round import Acceptance, Last, LowestLoss, RoundReport, SmallestGradient, WithinTolerance
 from optex.sources import AccumulatingSource, GradientSource, ObjectiveSource
@@ -86,5 +86,6 @@ __all__ = [
     "WorkersEvaluator",
     "advise",
     "minimize",
+    "minimize_gns",
     "scipy_method",
 ]

@@ -1,5 +1,6 @@
-"""minimize: a SciPy-style front door over OptEx, for one deterministic function of one array."""
+"""minimize: SciPy-style front doors for one deterministic function of one array, over OptEx and over GNS."""
 
 from optex.minimize.function import minimize, scipy_method
+from optex.minimize.gns import minimize_gns
 
-__all__ = ["minimize", "scipy_method"]
+__all__ = ["minimize", "minimize_gns", "scipy_method"]

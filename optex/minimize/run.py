@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-import numpy as np
 from scipy.optimize import OptimizeResult
 
 from optex.errors import NonFiniteError, NotPositiveDefiniteError, WorkerLostError
+from optex.minimize.callback import Callback
 from optex.minimize.rate import AutomaticRate
 from optex.minimize.tracker import Tracker
 from optex.optimizer import OptEx
@@ -54,8 +53,7 @@ class Run:
         self._source = source
         self._tracker = tracker
         self._form = form
-        self._callback = callback
-        self._modern = callback is not None and _takes_intermediate_result(callback)
+        self._callback = Callback(callback)
         self._first_rate = self._present_rate()
         self._rate = AutomaticRate(optimizer, source, tracker) if automatic else None
         self._taken = 0
@@ -89,7 +87,7 @@ class Run:
             if idle:
                 continue
             self._taken += 1
-            stopped = self._call_back()
+            stopped = self._callback.stops(lambda: self._result(1, "The run has not ended."))
             if stopped:
                 return self._result(99, stopped)
             if tracker.stationary:
@@ -118,17 +116,6 @@ class Run:
     def _present_rate(self) -> float | None:
         rate = self._optimizer.base.param_groups[0].get("lr")
         return None if rate is None else float(rate)
-
-    def _call_back(self) -> str | None:
-        """The message to stop with, if the callback asks for it."""
-        if self._callback is None:
-            return None
-        result = self._result(1, "The run has not ended.")
-        try:
-            answer = self._callback(intermediate_result=result) if self._modern else self._callback(result.x)
-        except StopIteration:
-            return "`callback` raised `StopIteration`."
-        return "`callback` returned True." if isinstance(answer, (bool, np.bool_)) and answer else None
 
     def _result(self, status: int, message: str) -> OptimizeResult:
         tracker = self._tracker
@@ -160,11 +147,3 @@ def report(result: OptimizeResult) -> str:
         ("Learning rate", rates),
     ]
     return "\n".join([result.message, *(f"         {name}: {value}" for name, value in entries)])
-
-
-def _takes_intermediate_result(callback: Callable[..., Any]) -> bool:
-    """SciPy's rule: the one parameter has that name."""
-    try:
-        return set(inspect.signature(callback).parameters) == {"intermediate_result"}
-    except ValueError:  # a builtin that does not tell
-        return False

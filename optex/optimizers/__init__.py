@@ -1,6 +1,33 @@
 """The family's step rules: ``torch.optim.Optimizer``s, one paper a file."""
 
+from optex.optimizers.gns import (
+    GNS,
+    Curvature,
+    DenseCurvature,
+    Metric,
+    NoCurvature,
+    ProductCurvature,
+    RankOneCurvature,
+    WindowCurvature,
+    power_fisher,
+    power_gauss_newton,
+)
 from optex.optimizers.scale import SCALE, scale_param_groups
 from optex.optimizers.step_rule import StepRule, check_number
 
-__all__ = ["SCALE", "StepRule", "check_number", "scale_param_groups"]
+__all__ = [
+    "Curvature",
+    "DenseCurvature",
+    "GNS",
+    "Metric",
+    "NoCurvature",
+    "ProductCurvature",
+    "RankOneCurvature",
+    "SCALE",
+    "StepRule",
+    "WindowCurvature",
+    "check_number",
+    "power_fisher",
+    "power_gauss_newton",
+    "scale_param_groups",
+]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from optex.sources.interface import GradientSource
 from optex.sources.objective import ObjectiveSource
 
-__all__ = ["Point", "PointForm", "check_function", "function_source", "read_start"]
+__all__ = ["Point", "PointForm", "check_function", "differentiated", "function_source", "read_start"]
 
 Jac = Callable[..., Any] | Literal[True] | None
 
@@ -144,18 +144,35 @@ class _Autograd(GradientSource):
     point: Point
 
     def gradient(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        leaf = self.point.x.detach().clone().requires_grad_()
-        # The function gets a copy of the leaf, which it may change in place.
-        value = _torch_value(self.fun, leaf.clone(), self.args)
-        (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True)
-        if gradient is None:
-            raise ValueError(f"minimize: jac is None, and fun's value does not depend on x; {_REMEDY}")
-        self.point.x.grad = gradient
+        value, _, self.point.x.grad = differentiated(self.fun, self.args, self.point.x)
         return value.detach(), None
 
     def replica(self) -> tuple[GradientSource, list[Tensor]]:
         point = Point(self.point.x.detach().clone())
         return replace(self, point=point), [point.x]
+
+
+def differentiated(
+    fun: Callable[..., Any],
+    args: tuple[Any, ...],
+    x: Tensor,  # [...]
+    *,
+    create_graph: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:  # [], [...], [...]
+    """``fun``'s value by autograd, the leaf it was computed from, a copy of x, and the gradient there.
+
+    Args:
+        fun, args: as in ``optex.minimize``.
+        x: where.
+        create_graph: the gradient can be differentiated again.
+    """
+    leaf = x.detach().clone().requires_grad_()
+    # The function gets a copy of the leaf, which it may change in place.
+    value = _torch_value(fun, leaf.clone(), args)
+    (gradient,) = torch.autograd.grad(value, leaf, create_graph=create_graph, allow_unused=True)
+    if gradient is None:
+        raise ValueError(f"minimize: jac is None, and fun's value does not depend on x; {_REMEDY}")
+    return value, leaf, gradient
 
 
 _REMEDY = (

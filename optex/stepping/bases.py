@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from optex.optimizers import SCALE
+from optex.optimizers import GNS, SCALE
 
 __all__ = [
     "COUNTERS",
@@ -71,6 +71,8 @@ ELEMENTWISE: Final[frozenset[type[Optimizer]]] = frozenset(
 COUNTERS: Final = ("step", "mu_product", "eta", "mu")
 
 REFUSED: Final[dict[type[Optimizer], str]] = {
+    GNS: "it evaluates its closure several times a step, so there is no single next gradient to predict; "
+    "optex.minimize_gns evaluates several of its trials at once",
     torch.optim.LBFGS: "it evaluates its closure several times a step, so there is no single next gradient to "
     "predict",
     torch.optim.SparseAdam: "it takes sparse gradients only, and the history is dense",
