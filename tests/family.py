@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from torch import nn
 from torch.optim import Optimizer
 
+from optex.optimizers import AdaGradNorm
+
 __all__ = ["FAMILY", "Member"]
 
 
@@ -34,4 +36,6 @@ class Member:
     compiles: bool = True
 
 
-FAMILY: dict[str, Member] = {}
+FAMILY: dict[str, Member] = {
+    "adagrad-norm": Member(lambda model: AdaGradNorm(model.parameters(), lr=0.5), AdaGradNorm),
+}
