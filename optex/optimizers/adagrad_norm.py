@@ -1,8 +1,8 @@
 """AdaGrad-Norm: one step size for all parameters, from the lengths of all gradients so far.
 
 Ward, Wu, Bottou: *AdaGrad stepsizes: sharp convergence over nonconvex landscapes*, ICML 2019 and JMLR 21(219),
-2020, arXiv 1806.01811, Algorithm 1. It is the scalar step rule of AdAdaGrad (Lau, Liu, Kolar, arXiv 2402.11215),
-whose batch sizes are in ``optex.batching``.
+2020, arXiv 1806.01811, Algorithm 1. It is the scalar step rule of AdAdaGrad (Lau, Liu, Kolar, arXiv
+2402.11215), whose batch sizes are in ``optex.batching``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optex.errors import NonFiniteError
 from optex.optimizers.step_rule import StepRule, check_number
 
 __all__ = ["AdaGradNorm"]
@@ -21,13 +22,13 @@ _ENTRY = "accumulator"
 
 
 class AdaGradNorm(StepRule):
-    """A step along the gradient, over the root of the sum of all squared gradient norms: AdaGrad with one number.
+    """A step along the gradient, over the root of the sum of all squared gradient norms: AdaGrad of one number.
 
     ``S_t = S_{t-1} + ‖g_t‖²``, ``θ_t = θ_{t-1} - lr · g_t / √S_t`` (Ward, Wu, Bottou, Algorithm 1, with their
     ``b_t² = S_t``). The norm is of the whole gradient, that is over all parameters of all groups together, and
     there is one S, kept as a tensor in the first group under ``"accumulator"``; rates may differ from group to
-    group. Any ``lr`` converges on smooth objectives; one that is too large costs steps in the beginning, until S
-    has grown.
+    group. Any ``lr`` converges on smooth objectives; one that is too large costs steps in the beginning, until
+    S has grown.
 
     Args:
         params: parameters, or groups of them.
@@ -69,8 +70,8 @@ class AdaGradNorm(StepRule):
         for name in ("initial_accumulator", _ENTRY):
             if name in group:
                 raise ValueError(
-                    f"{type(self).__name__}: a group has {name!r}, and there is one accumulator for all groups; "
-                    "set initial_accumulator where the optimizer is made"
+                    f"{type(self).__name__}: a group has {name!r}, and there is one accumulator for all "
+                    "groups; set initial_accumulator where the optimizer is made"
                 )
 
     @property
@@ -83,8 +84,14 @@ class AdaGradNorm(StepRule):
         gradients = [gradient for _, _, found in groups for gradient in found]
         if not gradients:
             return
-        norms = [norm.to(total) for norm in torch._foreach_norm(gradients)]
-        total += torch.stack(norms).square_().sum()
+        added = torch.stack([norm.to(total) for norm in _norms(gradients)]).square_().sum()
+        if not torch.compiler.is_compiling() and not bool(added.isfinite()):
+            raise NonFiniteError(
+                f"{type(self).__name__}: the gradient is not finite in length: its squares overflow, and no "
+                "step would be left after it. Parameters and state are those of before the step. Lower the "
+                "rate, or clip the gradients"
+            )
+        total += added
 
     def _update(
         self,
@@ -94,5 +101,15 @@ class AdaGradNorm(StepRule):
     ) -> None:
         # Stays on the device, so that nothing waits for it; of the gradients' dtype, foreach is one kernel.
         scale = -group["lr"] / self.accumulator.sqrt()
-        scale = scale.to(gradients[0].device, torch.promote_types(gradients[0].dtype, torch.float32))
+        double = any(gradient.dtype == torch.float64 for gradient in gradients)
+        scale = scale.to(gradients[0].device, torch.float64 if double else torch.float32)
         torch._foreach_add_(parameters, torch._foreach_mul(gradients, scale))
+
+
+def _norms(gradients: list[Tensor]) -> list[Tensor]:  # of []
+    """The gradients' lengths, in any order; those of half precision are found in float32."""
+    half = [g for g in gradients if g.element_size() < 4]
+    if not half:
+        return list(torch._foreach_norm(gradients))
+    full = [g for g in gradients if g.element_size() >= 4]
+    return [*torch._foreach_norm(half, dtype=torch.float32), *(torch._foreach_norm(full) if full else ())]
