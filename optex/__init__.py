@@ -40,7 +40,7 @@ from optex.evaluators import (
 from optex.minimize import minimize, minimize_gns, scipy_method
 from optex.optimizer import OptEx
 from optex.round import Acceptance, Last, LowestLoss, RoundReport, SmallestGradient, WithinTolerance
-from optex.sources import AccumulatingSource, GradientSource, ObjectiveSource
+from optex.sources import AccumulatingSource, GradientSource, ObjectiveSource, PerSampleSource
 
 __version__ = version("optex")
 __all__ = [
@@ -72,6 +72,7 @@ __all__ = [
     "NotPositiveDefiniteError",
     "ObjectiveSource",
     "OptEx",
+    "PerSampleSource",
     "PlainStepWarning",
     "Posterior",
     "RankLostError",

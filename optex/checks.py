@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Integral
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["check_integer", "check_kind", "saved_entry", "saved_integer", "saved_number", "saved_tensor"]
+__all__ = [
+    "check_integer",
+    "check_kind",
+    "check_number",
+    "saved_entry",
+    "saved_integer",
+    "saved_number",
+    "saved_tensor",
+]
 
 
 def check_integer(owner: str | None, name: str, value: Any, *, least: int = 1, most: int | None = None) -> int:
@@ -31,6 +40,44 @@ def check_integer(owner: str | None, name: str, value: Any, *, least: int = 1, m
         raise ValueError(
             f"{f'{name}:' if owner is None else f'{owner}: {name}'} must be {wanted}, got {value!r}"
         )
+    return number
+
+
+def check_number(
+    owner: str,
+    name: str,
+    value: Any,
+    *,
+    least: float = 0.0,
+    most: float = math.inf,
+    open_below: bool = False,
+    open_above: bool = False,
+) -> float:
+    """The value as a float.
+
+    Args:
+        owner: the class, for the message.
+        name: of the argument.
+        value: what came; a tensor of one number passes, booleans and NaN do not.
+        least, most: the range; infinity never passes.
+        open_below, open_above: its ends do not belong to it.
+
+    Raises:
+        ValueError: it is no number in this range.
+
+    >>> check_number("OptEx", "lr", 0.1, open_below=True)
+    0.1
+    """
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    scalar = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+    number = float(value) if plain or scalar else math.nan
+    inside = (number > least if open_below else number >= least) and (
+        number < most if open_above else number <= most
+    )
+    if not (inside and math.isfinite(number)):
+        below = f"{'above' if open_below else 'at least'} {least:g}"
+        above = "" if most == math.inf else f" and {'below' if open_above else 'at most'} {most:g}"
+        raise ValueError(f"{owner}: {name} must be a finite number {below}{above}, got {value!r}")
     return number
 
 

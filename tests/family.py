@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from optex import GradientSource
-from optex.optimizers import SCALE
+from optex.optimizers import SCALE, AdaGradNorm
 
 __all__ = ["FAMILY", "SOURCES", "Member", "SourceRow"]
 
@@ -43,6 +43,7 @@ FAMILY: dict[str, Member] = {
         make=lambda model: SCALE.of(model, lr=0.02),
         make_groups=lambda groups: SCALE(groups, lr=0.02, role="last"),
     ),
+    "adagrad-norm": Member(lambda model: AdaGradNorm(model.parameters(), lr=0.5), AdaGradNorm),
 }
 
 

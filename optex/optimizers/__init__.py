@@ -1,5 +1,6 @@
 """The family's step rules: ``torch.optim.Optimizer``s, one paper a file."""
 
+from optex.optimizers.adagrad_norm import AdaGradNorm
 from optex.optimizers.gns import (
     GNS,
     Curvature,
@@ -16,6 +17,7 @@ from optex.optimizers.scale import SCALE, scale_param_groups
 from optex.optimizers.step_rule import StepRule, check_number
 
 __all__ = [
+    "AdaGradNorm",
     "Curvature",
     "DenseCurvature",
     "GNS",

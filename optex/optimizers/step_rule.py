@@ -11,47 +11,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from optex.checks import check_number
 from optex.errors import NonFiniteError
 
 __all__ = ["StepRule", "check_number"]
-
-
-def check_number(
-    owner: str,
-    name: str,
-    value: Any,
-    *,
-    least: float = 0.0,
-    most: float = math.inf,
-    open_below: bool = False,
-    open_above: bool = False,
-) -> float:
-    """The value as a float.
-
-    Args:
-        owner: the class, for the message.
-        name: of the argument.
-        value: what came; a tensor of one number passes, booleans and NaN do not.
-        least, most: the range; infinity never passes.
-        open_below, open_above: its ends do not belong to it.
-
-    Raises:
-        ValueError: it is no number in this range.
-
-    >>> check_number("NAG", "lr", 0.1, open_below=True)
-    0.1
-    """
-    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-    scalar = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
-    number = float(value) if plain or scalar else math.nan
-    inside = (number > least if open_below else number >= least) and (
-        number < most if open_above else number <= most
-    )
-    if not (inside and math.isfinite(number)):
-        below = f"{'above' if open_below else 'at least'} {least:g}"
-        above = "" if most == math.inf else f" and {'below' if open_above else 'at most'} {most:g}"
-        raise ValueError(f"{owner}: {name} must be a finite number {below}{above}, got {value!r}")
-    return number
 
 
 class StepRule(Optimizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -129,6 +130,10 @@ class RoundRecord:
             lost=self.lost,
             relative_errors=self._relative_errors(),
             prediction_error=self.surprises.relative_error,
+            noise_variance=self._mean_noise(),
+            gradient_norm=self._gradient_norm(),
+            dimension=self.space.dimension,
+            batch_numbers=tuple(n for i in self.evaluated if (n := self.window[i].number) is not None),
             seconds=time.perf_counter() - self.started,
             gradient_seconds=self.gradient_seconds,
         )
@@ -152,3 +157,17 @@ class RoundRecord:
     def _relative_errors(self) -> Tensor:  # [k]
         _, gaps, norms = self.comparison
         return gaps / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+
+    def _mean_noise(self) -> float:
+        told = [self.noise_variance[i] for i in self.evaluated if self.usable[i]]
+        told = [variance for variance in told if not math.isnan(variance)]
+        return sum(told) / len(told) if told else math.nan
+
+    def _gradient_norm(self) -> float:
+        first = self.evaluated.start
+        if not self._mean_noise() > 0:  # nobody tells the noise, or there is none: nothing to compare it with
+            return math.nan
+        rows, _, norms = self.comparison
+        if first in rows:
+            return float(norms[rows.index(first)])
+        return float(self.space.norms([self.gradients[first]])[0])

@@ -30,6 +30,13 @@ class RoundReport:
         prediction_error: how wrong predictions are, ``‖μ - ∇F‖ / ‖∇F‖``, free of the noise of sampled gradients
             (averaged over recent rounds) and noise-free anyway for deterministic ones; NaN where nothing is
             known yet, infinite where successive gradients have nothing in common.
+        noise_variance: of one component of a gradient, as the source told it, mean over the usable gradients;
+            0 for a deterministic source, NaN where none was told.
+        gradient_norm: length of the gradient at the round's start (at the first point evaluated, where that one
+            was not); NaN where ``noise_variance`` is 0 or NaN, as nothing needs it then.
+        dimension: d, how many components a gradient has.
+        batch_numbers: of the batches evaluated, counted from 0 in the order that they were drawn; empty where
+            there are none, as for closures.
         seconds: wall time of the round.
         gradient_seconds: the part of it spent evaluating gradients.
     """
@@ -45,6 +52,10 @@ class RoundReport:
     lost: tuple[int, ...]
     relative_errors: Tensor
     prediction_error: float
+    noise_variance: float
+    gradient_norm: float
+    dimension: int
+    batch_numbers: tuple[int, ...]
     seconds: float
     gradient_seconds: float
 

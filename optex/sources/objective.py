@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optex.batching import variance_of_mean
 from optex.sources.interface import GradientSource, scalar_loss
 
 __all__ = ["AccumulatingSource", "ObjectiveSource"]
@@ -87,11 +88,10 @@ class AccumulatingSource(GradientSource):
         count = len(squares)
         if self.parameters is None or count < 2:
             return None
-        # Σ‖g_k - ḡ‖² = Σ‖g_k‖² - m ‖ḡ‖², with g_k = m times what micro-batch k added to the sum.
-        whole = _squared_norm(_gradients(self.parameters))
-        spread = count**2 * torch.stack(list(squares)).sum() - count * whole
+        # What micro-batch k added to the sum is g_k / m.
+        norms = count**2 * torch.stack(list(squares))
         dimension = sum(p.numel() for p in self.parameters)
-        return (spread / (dimension * count * (count - 1))).clamp_min(0)
+        return variance_of_mean(norms, _squared_norm(_gradients(self.parameters))) / dimension
 
 
 def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:

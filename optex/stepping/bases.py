@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from optex.optimizers import GNS, SCALE
+from optex.optimizers import GNS, SCALE, AdaGradNorm
 
 __all__ = [
     "COUNTERS",
@@ -44,6 +44,7 @@ OPTIMIZERS: Final[dict[str, Callable[..., Optimizer]]] = {
 }
 if hasattr(torch.optim, "Muon"):  # torch 2.9 and later; two-dimensional parameters only
     OPTIMIZERS["muon"] = torch.optim.Muon
+OPTIMIZERS["adagrad-norm"] = AdaGradNorm
 
 # Of a module, whose layers they have to know: made from that, not from its parameters.
 MODEL_OPTIMIZERS: Final[dict[str, Callable[..., Optimizer]]] = {
@@ -114,6 +115,7 @@ _RATES: Final[dict[str, float]] = {
     "momentum": 0.05,
     "nesterov": 0.05,
     "adagrad": 0.1,
+    "adagrad-norm": 1.0,
     "adadelta": 1.0,
     "asgd": 0.1,
     "muon": 0.02,

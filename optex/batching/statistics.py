@@ -1,0 +1,184 @@
+"""What the gradients of several samples say of the noise of their mean; the one place that reckons with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from optex.checks import check_integer
+
+__all__ = ["GradientMoments", "GradientStatistics", "variance_of_mean"]
+
+
+def variance_of_mean(
+    squared_norms: Tensor,  # [n]
+    squared_norm: Tensor,  # []
+) -> Tensor:  # []
+    """``E‖ḡ - E ḡ‖²`` of the mean ḡ of n independent gradients, from ``‖g_k‖²`` and ``‖ḡ‖²``, without bias.
+
+    That is the sum over the coordinates; over their number it is what a ``GradientSource`` tells of its noise.
+    Where the gradients hardly differ, rounding is all there is of it; it is never below 0.
+
+    >>> variance_of_mean(torch.tensor([1.0, 9.0]), torch.tensor(4.0))    # of 1 and 3
+    tensor(1.)
+    """
+    count = len(squared_norms)
+    # Σ‖g_k - ḡ‖² = Σ‖g_k‖² - n ‖ḡ‖², over n - 1 for one gradient's variance, over n for the mean's.
+    return ((squared_norms.sum() - count * squared_norm) / (count * (count - 1))).clamp_min(0)
+
+
+@dataclass(frozen=True)
+class GradientStatistics:
+    """The noise of the mean gradient ḡ of a batch, over the whole gradient, all parameters flattened into one.
+
+    Attributes:
+        batch_size: b, samples in ḡ.
+        squared_norm: ``‖ḡ‖²``.
+        variance: V, the sum over the coordinates of the variance of one sample's gradient, without bias.
+        inner_product_variance: ``Var_i ⟨g_i, ḡ⟩``; NaN where it was not asked for.
+        coordinate_ratio: ``max_j Var_i(g_ij) / ḡ_j²`` over the coordinates that have a variance; NaN where it
+            was not asked for.
+
+    >>> rows = torch.tensor([[1.0, 2.0], [3.0, 2.0]])      # gradients of two samples in two coordinates
+    >>> found = GradientStatistics.of_gradients([rows])    # ḡ is (2, 2), the variances are 2 and 0
+    >>> found.squared_norm, found.variance, found.inner_product_variance, found.coordinate_ratio
+    (8.0, 2.0, 8.0, 0.5)
+    """
+
+    batch_size: float
+    squared_norm: float
+    variance: float
+    inner_product_variance: float = math.nan
+    coordinate_ratio: float = math.nan
+
+    @classmethod
+    def of_gradients(
+        cls,
+        gradients: Sequence[Tensor],  # a parameter each, [n, ...]
+        samples_each: int = 1,
+    ) -> GradientStatistics:
+        """Of n gradients at one point, each a sample's, or the mean over a micro-batch of so many.
+
+        A mean over s samples has an s-th of a sample's variance, which is reckoned with.
+
+        Variances are NaN where n is 1.
+
+        Raises:
+            ValueError: there is no tensor, their first dimensions differ or are 0, or ``samples_each`` is no
+                integer of at least 1.
+        """
+        check_integer("GradientStatistics", "samples_each", samples_each)
+        moments = GradientMoments()
+        moments.add(gradients)
+        return moments.statistics(samples_each, inner_products=moments.inner_products(gradients))
+
+    @classmethod
+    def of_noise(
+        cls, noise_variance: float, dimension: int, gradient_norm: float, batch_size: float
+    ) -> GradientStatistics:
+        """Of what a source tells: the variance of one component of ḡ, which is ``V / (b d)``."""
+        return cls(batch_size, gradient_norm**2, noise_variance * dimension * batch_size)
+
+    def noise_variance(self, dimension: int) -> float:
+        """Of one component of ḡ, averaged over the d of them: what a ``GradientSource`` tells."""
+        return self.variance / (self.batch_size * dimension)
+
+    @property
+    def orthogonal_variance(self) -> float:
+        """The variance of what is left of the g_i across ḡ: ``V - Var_i ⟨g_i, ḡ⟩ / ‖ḡ‖²``."""
+        # g_i - ⟨g_i, ḡ⟩/‖ḡ‖² ḡ has mean 0, and its square is ‖g_i‖² - ⟨g_i, ḡ⟩²/‖ḡ‖².
+        if not self.squared_norm:
+            return self.variance
+        return max(0.0, self.variance - self.inner_product_variance / self.squared_norm)
+
+
+class GradientMoments:
+    """Mean and spread of gradients that come in chunks, coordinate by coordinate (Chan, Golub, LeVeque, 1983).
+
+    Attributes:
+        count: n, gradients so far.
+        mean: of them, a parameter each.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: list[Tensor] = []
+        self._spread: list[Tensor] = []  # Σ_i (g_ij - ḡ_j)²
+
+    def add(
+        self,
+        gradients: Sequence[Tensor],  # a parameter each, [n, ...]
+    ) -> None:
+        """Take in n more.
+
+        Raises:
+            ValueError: there is no tensor, or their first dimensions differ or are 0.
+        """
+        counts = {len(rows) if rows.ndim else 0 for rows in gradients}
+        if len(counts) != 1 or 0 in counts:
+            raise ValueError(
+                "GradientMoments: gradients must be tensors [n, ...] with one n of at least 1, got "
+                f"{[tuple(rows.shape) for rows in gradients]}"
+            )
+        (count,) = counts
+        gradients = [rows.detach().float() if rows.element_size() < 4 else rows.detach() for rows in gradients]
+        means = [rows.mean(0) for rows in gradients]
+        spreads = [(rows - mean).square().sum(0) for rows, mean in zip(gradients, means, strict=True)]
+        if not self.count:
+            self.count, self.mean, self._spread = count, means, spreads
+            return
+        total = self.count + count
+        gaps = [new - old for new, old in zip(means, self.mean, strict=True)]
+        for spread, added, gap in zip(self._spread, spreads, gaps, strict=True):
+            spread += added + gap.square() * (self.count * count / total)
+        self.mean = [old + gap * (count / total) for old, gap in zip(self.mean, gaps, strict=True)]
+        self.count = total
+
+    def inner_products(
+        self,
+        gradients: Sequence[Tensor],  # a parameter each, [n, ...]
+    ) -> Tensor:  # [n]
+        """Products of gradients with the mean, over all parameters together."""
+        like = self._widest()
+        parts = [
+            (rows.detach().reshape(len(rows), -1).to(mean) @ mean.reshape(-1)).to(like)
+            for rows, mean in zip(gradients, self.mean, strict=True)
+        ]
+        return torch.stack(parts).sum(0)
+
+    def _widest(self) -> Tensor:
+        return max(self.mean, key=Tensor.element_size)
+
+    def statistics(self, samples_each: int = 1, inner_products: Tensor | None = None) -> GradientStatistics:
+        """What they say; NaN for all variances where there is but one.
+
+        Args:
+            samples_each: samples in each of the gradients.
+            inner_products: [n], products of the gradients with their mean; None leaves that variance out.
+        """
+        count, like = self.count, self._widest()
+        scale = samples_each / (count - 1) if count > 1 else math.nan
+        along = like.new_tensor(math.nan) if inner_products is None or count < 2 else inner_products.var()
+        squares = [mean.square().sum() for mean in self.mean]
+        spreads = [spread.sum() for spread in self._spread]
+        ratios = [_largest_ratio(*parts) for parts in zip(self._spread, self.mean, strict=True)]
+        # One transfer for all of them; sums over the parameters are Python's, in float64.
+        numbers = torch.stack([part.to(like) for part in (along, *squares, *spreads, *ratios)]).tolist()
+        width = len(squares)
+        return GradientStatistics(
+            batch_size=count * samples_each,
+            squared_norm=sum(numbers[1 : 1 + width]),
+            variance=scale * sum(numbers[1 + width : 1 + 2 * width]),
+            inner_product_variance=samples_each * numbers[0],
+            coordinate_ratio=scale * max(numbers[1 + 2 * width :]),
+        )
+
+
+def _largest_ratio(spread: Tensor, mean: Tensor) -> Tensor:  # []
+    # A coordinate that no sample moves has no say: 0 / 0.
+    ratio = spread / mean.square()
+    return torch.where(spread > 0, ratio, 0).amax() if ratio.numel() else ratio.new_zeros(())
