@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from torch import nn
 from torch.optim import Optimizer
 
+from optex.optimizers import NAG, HeavyBall, TripleMomentum
+
 __all__ = ["FAMILY", "Member"]
 
 
@@ -34,4 +36,25 @@ class Member:
     compiles: bool = True
 
 
-FAMILY: dict[str, Member] = {}
+FAMILY: dict[str, Member] = {
+    "nag": Member(
+        lambda model: NAG(model.parameters(), L=10.0, mu=0.1),
+        lambda groups: NAG(groups, L=10.0, mu=0.1),
+    ),
+    "nag-convex": Member(
+        lambda model: NAG(model.parameters(), lr=0.05, rule="convex"),
+        lambda groups: NAG(groups, lr=0.05, rule="convex"),
+    ),
+    "nag-estimated": Member(
+        lambda model: NAG(model.parameters()),
+        NAG,
+    ),
+    "triple-momentum": Member(
+        lambda model: TripleMomentum(model.parameters(), lr=0.1),
+        lambda groups: TripleMomentum(groups, lr=0.1),
+    ),
+    "heavy-ball": Member(
+        lambda model: HeavyBall(model.parameters(), L=10.0, mu=0.1),
+        lambda groups: HeavyBall(groups, L=10.0, mu=0.1),
+    ),
+}
