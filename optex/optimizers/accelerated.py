@@ -27,6 +27,7 @@ __all__ = ["NAG", "HeavyBall", "TripleMomentum"]
 _MARGIN: Final = 1.3  # estimated L over the steepest change seen, which is never above the true one
 _FLATTEST: Final = 1e-6  # least mu / L that an estimate may claim
 _FIRST: Final = 1e-4  # length of the step before any estimate of L, relative to the parameters'
+_COARSEST: Final = 1e-6  # unit in the last place of parameters that estimates may be made from
 _ROUNDING: Final = 100.0  # a step tells of curvature if it is longer than this, in units in the last place
 
 
@@ -101,6 +102,9 @@ class _Accelerated(StepRule):
     def _check(self, group: dict[str, Any]) -> None:
         owner, mu = type(self).__name__, group["mu"]
         check_number(owner, "lr", group["lr"])
+        coarse = [p.dtype for p in group["params"] if torch.finfo(p.dtype).eps > _COARSEST]
+        if coarse and self._is_estimated(group):
+            raise ValueError(f"{owner}: {coarse[0]} is too coarse to estimate L and mu from; give both")
         if mu is None:
             return
         if check_number(owner, "mu", mu) == 0:
@@ -110,8 +114,8 @@ class _Accelerated(StepRule):
             )
         if group["L"] is not None and float(mu) * float(group["lr"]) > 1 + 1e-9:
             raise ValueError(
-                f"{owner}: mu={float(mu):g} is above L={float(group['L']):g} (lr is 1 / L); the least curvature "
-                "cannot exceed the largest"
+                f"{owner}: mu={float(mu):g} is above L={float(group['L']):g} (lr is 1 / L); the least "
+                "curvature cannot exceed the largest"
             )
 
     def _complete(self, group: dict[str, Any], like: dict[str, Any]) -> None:
@@ -206,7 +210,7 @@ class _Accelerated(StepRule):
         torch._foreach_copy_([state["previous_point"] for state in states], points)
         torch._foreach_copy_([state["previous_gradient"] for state in states], gradients)
 
-    def _length(self, tensors: list[Tensor]) -> Tensor:  # []
+    def _length(self, tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:  # []
         """The Euclidean norm of all together, without a look at it."""
         dtype = self.param_groups[0]["estimated_L"].dtype
         return torch.linalg.vector_norm(torch.stack([n.to(dtype) for n in torch._foreach_norm(tensors)]))
@@ -223,8 +227,10 @@ class _Accelerated(StepRule):
         tells = (moved > _ROUNDING * unit * here) & ratio.isfinite()
         for group in self.param_groups:
             steepest, flattest = group["estimated_L"], group["estimated_mu"]
+            # A single step past an inflection, or with a gradient that is off, should not set mu for good.
+            lower = torch.where(steepest > 0, torch.maximum(ratio, flattest / 2), ratio)
+            flattest.copy_(torch.where(tells, torch.minimum(flattest, lower), flattest))
             steepest.copy_(torch.where(tells, torch.maximum(steepest, ratio), steepest))
-            flattest.copy_(torch.where(tells, torch.minimum(flattest, ratio), flattest))
 
     # ------------------------------------------------------------------ the step
 
@@ -308,14 +314,15 @@ class NAG(_Accelerated):
 
     Estimates come from the change of the gradient between measured steps, over all parameters together:
     mu ≤ ‖Δg‖ / ‖Δy‖ ≤ L, so the largest ratio so far, times 1.3, stands for L, and the smallest, but at least
-    L / 10⁶, for mu. They need the same objective at every step: with sampled gradients give ``lr`` and ``mu``,
-    or the noise passes for curvature and little momentum is left. The first step without L moves the parameters
-    by 10⁻⁴ of their length. No rate is guaranteed with estimates.
+    L / 10⁶ and half the one before, for mu. They need the same objective at every step: with sampled gradients
+    give ``lr`` and ``mu``, or the noise passes for curvature and little momentum is left. The first step without
+    L moves the parameters by 10⁻⁴ of their length. No rate is guaranteed with estimates.
 
     Memory: d numbers for b, 2 d more where something is estimated, d more between ``eval()`` and ``train()``.
 
     Raises:
-        ValueError: L and lr contradict each other, mu is 0 or above L, or ``rule="convex"`` came with mu.
+        ValueError: L and lr contradict each other, mu is 0 or above L, ``rule="convex"`` came with mu, or
+            estimates are wanted of numbers shorter than float32.
 
     >>> import torch
     >>> theta = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
