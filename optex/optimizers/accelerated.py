@@ -315,8 +315,8 @@ class NAG(_Accelerated):
     Estimates come from the change of the gradient between measured steps, over all parameters together:
     mu ≤ ‖Δg‖ / ‖Δy‖ ≤ L, so the largest ratio so far, times 1.3, stands for L, and the smallest, but at least
     L / 10⁶ and half the one before, for mu. They need the same objective at every step: with sampled gradients
-    give ``lr`` and ``mu``, or noise passes for curvature, and steps or momentum all but vanish. The first step of
-    an unknown L moves the parameters by 10⁻⁴ of their length. No rate is guaranteed with estimates.
+    give ``lr`` and ``mu``, or noise passes for curvature, and steps or momentum all but vanish. Without L the
+    first step moves the parameters by 10⁻⁴ of their length. No rate is guaranteed with estimates.
 
     Memory: d numbers for b, 2 d more where something is estimated, d more between ``eval()`` and ``train()``.
 
