@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from optex import GradientSource
-from optex.optimizers import SCALE, AdaGradNorm
+from optex.optimizers import NAG, SCALE, AdaGradNorm, HeavyBall, TripleMomentum
 
 __all__ = ["FAMILY", "SOURCES", "Member", "SourceRow"]
 
@@ -44,6 +44,26 @@ FAMILY: dict[str, Member] = {
         make_groups=lambda groups: SCALE(groups, lr=0.02, role="last"),
     ),
     "adagrad-norm": Member(lambda model: AdaGradNorm(model.parameters(), lr=0.5), AdaGradNorm),
+    "nag": Member(
+        lambda model: NAG(model.parameters(), L=10.0, mu=0.1),
+        lambda groups: NAG(groups, L=10.0, mu=0.1),
+    ),
+    "nag-convex": Member(
+        lambda model: NAG(model.parameters(), lr=0.05, rule="convex"),
+        lambda groups: NAG(groups, lr=0.05, rule="convex"),
+    ),
+    "nag-estimated": Member(
+        lambda model: NAG(model.parameters()),
+        NAG,
+    ),
+    "triple-momentum": Member(
+        lambda model: TripleMomentum(model.parameters(), lr=0.1),
+        lambda groups: TripleMomentum(groups, lr=0.1),
+    ),
+    "heavy-ball": Member(
+        lambda model: HeavyBall(model.parameters(), L=10.0, mu=0.1),
+        lambda groups: HeavyBall(groups, L=10.0, mu=0.1),
+    ),
 }
 
 

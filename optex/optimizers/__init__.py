@@ -1,5 +1,6 @@
 """The family's step rules: ``torch.optim.Optimizer``s, one paper a file."""
 
+from optex.optimizers.accelerated import NAG, HeavyBall, TripleMomentum
 from optex.optimizers.adagrad_norm import AdaGradNorm
 from optex.optimizers.gns import (
     GNS,
@@ -21,12 +22,15 @@ __all__ = [
     "Curvature",
     "DenseCurvature",
     "GNS",
+    "HeavyBall",
     "Metric",
+    "NAG",
     "NoCurvature",
     "ProductCurvature",
     "RankOneCurvature",
     "SCALE",
     "StepRule",
+    "TripleMomentum",
     "WindowCurvature",
     "check_number",
     "power_fisher",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from optex.optimizers import GNS, SCALE, AdaGradNorm
+from optex.optimizers import GNS, NAG, SCALE, AdaGradNorm, HeavyBall, TripleMomentum
 
 __all__ = [
     "COUNTERS",
@@ -41,6 +41,9 @@ OPTIMIZERS: Final[dict[str, Callable[..., Optimizer]]] = {
     "rprop": torch.optim.Rprop,
     "asgd": torch.optim.ASGD,
     "adafactor": torch.optim.Adafactor,
+    "nag": NAG,
+    "triple-momentum": TripleMomentum,
+    "heavy-ball": HeavyBall,
 }
 if hasattr(torch.optim, "Muon"):  # torch 2.9 and later; two-dimensional parameters only
     OPTIMIZERS["muon"] = torch.optim.Muon
@@ -119,6 +122,9 @@ _RATES: Final[dict[str, float]] = {
     "adadelta": 1.0,
     "asgd": 0.1,
     "muon": 0.02,
+    "nag": 0.05,
+    "triple-momentum": 0.05,
+    "heavy-ball": 0.02,
 }
 
 
