@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from torch import nn
 from torch.optim import Optimizer
 
+from optex.optimizers import MFAC
+
 __all__ = ["FAMILY", "Member"]
 
 
@@ -34,4 +36,18 @@ class Member:
     compiles: bool = True
 
 
-FAMILY: dict[str, Member] = {}
+FAMILY: dict[str, Member] = {
+    # Its m × m system is solved by LAPACK, outside of what torch compiles.
+    "m-fac": Member(
+        make=lambda model: MFAC(model.parameters(), lr=0.05, window_size=8, damping=1e-2),
+        make_groups=lambda groups: MFAC(groups, window_size=4),
+        compiles=False,
+    ),
+    "m-fac-momentum": Member(
+        make=lambda model: MFAC(
+            model.parameters(), lr=0.02, window_size=4, damping=0.1, momentum=0.9, weight_decay=1e-3
+        ),
+        make_groups=lambda groups: MFAC(groups, window_size=4, momentum=0.5),
+        compiles=False,
+    ),
+}

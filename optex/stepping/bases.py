@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from optex import optimizers
+
 __all__ = [
     "COUNTERS",
     "ELEMENTWISE",
@@ -39,6 +41,7 @@ OPTIMIZERS: Final[dict[str, Callable[..., Optimizer]]] = {
     "rprop": torch.optim.Rprop,
     "asgd": torch.optim.ASGD,
     "adafactor": torch.optim.Adafactor,
+    "m-fac": partial(optimizers.MFAC, window_size=64),  # 1024 gradients would be most of a short run
 }
 if hasattr(torch.optim, "Muon"):  # torch 2.9 and later; two-dimensional parameters only
     OPTIMIZERS["muon"] = torch.optim.Muon
