@@ -129,16 +129,16 @@ class MFAC(StepRule):
         for name in _SHARED:
             if group[name] != self.param_groups[0][name]:
                 raise ValueError(
-                    f"{owner}: {name} is one for all groups, as there is one Fisher matrix; got {group[name]!r} "
-                    f"beside {self.param_groups[0][name]!r}. Set it as an argument of {owner}"
+                    f"{owner}: {name} is one for all groups, as there is one Fisher matrix; got "
+                    f"{group[name]!r} beside {self.param_groups[0][name]!r}. Set it as an argument of {owner}"
                 )
 
     @contextmanager
     def drafting(self) -> Iterator[None]:
         """Steps inside leave window and Gram matrix as they are; see :class:`optex.OptEx`.
 
-        A drafted step is the one that its gradient would cause were it true: the gradient stands in the row that
-        it would take, for that step, and is not written there.
+        A drafted step is the one that its gradient would cause were it true: the gradient stands in the row
+        that it would take, for that step, and is not written there.
         """
         before, self._frozen = self._frozen, True
         try:
@@ -180,9 +180,9 @@ class MFAC(StepRule):
     ) -> Tensor:  # [d], float32 at least
         """F⁻¹ g with g in the row of the oldest gradient, where it stays unless steps are drafted.
 
-        A draft's F is that of the frozen window with g in it, for this step alone. With the frozen one, F₀, alone
-        the direction would be the same, F⁻¹ g = F₀⁻¹ g / (1 + gᵀF₀⁻¹g / m) (Sherman and Morrison, where no row is
-        replaced), but its length not bounded by m: what of g lies outside the window would come out 1/λ as long.
+        A draft's F is that of the frozen window with g in it, for this step alone. F₀ of the frozen rows alone
+        would give the same direction, F⁻¹ g = F₀⁻¹ g / (1 + gᵀF₀⁻¹g / m) (Sherman and Morrison), but nothing
+        bounds its length: what of g lies outside the window would come out 1/λ times as long.
         """
         window, group = memory["window"], self.param_groups[0]
         seen = int(memory["step"])
@@ -249,8 +249,8 @@ class MFAC(StepRule):
         size, width = state_dict["param_groups"][0].get("window_size"), sum(self._sizes())
         if saved and tuple(saved["window"].shape) != (size, width):
             raise ValueError(
-                f"{type(self).__name__}: the saved window is {tuple(saved['window'].shape)}, and these parameters "
-                f"need {(size, width)}; load the state of the same parameters in the same order"
+                f"{type(self).__name__}: the saved window is {tuple(saved['window'].shape)}, and these "
+                f"parameters need {(size, width)}; load the state of the same parameters in the same order"
             )
         super().load_state_dict(state_dict)
         if saved:  # torch gives all state its parameter's dtype

@@ -1,13 +1,13 @@
 """M-FAC, the static algorithm: pruning with the inverse Fisher matrix of gradients given once.
 
 Source: Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations of Second-Order Information",
-NeurIPS 2021, arXiv 2107.03356; the saliency and the update of one weight are those of Hassibi and Stork, "Second
-order derivatives for network pruning: Optimal Brain Surgeon", NIPS 1992.
+NeurIPS 2021, arXiv 2107.03356; the saliency and the update of one weight are those of Hassibi and Stork,
+"Second order derivatives for network pruning: Optimal Brain Surgeon", NIPS 1992.
 
 The paper finds vectors h_i = F_{i-1}⁻¹ g_i one after the other, and from them F⁻¹ = (1/λ) I - Σ h_i h_iᵀ / (m +
-g_iᵀ h_i). They are the rows of λ^{-1/2} L⁻¹ G up to their lengths, with L the Cholesky factor of m λI + GGᵀ: the
-recursion is that factorisation, a row at a time. Here the factor comes first and the h_i are made from it a slab
-of columns at a time, in float64; so they need no m × d numbers of their own, and G can be of lower precision.
+g_iᵀ h_i). Up to their lengths they are the rows of L⁻¹ G, with L the Cholesky factor of m λI + GGᵀ: the recursion
+is that factorisation, a row at a time. Here the factor comes first, and what is needed of the h_i is made from it
+a slab of columns at a time, in float64. So they take no m × d numbers, and G may be of lower precision.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def gradient_rows(
         pieces = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
         row = torch.cat([piece.detach().reshape(-1) for piece in pieces])
         if not bool(row.isfinite().all()):
-            raise NonFiniteError(f"gradient_rows: the gradient of batch {number} is not finite; check that batch")
+            raise NonFiniteError(
+                f"gradient_rows: the gradient of batch {number} is not finite; check that batch"
+            )
         rows.append(row if dtype is None else row.to(dtype))
     if not rows:
         raise ValueError("gradient_rows: there is no batch, and a Fisher matrix needs one gradient at least")
@@ -140,9 +142,7 @@ def inverse_product(
     _check_rows("inverse_product", rows, damping, block_size)
     _check_vector("inverse_product", "vector", vector, rows)
     wide = vector.to(rows.device, torch.float64)
-    return torch.cat(
-        [woodbury(rows[:, block], wide[block], damping) for block in _blocks(rows, block_size)]
-    )
+    return torch.cat([woodbury(rows[:, block], wide[block], damping) for block in _blocks(rows, block_size)])
 
 
 def obs_mask(
@@ -155,8 +155,8 @@ def obs_mask(
 ) -> Tensor:  # [d] bool
     """Which weights to keep: all but those of the least saliency w_i² / (2 [F⁻¹]_ii).
 
-    That is what the loss gains, to second order, if weight i alone is set to zero and all others make up for it as
-    well as they can.
+    That is how much the loss grows, to second order, if weight i alone is set to zero and all others make up for
+    it as well as they can.
 
     Args:
         weights: of the trained network, as one vector.
@@ -275,6 +275,6 @@ def _check_rows(owner: str, rows: Tensor, damping: float, block_size: int | None
 def _check_vector(owner: str, name: str, vector: Tensor, rows: Tensor) -> None:
     if vector.ndim != 1 or len(vector) != rows.shape[1] or not vector.is_floating_point():
         raise ValueError(
-            f"{owner}: {name} must be a floating-point vector of {rows.shape[1]} numbers, one a column of rows, "
-            f"got {vector.dtype} {tuple(vector.shape)}"
+            f"{owner}: {name} must be a floating-point vector of {rows.shape[1]} numbers, one a column of "
+            f"rows, got {vector.dtype} {tuple(vector.shape)}"
         )
