@@ -229,15 +229,23 @@ class TestState:
             stepped(optimizer, theta, [torch.tensor([1.0, torch.nan, 0.0])])
         assert all(torch.equal(before[name], value) for name, value in memory(optimizer).items())
 
-    def test_a_system_that_cannot_be_solved_leaves_no_trace(self):
+    def test_squares_that_overflow_leave_no_trace(self):
         theta = nn.Parameter(torch.ones(5_000))
         optimizer = MFAC([theta], window_size=3)
         stepped(optimizer, theta, normal(2, 5_000))
         before, place = copy.deepcopy(memory(optimizer)), theta.detach().clone()
-        with pytest.raises(NotPositiveDefiniteError, match="raise damping"):
-            stepped(optimizer, theta, [torch.full((5_000,), 1e25)])  # its square overflows
+        with pytest.raises(NonFiniteError, match="squares of the gradients overflow"):
+            stepped(optimizer, theta, [torch.full((5_000,), 1e25)])
         assert torch.equal(theta, place)
         assert all(torch.equal(before[name], value) for name, value in memory(optimizer).items())
+
+    def test_a_window_spoilt_from_outside_is_named(self):
+        theta = nn.Parameter(torch.ones(3))
+        optimizer = MFAC([theta], window_size=3)
+        stepped(optimizer, theta, normal(2, 3))
+        memory(optimizer)["gram"].fill_(torch.nan)
+        with pytest.raises(NotPositiveDefiniteError, match="raise damping"):
+            stepped(optimizer, theta, normal(1, 3))
 
     def test_damping_beneath_rounding_is_said(self):
         theta = nn.Parameter(torch.zeros(3, dtype=DOUBLE))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from optex import linalg
 from optex.checks import check_integer
+from optex.errors import NonFiniteError
 from optex.optimizers.mfac.fisher import row_coefficients
 from optex.optimizers.step_rule import StepRule, check_number
 
@@ -58,8 +59,9 @@ class MFAC(StepRule):
 
     Raises:
         ValueError: a setting is out of range, or differs among groups where there is one for all.
-        NotPositiveDefiniteError: in a step, before anything moves: gradients so large that their squares
-            overflow, or hide λ even after a ``JitterWarning``.
+        NonFiniteError: in a step, before anything moves: a gradient is not finite, or its square overflows.
+        NotPositiveDefiniteError: likewise, where λ is so far beneath the rounding of GGᵀ that jitter (with a
+            ``JitterWarning``) does not help.
 
     >>> import torch
     >>> theta = torch.nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))
@@ -194,6 +196,11 @@ class MFAC(StepRule):
             gram = memory["gram"][:filled, :filled].clone()
             gram[place] = gram[:, place] = products
             coefficients = row_coefficients(gram, place, group["damping"])
+            if not bool(coefficients.isfinite().all()):  # LAPACK factorises infinities without a word
+                raise NonFiniteError(
+                    f"{type(self).__name__}: squares of the gradients overflow; parameters and state are those "
+                    "of before the step. Scale the loss down, or clip the gradients"
+                )
             if self._frozen:
                 own = coefficients[place].clone()
                 coefficients[place] = 0

@@ -4,10 +4,11 @@ Source: Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations 
 NeurIPS 2021, arXiv 2107.03356; the saliency and the update of one weight are those of Hassibi and Stork,
 "Second order derivatives for network pruning: Optimal Brain Surgeon", NIPS 1992.
 
-The paper finds vectors h_i = F_{i-1}⁻¹ g_i one after the other, and from them F⁻¹ = (1/λ) I - Σ h_i h_iᵀ / (m +
-g_iᵀ h_i). Up to their lengths they are the rows of L⁻¹ G, with L the Cholesky factor of m λI + GGᵀ: the recursion
-is that factorisation, a row at a time. Here the factor comes first, and what is needed of the h_i is made from it
-a slab of columns at a time, in float64. So they take no m × d numbers, and G may be of lower precision.
+The paper finds vectors h_i = F_{i-1}⁻¹ g_i one after the other, and from them
+F⁻¹ = (1/λ) I - Σ h_i h_iᵀ / (m + g_iᵀ h_i). Up to their lengths they are the rows of L⁻¹ G, with L the Cholesky
+factor of m λI + GGᵀ: the recursion is that factorisation, a row at a time. Here the factor comes first, and what
+is needed of the h_i is made from it a slab of columns at a time, in float64. So they take no m × d numbers, and G
+may be of lower precision.
 """
 
 from __future__ import annotations
@@ -155,8 +156,8 @@ def obs_mask(
 ) -> Tensor:  # [d] bool
     """Which weights to keep: all but those of the least saliency w_i² / (2 [F⁻¹]_ii).
 
-    That is how much the loss grows, to second order, if weight i alone is set to zero and all others make up for
-    it as well as they can.
+    That is how much the loss grows, to second order, if weight i alone is set to zero and all others make up
+    for it as well as they can.
 
     Args:
         weights: of the trained network, as one vector.
