@@ -193,14 +193,14 @@ class MFAC(StepRule):
             # All with the old row in its place, so that a system that cannot be solved leaves no trace.
             products = linalg.inner_products(window[:filled], row[None])[:, 0]
             products[place] = linalg.inner_products(row[None], row[None])[0, 0]
-            gram = memory["gram"][:filled, :filled].clone()
-            gram[place] = gram[:, place] = products
-            coefficients = row_coefficients(gram, place, group["damping"])
-            if not bool(coefficients.isfinite().all()):  # LAPACK factorises infinities without a word
+            if not bool(products.isfinite().all()):  # LAPACK factorises infinities without a word
                 raise NonFiniteError(
                     f"{type(self).__name__}: squares of the gradients overflow; parameters and state are those "
                     "of before the step. Scale the loss down, or clip the gradients"
                 )
+            gram = memory["gram"][:filled, :filled].clone()
+            gram[place] = gram[:, place] = products
+            coefficients = row_coefficients(gram, place, group["damping"])
             if self._frozen:
                 own = coefficients[place].clone()
                 coefficients[place] = 0

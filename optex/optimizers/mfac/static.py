@@ -6,9 +6,9 @@ NeurIPS 2021, arXiv 2107.03356; the saliency and the update of one weight are th
 
 The paper finds vectors h_i = F_{i-1}⁻¹ g_i one after the other, and from them
 F⁻¹ = (1/λ) I - Σ h_i h_iᵀ / (m + g_iᵀ h_i). Up to their lengths they are the rows of L⁻¹ G, with L the Cholesky
-factor of m λI + GGᵀ: the recursion is that factorisation, a row at a time. Here the factor comes first, and what
-is needed of the h_i is made from it a slab of columns at a time, in float64. So they take no m × d numbers, and G
-may be of lower precision.
+factor of m λI + GGᵀ: the recursion is that factorisation, a row at a time. Here the factor comes first, and of
+the h_i only what is needed is made from it, a slab of columns at a time, in float64. So they take no m × d
+numbers, and G may be of lower precision.
 """
 
 from __future__ import annotations
