@@ -183,8 +183,8 @@ class MFAC(StepRule):
         """F⁻¹ g with g in the row of the oldest gradient, where it stays unless steps are drafted.
 
         A draft's F is that of the frozen window with g in it, for this step alone. F₀, the other rows' part of
-        it, would give the same direction, F⁻¹ g = F₀⁻¹ g / (1 + gᵀF₀⁻¹g / k) (Sherman and Morrison), but nothing
-        bounds its length: what of g lies outside those rows would come out 1/λ times as long.
+        it, would give the same direction, F⁻¹ g = F₀⁻¹ g / (1 + gᵀF₀⁻¹g / k) (Sherman and Morrison), but its
+        length would not be bounded: what of g lies outside those rows would come out 1/λ times as long.
         """
         window, group = memory["window"], self.param_groups[0]
         seen = int(memory["step"])
