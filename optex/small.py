@@ -216,8 +216,13 @@ def _cholesky(matrix: Array) -> tuple[Array, bool]:
 
 def jittered_cholesky(
     matrix: Array,  # [n, n] symmetric, float64
+    remedy: str = "noise_variance",
 ) -> Array:  # [n, n], the lower triangle holds the factor
     """Cholesky factor of a kernel matrix: plain first, then with jitter and a warning that says how much.
+
+    Args:
+        matrix: to be factorised.
+        remedy: the setting that adds to its diagonal, for the messages.
 
     Raises:
         NotPositiveDefiniteError: not even jitter of 1e-2 of the mean diagonal helps.
@@ -233,14 +238,14 @@ def jittered_cholesky(
         if done:
             warnings.warn(
                 f"kernel matrix of size {len(matrix)} is not positive definite; added {jitter:g} of its mean "
-                f"diagonal ({float(scale):.3g}). A larger noise_variance avoids this.",
+                f"diagonal ({float(scale):.3g}). A larger {remedy} avoids this.",
                 JitterWarning,
                 stacklevel=2,
             )
             return factor
     raise NotPositiveDefiniteError(
         f"kernel matrix of size {len(matrix)} is not positive definite even with jitter {JITTERS[-1]:g}; "
-        "raise noise_variance, or check the history for non-finite values"
+        f"raise {remedy}, or check the history for non-finite values"
     )
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from optex import GradientSource
-from optex.optimizers import NAG, SCALE, AdaGradNorm, HeavyBall, TripleMomentum
+from optex.optimizers import MFAC, NAG, SCALE, AdaGradNorm, HeavyBall, TripleMomentum
 
 __all__ = ["FAMILY", "SOURCES", "Member", "SourceRow"]
 
@@ -63,6 +63,19 @@ FAMILY: dict[str, Member] = {
     "heavy-ball": Member(
         lambda model: HeavyBall(model.parameters(), L=10.0, mu=0.1),
         lambda groups: HeavyBall(groups, L=10.0, mu=0.1),
+    ),
+    # Its m × m system is solved by LAPACK, outside of what torch compiles.
+    "m-fac": Member(
+        make=lambda model: MFAC(model.parameters(), lr=0.05, window_size=8, damping=1e-2),
+        make_groups=lambda groups: MFAC(groups, window_size=4),
+        compiles=False,
+    ),
+    "m-fac-momentum": Member(
+        make=lambda model: MFAC(
+            model.parameters(), lr=0.02, window_size=4, damping=0.1, momentum=0.9, weight_decay=1e-3
+        ),
+        make_groups=lambda groups: MFAC(groups, window_size=4, momentum=0.5),
+        compiles=False,
     ),
 }
 

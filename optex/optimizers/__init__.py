@@ -14,6 +14,7 @@ from optex.optimizers.gns import (
     power_fisher,
     power_gauss_newton,
 )
+from optex.optimizers.mfac import MFAC
 from optex.optimizers.scale import SCALE, scale_param_groups
 from optex.optimizers.step_rule import StepRule, check_number
 
@@ -23,6 +24,7 @@ __all__ = [
     "DenseCurvature",
     "GNS",
     "HeavyBall",
+    "MFAC",
     "Metric",
     "NAG",
     "NoCurvature",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from optex import optimizers
 from optex.optimizers import GNS, NAG, SCALE, AdaGradNorm, HeavyBall, TripleMomentum
 
 __all__ = [
@@ -44,6 +45,7 @@ OPTIMIZERS: Final[dict[str, Callable[..., Optimizer]]] = {
     "nag": NAG,
     "triple-momentum": TripleMomentum,
     "heavy-ball": HeavyBall,
+    "m-fac": partial(optimizers.MFAC, window_size=64),  # 1024 gradients would be most of a short run
 }
 if hasattr(torch.optim, "Muon"):  # torch 2.9 and later; two-dimensional parameters only
     OPTIMIZERS["muon"] = torch.optim.Muon
