@@ -37,10 +37,10 @@ from optex.evaluators import (
     VectorizedEvaluator,
     WorkersEvaluator,
 )
-from optex.minimize import minimize, scipy_method
+from optex.minimize import cbo_minimize, minimize, scipy_method
 from optex.optimizer import OptEx
 from optex.round import Acceptance, Last, LowestLoss, RoundReport, SmallestGradient, WithinTolerance
-from optex.sources import AccumulatingSource, GradientSource, ObjectiveSource
+from optex.sources import AccumulatingSource, ConsensusSource, GradientSource, ObjectiveSource
 
 __version__ = version("optex")
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "AccumulatingSource",
     "Advice",
     "CommitteeEstimator",
+    "ConsensusSource",
     "ConvergenceWarning",
     "CurlFreeEstimator",
     "DistributedEvaluator",
@@ -85,6 +86,7 @@ __all__ = [
     "WorkerLostError",
     "WorkersEvaluator",
     "advise",
+    "cbo_minimize",
     "minimize",
     "scipy_method",
 ]

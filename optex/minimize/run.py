@@ -18,7 +18,7 @@ from optex.optimizer import OptEx
 from optex.sources import GradientSource
 from optex.sources.functions import PointForm
 
-__all__ = ["Run", "report"]
+__all__ = ["Run", "call_back", "report"]
 
 _WITHIN_GTOL: Final = "Optimization terminated successfully: the gradient is within gtol."
 _WITHIN_FTOL: Final = "Optimization terminated successfully: fun changed by no more than ftol in a round."
@@ -55,7 +55,6 @@ class Run:
         self._tracker = tracker
         self._form = form
         self._callback = callback
-        self._modern = callback is not None and _takes_intermediate_result(callback)
         self._first_rate = self._present_rate()
         self._rate = AutomaticRate(optimizer, source, tracker) if automatic else None
         self._taken = 0
@@ -123,12 +122,7 @@ class Run:
         """The message to stop with, if the callback asks for it."""
         if self._callback is None:
             return None
-        result = self._result(1, "The run has not ended.")
-        try:
-            answer = self._callback(intermediate_result=result) if self._modern else self._callback(result.x)
-        except StopIteration:
-            return "`callback` raised `StopIteration`."
-        return "`callback` returned True." if isinstance(answer, (bool, np.bool_)) and answer else None
+        return call_back(self._callback, lambda: self._result(1, "The run has not ended."))
 
     def _result(self, status: int, message: str) -> OptimizeResult:
         tracker = self._tracker
@@ -146,6 +140,17 @@ class Run:
             status=status,
             message=message,
         )
+
+
+def call_back(callback: Callable[..., Any], result: Callable[[], OptimizeResult]) -> str | None:
+    """Call the user's callback as SciPy does; the message to stop with, if it asks for it."""
+    present = result()
+    modern = _takes_intermediate_result(callback)
+    try:
+        answer = callback(intermediate_result=present) if modern else callback(present.x)
+    except StopIteration:
+        return "`callback` raised `StopIteration`."
+    return "`callback` returned True." if isinstance(answer, (bool, np.bool_)) and answer else None
 
 
 def report(result: OptimizeResult) -> str:
