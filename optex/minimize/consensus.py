@@ -60,8 +60,8 @@ def cbo_minimize(
     the one for more than a few dimensions.
 
     Args:
-        fun: ``fun(x, *args)``, one number; with ``vectorized`` ``fun(points, *args)``, [n] at points [n, d]. Every
-            call gets a copy of its own. A point where it is NaN or infinite has no weight.
+        fun: ``fun(x, *args)``, one number; with ``vectorized`` ``fun(points, *args)``, [n] at points [n, d].
+            Every call gets a copy of its own. A point where it is NaN or infinite has no weight.
         x0: where to start. [d]: particles are drawn from N(x0, spread² I). [n, d]: the particles themselves. A
             floating-point tensor: ``fun`` gets, and the result holds, tensors of its dtype and device; anything
             else is taken as a float64 array.
@@ -74,9 +74,9 @@ def cbo_minimize(
         dt: length of a step, positive; λ dt is at most 1.
         noise: as above.
         vectorized: as above; all particles are evaluated in one call.
-        workers: evaluate the particles of a step at once, as in :func:`optex.minimize`: so many processes (-1: one
-            a core), a ``concurrent.futures.Executor``, or a function like ``map``. A point without an answer, at
-            the second try either, counts as one where fun is NaN.
+        workers: evaluate the particles of a step at once, as in :func:`optex.minimize`: so many processes (-1:
+            one a core), a ``concurrent.futures.Executor``, or a function like ``map``. A point without an
+            answer, at the second try either, counts as one where fun is NaN.
         seed: of the particles' random numbers; None takes them from torch's global generator. The run does not
             depend on ``workers``.
         callback: after every step ``callback(intermediate_result)`` if that is its parameter's name, with the
@@ -88,12 +88,13 @@ def cbo_minimize(
         disp: print at the end how it went.
 
     Returns:
-        ``scipy.optimize.OptimizeResult``: ``x`` and ``fun``: the last consensus, which is evaluated, or the best
-        particle that was, if that is lower; ``consensus`` and ``consensus_fun``; ``effective_sample_size`` of the
-        last step, ``1 / Σ w_i²``; ``radius``, the largest distance of a component to the consensus; ``population``
-        [n, d] and ``population_energies`` [n] of the last step, ``nit``, ``nfev``, ``nlost`` (points without an
-        answer), ``success``, ``status``, ``message``. Status 0: within xtol; 1: maxiter reached, as the paper's
-        runs end; 2: fun is nowhere a number any more; 3: workers do not answer; 99: stopped by ``callback``.
+        ``scipy.optimize.OptimizeResult``: ``x`` and ``fun``: the last consensus, which is evaluated, or the
+        best particle that was, if that is lower; ``consensus`` and ``consensus_fun``;
+        ``effective_sample_size`` of the last step, ``1 / Σ w_i²``; ``radius``, the largest distance of a
+        component to the consensus; ``population`` [n, d] and ``population_energies`` [n] of the last step,
+        ``nit``, ``nfev``, ``nlost`` (points without an answer), ``success``, ``status``, ``message``. Status 0:
+        within xtol; 1: maxiter reached, as the paper's runs end; 2: fun is nowhere a number any more; 3:
+        workers do not answer; 99: stopped by ``callback``.
 
     Raises:
         TypeError, ValueError: an argument cannot work, or ``fun`` answers in a form that cannot.
@@ -107,7 +108,7 @@ def cbo_minimize(
     >>> def rippled(x):                                           # [n, 2], many local minima, the least at 0
     ...     return (x**2 + 2.5 * (1 - np.cos(2 * np.pi * x))).sum(1)
     >>> result = optex.cbo_minimize(rippled, [4.0, 4.0], vectorized=True, seed=0)
-    >>> np.abs(result.consensus).max() < 0.1, result.nfev
+    >>> bool(np.abs(result.consensus).max() < 0.1), result.nfev
     (True, 50001)
     """
     particles = 200 if particles is None and _is_one(x0) else particles
@@ -158,13 +159,13 @@ class _Settings:
         self.isotropic = noise == "isotropic"
         if self.drift * self.dt > 1:
             raise ValueError(
-                f"{_OWNER}: drift * dt must be at most 1, got {self.drift * self.dt:g}: particles would jump past "
-                "their consensus; take a smaller dt"
+                f"{_OWNER}: drift * dt must be at most 1, got {self.drift * self.dt:g}: particles would jump "
+                "past their consensus; take a smaller dt"
             )
 
     def warn_of_flight(self, dimension: int) -> None:
         """Isotropic noise in many dimensions drives particles apart for ever."""
-        # With noise of length σ ‖v - c‖ in d dimensions log ‖v - c‖ drifts by -λ + σ² (d - 2) / 2 a unit of time.
+        # By Itô's formula log ‖v - c‖ drifts by -λ + σ² (d - 2) / 2 a unit of time where c stands still.
         if self.isotropic and self.sigma**2 * (dimension - 2) >= 2 * self.drift:
             largest = math.sqrt(2 * self.drift / (dimension - 2))
             warn(
@@ -246,6 +247,9 @@ class _Swarm:
             value = float(energies[0])
             self._note(energies, point)
         return self._result(status, message, value)
+
+    def _unfinished(self) -> OptimizeResult:
+        return self._result(1, "The run has not ended.")
 
     def _result(self, status: int, message: str, value: float = math.nan) -> OptimizeResult:
         form = self._points.form

@@ -42,8 +42,8 @@ def read_points(
     """The first points: x0 itself where it has two dimensions, else drawn around it.
 
     Raises:
-        TypeError, ValueError: x0 is not real, not finite, empty or of another shape; ``particles`` or ``spread``
-            are out of range, or given beside points that need none.
+        TypeError, ValueError: x0 is not real, not finite, empty or of another shape; ``particles`` or
+            ``spread`` are out of range, or given beside points that need none.
     """
     form, start = _read(owner, x0)
     if start.ndim == 2:
@@ -73,9 +73,7 @@ def _read(owner: str, x0: Any) -> tuple[Form, Tensor]:
             raise TypeError(f"{owner}: x0 must be a real array or tensor, got {x0!r:.60}: {error}") from error
     start = torch.atleast_1d(start)
     if start.ndim > 2 or not start.numel():
-        raise ValueError(
-            f"{owner}: x0 must be a point [d] or particles [n, d], got shape {tuple(start.shape)}; flatten points"
-        )
+        raise ValueError(f"{owner}: x0 must be a point [d] or particles [n, d], got shape {tuple(start.shape)}")
     if not bool(start.isfinite().all()):
         raise ValueError(f"{owner}: x0 has components that are not finite; start where fun is defined")
     return Form(not isinstance(x0, Tensor)), start

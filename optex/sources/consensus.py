@@ -1,7 +1,7 @@
 """Gradients without derivatives: from where the consensus of samples around a point lies.
 
-Riedl, Klock, Geldhauser, Fornasier: *Gradient is All You Need? How Consensus-Based Optimization can be Interpreted
-as a Stochastic Relaxation of Gradient Descent*, arXiv 2306.09778.
+Riedl, Klock, Geldhauser, Fornasier: *Gradient is All You Need? How Consensus-Based Optimization can be
+Interpreted as a Stochastic Relaxation of Gradient Descent*, arXiv 2306.09778.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from optex.sources.interface import GradientSource, scalar_loss
 
 __all__ = ["Consensus", "ConsensusSource", "check_positive", "values_of"]
 
-# Of fewer samples that count alike the delta method says too little, half or less: benchmarks/papers/consensus.py.
+# With a smaller effective size the delta method says less than half: benchmarks/papers/consensus.py.
 _TRUSTED: Final = 20.0
 
 
@@ -65,9 +65,7 @@ class Consensus:
             )
         least = values[usable].min()
         if not bool(least.isfinite()):
-            raise NonFiniteError(
-                f"{owner}: the objective is minus infinity at a sample; it has no minimum there"
-            )
+            raise NonFiniteError(f"{owner}: the objective is minus infinity at a sample; it has no minimum")
         exponents = torch.where(usable, -alpha * (values - least), -math.inf)
         total = torch.logsumexp(exponents, 0)
         weights = (exponents - total).exp()
@@ -91,15 +89,15 @@ class ConsensusSource(GradientSource):
         ĝ(x) = (x - c) / (α σ²)  →  ∇E_α(x),   E_α(x) = -log(E_V exp(-α E(V))) / α     for N → ∞
 
     E_α is the soft minimum of E around x: E itself for small σ, blind to ripples narrower than σ for a larger
-    one. For a quadratic E with Hessian A, ĝ → (I + τ A)⁻¹ ∇E(x), τ = α σ²: the gradient at the end of a proximal
-    step. ``SGD(lr=source.hopping_rate)`` on it is the paper's consensus hopping, x ← c, in one line. Only values
-    of E are used: it need be neither smooth nor written in torch, and any first-order optimizer runs on it.
+    one. For a quadratic E with Hessian A, ĝ → (I + τ A)⁻¹ ∇E(x), τ = α σ²: the gradient at the end of a
+    proximal step. ``SGD(lr=source.hopping_rate)`` on it is the paper's consensus hopping, x ← c. Only values of
+    E are used: it need be neither smooth nor written in torch, and any first-order optimizer runs on it.
 
     Args:
-        objective: ``objective(batch)``, the loss at the parameters' present values, which are set to each sample
-            in turn; with ``vectorized`` instead ``objective(points, batch)``, losses [N] at points [N, d], the
-            parameters flattened one after the other. It is called without autograd. A sample where it is NaN
-            or infinite has no weight.
+        objective: ``objective(batch)``, the loss at the parameters' present values, which are set to each
+            sample in turn; with ``vectorized`` instead ``objective(points, batch)``, losses [N] at points
+            [N, d], the parameters flattened one after the other. It is called without autograd. A sample where
+            it is NaN or infinite has no weight.
         parameters: those that are optimised, d numbers in all.
         samples: N, at least 2.
         alpha: α, positive: in units of one over the objective's.
@@ -108,14 +106,15 @@ class ConsensusSource(GradientSource):
         vectorized: as above.
 
     Attributes:
-        effective_sample_size: of the last gradient that was computed in this process, ``1 / Σ w_i²``; None before.
-            Near 1 one sample decides, and the gradient is as long as noise: lower alpha or sigma, or raise N.
+        effective_sample_size: of the last gradient that was computed in this process, ``1 / Σ w_i²``; None
+            before. About ``N exp(-(α σ ‖∇E‖)²)``; near 1 one sample decides, and ĝ is mostly noise and bias:
+            lower alpha or sigma.
 
     The loss that it answers is the sampled soft minimum, whose gradient ĝ estimates. The noise variance is the
     delta method's, ``Σ w_i² ‖V_i - c‖² / (d τ²)``, times n / (n - 1) of the effective size n; None below
     n = 20, where that is not to be trusted. The bias of ĝ against ∇E_α, of order 1 / n, is not in it.
 
-    Memory: ``2 · N · d`` numbers.
+    Memory: ``2 · N · d`` numbers. It draws from torch's global generator, so workers have to be processes.
 
     Raises:
         TypeError, ValueError: an argument cannot work, the objective answers in a form that cannot, or sigma is
@@ -177,7 +176,7 @@ class ConsensusSource(GradientSource):
         x = torch.cat([p.detach().reshape(-1) for p in self.parameters])
         if not bool(x.isfinite().all()):
             raise NonFiniteError(
-                "ConsensusSource: the parameters are not finite; there is nothing to draw around"
+                "ConsensusSource: the parameters are not finite; no samples can be drawn around them"
             )
         points, displacements = self._draw(x)
         values = self._in_one_call if self.vectorized else self._one_by_one
@@ -189,21 +188,6 @@ class ConsensusSource(GradientSource):
             p.grad = piece.reshape(p.shape).to(p.dtype, copy=True)
         self.effective_sample_size = consensus.effective_sample_size
         return consensus.soft_minimum, self._noise_variance(consensus.weights, displacements - shift)
-
-    def replica(self) -> tuple[GradientSource, list[Tensor]] | None:
-        if not self.vectorized:  # the objective reads the parameters where they are
-            return None
-        twins: list[Tensor] = [nn.Parameter(p.detach().clone()) for p in self.parameters]
-        source = ConsensusSource(
-            self.objective,
-            twins,
-            samples=self.samples,
-            alpha=self.alpha,
-            sigma=self.sigma,
-            antithetic=self.antithetic,
-            vectorized=True,
-        )
-        return source, twins
 
     def _draw(
         self,
@@ -219,8 +203,8 @@ class ConsensusSource(GradientSource):
         displacements = points.to(kind) - x.to(kind)
         if not bool(displacements.any()):
             raise ValueError(
-                f"ConsensusSource: sigma = {self.sigma:g} is lost in the rounding of parameters of {x.dtype}, whose "
-                f"largest is {float(x.abs().max()):g}; take a larger sigma, or parameters of more digits"
+                f"ConsensusSource: sigma = {self.sigma:g} is lost in the rounding of parameters of {x.dtype}, "
+                f"the largest {float(x.abs().max()):g}; take a larger sigma, or parameters of more digits"
             )
         return points, displacements
 
@@ -254,8 +238,8 @@ class ConsensusSource(GradientSource):
         weights: Tensor,  # [N]
         centred: Tensor,  # [N, d], V_i - c
     ) -> Tensor | None:  # []
-        # c = Σ w_i V_i / Σ w_i is a ratio of means over independent draws; its variance is that of its linear part,
-        # a term w_i (V_i - c) a draw. The two of a pair are one draw. Samples without weight may be anywhere.
+        # c = Σ w_i V_i / Σ w_i is a ratio of means over independent draws; its variance is about that of its
+        # linear part, a term w_i (V_i - c) a draw. The two of a pair are one draw.
         influences = torch.where(weights[:, None] > 0, weights[:, None] * centred, 0.0)
         if self.antithetic:
             influences = torch.stack(influences.chunk(2)).sum(0)
