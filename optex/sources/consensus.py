@@ -180,7 +180,10 @@ class ConsensusSource(GradientSource):
             )
         points, displacements = self._draw(x)
         values = self._in_one_call if self.vectorized else self._one_by_one
-        consensus = Consensus.of(values(points, batch).to(x.device), self.alpha, "ConsensusSource")
+        energies = values(points, batch).to(x.device)
+        # A sample that overflowed must not draw the consensus to infinity, whatever the objective says of it.
+        energies = torch.where(points.isfinite().all(1), energies, math.nan)
+        consensus = Consensus.of(energies, self.alpha, "ConsensusSource")
         shift = consensus.mean(displacements)
         gradient = -shift / self.hopping_rate
         pieces = gradient.split([p.numel() for p in self.parameters])
