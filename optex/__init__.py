@@ -37,18 +37,18 @@ from optex.evaluators import (
     VectorizedEvaluator,
     WorkersEvaluator,
 )
-from optex.minimize import minimize, minimize_gns, scipy_method
+from optex.minimize import cbo_minimize, minimize, minimize_gns, scipy_method
 from optex.optimizer import OptEx
 from optex.round import Acceptance, Last, LowestLoss, RoundReport, SmallestGradient, WithinTolerance
-from optex.sources import AccumulatingSource, GradientSource, ObjectiveSource, PerSampleSource
+from optex.sources import AccumulatingSource, ConsensusSource, GradientSource, ObjectiveSource, PerSampleSource
 
 __version__ = version("optex")
 __all__ = [
-    "RBF",
     "Acceptance",
     "AccumulatingSource",
     "Advice",
     "CommitteeEstimator",
+    "ConsensusSource",
     "ConvergenceWarning",
     "CurlFreeEstimator",
     "DistributedEvaluator",
@@ -75,6 +75,7 @@ __all__ = [
     "PerSampleSource",
     "PlainStepWarning",
     "Posterior",
+    "RBF",
     "RankLostError",
     "RationalQuadratic",
     "RoundReport",
@@ -86,6 +87,7 @@ __all__ = [
     "WorkerLostError",
     "WorkersEvaluator",
     "advise",
+    "cbo_minimize",
     "minimize",
     "minimize_gns",
     "scipy_method",

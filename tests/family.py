@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from optex import GradientSource
+from optex import ConsensusSource, GradientSource
 from optex.optimizers import MFAC, NAG, SCALE, AdaGradNorm, HeavyBall, TripleMomentum
+from tests.references.consensus import Bowl, proximal_gradient
 
 __all__ = ["FAMILY", "SOURCES", "Member", "SourceRow"]
 
@@ -102,4 +103,30 @@ class SourceRow:
     pickles: bool = True
 
 
-SOURCES: dict[str, SourceRow] = {}
+def _consensus(*, vectorized):
+    hessian = torch.tensor([[1.0, 0.3, 0.0], [0.3, 0.8, 0.2], [0.0, 0.2, 1.2]], dtype=torch.float64)
+
+    def make():
+        start = torch.tensor([2.0, -1.0, 1.0], dtype=torch.float64)
+        parameters = [nn.Parameter(start[:2].clone()), nn.Parameter(start[2:].clone())]
+        objective = Bowl(hessian, None if vectorized else parameters)
+        samples = 300 if vectorized else 30
+        source = ConsensusSource(
+            objective, parameters, samples=samples, alpha=2.0, sigma=0.4, vectorized=vectorized
+        )
+        return source, parameters, lambda count: [None] * count
+
+    return make
+
+
+def _exact_consensus(source, parameters):
+    x = torch.cat([p.detach() for p in parameters])
+    return list(proximal_gradient(source.objective.hessian, x, source.hopping_rate).split([2, 1]))
+
+
+SOURCES: dict[str, SourceRow] = {
+    "consensus": SourceRow(_consensus(vectorized=False), lr=0.1),
+    "consensus-vectorized": SourceRow(
+        _consensus(vectorized=True), lr=0.1, exact=_exact_consensus, tolerance=0.03, answers=200
+    ),
+}

@@ -1,8 +1,16 @@
 """Sources: what a gradient is, and what is known of it."""
 
 from optex.sources.closure import ClosureSource
+from optex.sources.consensus import ConsensusSource
 from optex.sources.interface import GradientSource
 from optex.sources.objective import AccumulatingSource, ObjectiveSource
 from optex.sources.per_sample import PerSampleSource
 
-__all__ = ["AccumulatingSource", "ClosureSource", "GradientSource", "ObjectiveSource", "PerSampleSource"]
+__all__ = [
+    "AccumulatingSource",
+    "ClosureSource",
+    "ConsensusSource",
+    "GradientSource",
+    "ObjectiveSource",
+    "PerSampleSource",
+]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from optex.studies.problems.bayesian import BayesianLogistic
+from optex.studies.problems.canyon import Canyon
 from optex.studies.problems.control import OPTIONS as _CONTROL_OPTIONS
 from optex.studies.problems.control import Acrobot, CartPole, MountainCar
 from optex.studies.problems.gaussian_process import GaussianProcessHyperparameters
@@ -23,6 +24,7 @@ __all__ = [
     "Ackley",
     "Acrobot",
     "BayesianLogistic",
+    "Canyon",
     "CartPole",
     "DigitsMLP",
     "FashionMNIST",
@@ -102,6 +104,7 @@ PROBLEMS: Final[dict[str, ProblemEntry]] = {
         "conductivity of a plate from readings of its warmth",
         {"size": int, "heaters": int, "heaters_at_once": int},
     ),
+    "canyon": ProblemEntry(Canyon, "a rippled canyon, by the consensus of samples", {"samples": int}),
     "digits-mlp": ProblemEntry(
         DigitsMLP, "64-64-10 tanh network on 8 × 8 digits, minibatches", {"batch_size": int}
     ),
