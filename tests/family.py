@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from torch import nn
 from torch.optim import Optimizer
 
+from optex.optimizers import AdaHessian
+
 __all__ = ["FAMILY", "Member"]
 
 
@@ -34,4 +36,15 @@ class Member:
     compiles: bool = True
 
 
-FAMILY: dict[str, Member] = {}
+FAMILY: dict[str, Member] = {
+    # A step differentiates the gradient again, which torch.compile does not trace.
+    "adahessian": Member(
+        lambda model: AdaHessian(model.parameters(), lr=0.05), AdaHessian, needs_graph=True, compiles=False
+    ),
+    "adahessian-signed": Member(
+        lambda model: AdaHessian(model.parameters(), lr=0.05, average="signed", block="rows"),
+        lambda groups: AdaHessian(groups, lr=0.05, average="signed", block="rows"),
+        needs_graph=True,
+        compiles=False,
+    ),
+}

@@ -2,6 +2,6 @@
 
 from optex.sources.closure import ClosureSource
 from optex.sources.interface import GradientSource
-from optex.sources.objective import AccumulatingSource, ObjectiveSource
+from optex.sources.objective import AccumulatingSource, ObjectiveSource, backpropagate
 
-__all__ = ["AccumulatingSource", "ClosureSource", "GradientSource", "ObjectiveSource"]
+__all__ = ["AccumulatingSource", "ClosureSource", "GradientSource", "ObjectiveSource", "backpropagate"]

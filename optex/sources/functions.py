@@ -133,6 +133,12 @@ class _GivenGradient(GradientSource):
         point = Point(self.point.x.detach().clone())
         return replace(self, point=point), [point.x]
 
+    def with_graph(self) -> GradientSource:
+        raise ValueError(
+            "minimize: optimizer needs second derivatives, and jac gives first ones alone; write fun in torch and "
+            "leave jac out"
+        )
+
 
 @dataclass(frozen=True)
 class _Autograd(GradientSource):
@@ -142,12 +148,14 @@ class _Autograd(GradientSource):
     fun: Callable[..., Any]
     args: tuple[Any, ...]
     point: Point
+    create_graph: bool = False
 
     def gradient(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        leaf = self.point.x.detach().clone().requires_grad_()
+        # With a graph it is the point itself that is differentiated in again.
+        leaf = self.point.x if self.create_graph else self.point.x.detach().clone().requires_grad_()
         # The function gets a copy of the leaf, which it may change in place.
         value = _torch_value(self.fun, leaf.clone(), self.args)
-        (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True)
+        (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True, create_graph=self.create_graph)
         if gradient is None:
             raise ValueError(f"minimize: jac is None, and fun's value does not depend on x; {_REMEDY}")
         self.point.x.grad = gradient
@@ -156,6 +164,9 @@ class _Autograd(GradientSource):
     def replica(self) -> tuple[GradientSource, list[Tensor]]:
         point = Point(self.point.x.detach().clone())
         return replace(self, point=point), [point.x]
+
+    def with_graph(self) -> GradientSource:
+        return replace(self, create_graph=True)
 
 
 _REMEDY = (

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from optex.optimizers import AdaHessian
+
 __all__ = [
     "COUNTERS",
     "ELEMENTWISE",
@@ -39,6 +41,7 @@ OPTIMIZERS: Final[dict[str, Callable[..., Optimizer]]] = {
     "rprop": torch.optim.Rprop,
     "asgd": torch.optim.ASGD,
     "adafactor": torch.optim.Adafactor,
+    "adahessian": AdaHessian,
 }
 if hasattr(torch.optim, "Muon"):  # torch 2.9 and later; two-dimensional parameters only
     OPTIMIZERS["muon"] = torch.optim.Muon
@@ -111,6 +114,7 @@ _RATES: Final[dict[str, float]] = {
     "adadelta": 1.0,
     "asgd": 0.1,
     "muon": 0.02,
+    "adahessian": 0.15,
 }
 
 

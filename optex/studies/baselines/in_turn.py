@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import islice
 
+from optex.sources import backpropagate
 from optex.stepping import ObservesEvaluations
 from optex.studies.baselines.interface import Recorder, Setting, Trace
 from optex.studies.problems import Problem
@@ -30,7 +31,7 @@ def _in_turn(problem: Problem, setting: Setting, steps: int) -> Trace:
         while not recorder.done:
             for batch in islice(batches, steps):
                 base.zero_grad()
-                problem(batch).backward(create_graph=create_graph)
+                backpropagate(problem(batch), create_graph=create_graph)
                 base.step()
             recorder.round(gradients=steps, accepted=steps)
     return recorder.trace(lr)
