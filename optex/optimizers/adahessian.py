@@ -1,8 +1,8 @@
 """AdaHessian: Adam, with the Hessian's diagonal in place of the gradient's squares.
 
 Yao, Gholami, Shen, Mustafa, Keutzer, Mahoney, *ADAHESSIAN: An Adaptive Second Order Optimizer for Machine
-Learning*, AAAI 2021, arXiv 2006.00719. The diagonal is Hutchinson's: Bekas, Kokiopoulou, Saad, *An estimator for
-the diagonal of a matrix*, Applied Numerical Mathematics 57 (2007).
+Learning*, AAAI 2021, arXiv 2006.00719. The diagonal is Hutchinson's: Bekas, Kokiopoulou, Saad, *An estimator
+for the diagonal of a matrix*, Applied Numerical Mathematics 57 (2007).
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def hutchinson_diagonal(
 
     Args:
         parameters: that the Hessian is taken in.
-        gradients: of one scalar, by ``backward(create_graph=True)`` or ``autograd.grad(..., create_graph=True)``.
-            One without a graph is constant where others have one: its row of the Hessian is zero.
+        gradients: of one scalar, by ``backward(create_graph=True)`` or by ``autograd.grad`` with it. One without
+            a graph is constant where others have one: its row of the Hessian is zero.
         probes: each costs about as much as a gradient.
 
     Raises:
@@ -61,9 +61,7 @@ def hutchinson_diagonal(
         )
     total = [torch.zeros_like(p) for p in parameters]
     for number in range(probes):
-        signs = [
-            torch.randint(0, 2, p.shape, dtype=p.dtype, device=p.device).mul_(2).sub_(1) for p in parameters
-        ]
+        signs = [_signs(p) for p in parameters]
         products = torch.autograd.grad(
             [gradients[i] for i in rows],
             list(parameters),
@@ -74,6 +72,12 @@ def hutchinson_diagonal(
         )
         torch._foreach_addcmul_(total, signs, list(products), value=1 / probes)
     return total
+
+
+def _signs(
+    like: Tensor,  # [...]
+) -> Tensor:  # [...], each -1 or 1
+    return torch.randint(0, 2, like.shape, dtype=like.dtype, device=like.device).mul_(2).sub_(1)
 
 
 def _averaged(
@@ -98,9 +102,8 @@ def _in_runs(
     flat = values.reshape(-1)
     whole = len(flat) // length * length
     runs = [flat[:whole].view(-1, length), flat[whole:].view(1, -1)]  # the last run may be shorter
-    return torch.cat(
-        [run.mean(1, keepdim=True).expand_as(run).reshape(-1) for run in runs if run.numel()]
-    ).view(values.shape)
+    means = [run.mean(1, keepdim=True).expand_as(run).reshape(-1) for run in runs if run.numel()]
+    return torch.cat(means).view(values.shape)
 
 
 class AdaHessian(StepRule):
@@ -114,8 +117,9 @@ class AdaHessian(StepRule):
         θ = θ - lr · ( (m / (1 - β₁ᵗ)) / ((v / (1 - β₂ᵗ))^(k/2) + ε) + λ θ )
 
     The gradients have to come with their graph: ``loss.backward(create_graph=True)``. A step costs about two
-    gradients, and afterwards ``.grad`` is detached from its graph, which would else never be freed. Networks that
-    are piecewise linear (ReLU) have H = 0 almost everywhere but for the loss's own curvature: see the page.
+    gradients, and afterwards ``.grad`` is detached from its graph, which would else never be freed. A piecewise
+    linear network (ReLU) has no second derivatives of its own: H is then the loss's curvature seen through it,
+    and zero where the loss is piecewise linear, too; the step is then lr · m / ε, far too long.
 
     Memory: two numbers a parameter, and the graph of the gradient until the step.
 
@@ -128,19 +132,20 @@ class AdaHessian(StepRule):
         hessian_power: k, in [0, 1]; 1 is the Hessian, 0 is gradient descent with momentum.
         average: ``"absolute"`` averages magnitudes, ``"signed"`` the entries themselves, whose noise cancels.
             Without blocks both are the same, as D is squared.
-        block: what is averaged over. ``"kernels"``: all behind the second dimension, which are the entries of a
-            convolution's kernel. ``"rows"``: these, and rows of matrices. A number: so many entries in a row, the
-            last block may be shorter; vectors are left alone. ``"none"``: nothing.
+        block: what is averaged over. ``"kernels"``: all behind the second dimension, which are the entries of
+            a convolution's kernel. ``"rows"``: these, and rows of matrices. A number: so many entries one after
+            the other, the last block may be shorter; vectors are left alone. ``"none"``: nothing.
         maximize: climb instead.
 
     Raises:
         ValueError: an argument is out of range; or, in ``step``, no gradient has a graph.
         TypeError: a parameter is complex, or, in ``step``, a gradient sparse.
-        NonFiniteError: in ``step``, as in every step rule; also where a product with the Hessian is not finite.
+        NonFiniteError: in ``step``, as in every step rule; also where a product with the Hessian is not
+            finite.
 
-    The random signs come from torch's own generators, one draw a parameter: ``torch.manual_seed`` repeats a run,
-    a checkpoint has to have the generators' states, and under ``OptEx`` each step's are pinned. On several ranks
-    seed all alike.
+    The random signs come from torch's own generators, one draw a parameter: ``torch.manual_seed`` repeats a
+    run, a checkpoint has to have the generators' states, and under ``OptEx`` each step's are pinned. On several
+    ranks seed all alike.
 
     >>> theta = torch.nn.Parameter(torch.tensor([3.0, -1.0]))
     >>> optimizer = AdaHessian([theta], lr=1.0, betas=(0.0, 0.999))
@@ -201,8 +206,8 @@ class AdaHessian(StepRule):
         block = group["block"]
         if block not in BLOCKS and (isinstance(block, (bool, str)) or not isinstance(block, int) or block < 1):
             raise ValueError(
-                f"AdaHessian: block must be one of {', '.join(BLOCKS)}, or how many entries are averaged over, at "
-                f"least 1, got {block!r}"
+                f"AdaHessian: block must be one of {', '.join(BLOCKS)}, or how many entries are averaged over, "
+                f"at least 1, got {block!r}"
             )
 
     # ------------------------------------------------------------------ under OptEx
@@ -289,8 +294,8 @@ class AdaHessian(StepRule):
                 return {}
             raise ValueError(
                 "AdaHessian: no gradient has a graph, and a step needs products with the Hessian; call "
-                "loss.backward(create_graph=True) before each step. (A loss that is linear in all parameters has "
-                "none either: there is no curvature to go by)"
+                "loss.backward(create_graph=True) before each step. (A loss that is linear in all parameters "
+                "has none either: there is no curvature to go by)"
             )
         diagonals = hutchinson_diagonal(parameters, gradients)
         for p, gradient in zip(parameters, gradients, strict=True):

@@ -135,8 +135,8 @@ class _GivenGradient(GradientSource):
 
     def with_graph(self) -> GradientSource:
         raise ValueError(
-            "minimize: optimizer needs second derivatives, and jac gives first ones alone; write fun in torch and "
-            "leave jac out"
+            "minimize: optimizer needs second derivatives, and jac gives first ones alone; write fun in torch "
+            "and leave jac out"
         )
 
 

@@ -150,8 +150,8 @@ class Comparison:
 
         Raises:
             ValueError, ImportError, FileNotFoundError: as the problem or the optimizer says; a method needs a
-                deterministic objective, and a problem is none; a method has gradients alone for an optimizer that
-                needs more of an evaluation.
+                deterministic objective, and a problem is none; a method has gradients alone for an optimizer
+                that needs more of an evaluation.
         """
         for name in self.problems:
             start = self.problem(name, seed=0)
@@ -161,8 +161,8 @@ class Comparison:
                 raise ValueError(f"optimizer: {self.optimizer} cannot optimise {name}: {error}") from error
             if isinstance(base, ObservesEvaluations) and (blind := self._blind()):
                 raise ValueError(
-                    f"methods: {', '.join(blind)} step with gradients alone, and {self.optimizer} needs more of an "
-                    "evaluation; leave them out, or take another optimizer"
+                    f"methods: {', '.join(blind)} step with gradients alone, and {self.optimizer} needs more "
+                    "of an evaluation; leave them out, or take another optimizer"
                 )
             if not start.deterministic and (refusing := self._refusing_noise()):
                 raise ValueError(

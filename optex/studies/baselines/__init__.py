@@ -28,8 +28,8 @@ class MethodEntry:
         tunes_rate: whether it runs with several learning rates and keeps the best.
         deterministic_only: whether it refuses problems with sampled gradients.
         strides: whether it takes steps at which no gradient is evaluated, where the setting's stride allows.
-        gradients_alone: whether the base optimizer's steps get gradients and nothing else of an evaluation, which
-            those that are ``ObservesEvaluations`` cannot do with.
+        gradients_alone: whether the base optimizer's steps get gradients and nothing else of an evaluation,
+            which those that are ``ObservesEvaluations`` cannot do with.
     """
 
     run: Method
