@@ -39,7 +39,7 @@ def hutchinson_diagonal(
 
     Args:
         parameters: that the Hessian is taken in.
-        gradients: of one scalar, by ``backward(create_graph=True)`` or by ``autograd.grad`` with it. One without
+        gradients: of one scalar, by ``backward(create_graph=True)`` or ``autograd.grad`` with it. One without
             a graph is constant where others have one: its row of the Hessian is zero.
         probes: each costs about as much as a gradient.
 
