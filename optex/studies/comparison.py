@@ -222,7 +222,9 @@ def run_case(comparison: Comparison, case: Case) -> Run:
     """Make one run; a method that diverges leaves a run that stopped, not an error."""
     method = make_method(case.method)
     problem = comparison.problem(case.problem, case.seed)
-    trace = method.run(problem, comparison.setting(case.method))
+    with torch.random.fork_rng(devices=[]):  # dropout and random probes repeat, whatever ran before
+        torch.manual_seed(case.seed)
+        trace = method.run(problem, comparison.setting(case.method))
     return Run(
         problem=case.problem,
         method=case.method,
