@@ -20,6 +20,7 @@ from optex.optimizers import AdaHessian, hutchinson_diagonal
 from optex.sources import backpropagate
 from optex.studies.comparison import Case, Comparison, run_case
 from optex.studies.measures import best_so_far, rounds_to_level
+from optex.studies.problems import make_problem
 from optex.studies.tuning import Choice
 from papers import Check
 
@@ -80,6 +81,11 @@ def steps_to(curve: list[float], level: float = 1e-8) -> int:
     return int(rounds_to_level(curve, level)) - 1
 
 
+def lasting(curve: list[float], level: float = 1e-8) -> int:
+    """The step, counted alike, from which on the loss stays at or below the level."""
+    return max(i for i, value in enumerate(curve) if value > level)
+
+
 def quadratic_steps() -> tuple[str, bool]:
     """AdaHessian and Adam on the diagonal quadratic."""
     losses = quadratic_losses()
@@ -87,7 +93,8 @@ def quadratic_steps() -> tuple[str, bool]:
     own, adam = found["AdaHessian, lr 0.15, from ones"], found["Adam, lr 0.1, from ones"]
     others = f"from a random start {found['AdaHessian, lr 0.15, from random']}"
     others += f" and {found['Adam, lr 0.1, from random']}"
-    return f"step {own}, Adam step {adam}; {others}", (own, adam) == (62, 81)
+    stays = ", ".join(f"{name} {lasting(curve)}" for name, curve in losses.items())
+    return f"step {own}, Adam step {adam}; {others}. To stay below: {stays}", (own, adam) == (62, 81)
 
 
 def trajectories() -> tuple[str, bool]:
@@ -201,7 +208,7 @@ def parity() -> tuple[str, bool]:
 
 @cache
 def run(problem: str, optimizer: str, lr: float, method: str, rounds: int, seed: int) -> tuple[float, ...]:
-    """Loss by round; NaN after a run stopped."""
+    """Loss by round, above the minimum where that is known; NaN after a run stopped."""
     comparison = Comparison(
         (problem,),
         methods=(method,),
@@ -212,7 +219,8 @@ def run(problem: str, optimizer: str, lr: float, method: str, rounds: int, seed:
         dim=100,
         stride="auto" if method == "optex-alone" else 1,
     )
-    return tuple(run_case(comparison, Case(problem, method, seed)).trace.loss)
+    least = make_problem(problem, seed=0).minimum if problem == "logistic-breast-cancer" else 0.0
+    return tuple(loss - (least or 0.0) for loss in run_case(comparison, Case(problem, method, seed)).trace.loss)
 
 
 def lowest(problem: str, optimizer: str, lr: float, method: str, rounds: int) -> float:
@@ -223,7 +231,7 @@ def lowest(problem: str, optimizer: str, lr: float, method: str, rounds: int) ->
 
 @cache
 def tuned(problem: str, optimizer: str, method: str, rounds: int) -> tuple[float, float]:
-    """The best rate of a grid of half decades that goes on where its end is best, and the lowest loss."""
+    """The best rate of a grid of half decades that goes on where its end is best (and the published one)."""
     start = Choice(optimizer, RATES[optimizer])
 
     def loss(steps: int) -> float:
@@ -233,7 +241,10 @@ def tuned(problem: str, optimizer: str, method: str, rounds: int) -> tuple[float
     while (best := min(results, key=lambda steps: results[steps])) in (min(results), max(results)):
         beyond = best + (1 if best == max(results) else -1)
         results[beyond] = loss(beyond)
-    return start.beside(best).rate, results[best]
+    found = [(start.beside(best).rate, results[best])]
+    if optimizer == "adahessian":
+        found.append((DEFAULT, lowest(problem, optimizer, DEFAULT, method, rounds)))
+    return min(found, key=lambda pair: pair[1])
 
 
 def duel(problem: str) -> tuple[str, bool]:
@@ -320,8 +331,8 @@ CHECKS = [
     ),
     *(
         Check(
-            f"{problem}: lowest loss of {GRADIENTS} gradients, a step of AdaHessian counted as two; each at "
-            "its best rate, 3 seeds",
+            f"{problem}: lowest loss above the minimum of {GRADIENTS} gradients, a step of AdaHessian counted "
+            "as two; each at its best rate, 3 seeds",
             "AdaHessian ahead of Adam and SGD (the paper's claim, on its own problems)",
             lambda problem=problem: duel(problem),
         )
@@ -362,11 +373,11 @@ def draw(curves: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(13.5, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     left, middle, right = figure.subplots(1, 3)
-    for (name, values), colour, line in zip(
-        curves["quadratic"].items(), (COLOURS[0], COLOURS[0], COLOURS[1], COLOURS[1]), (*LINES[:2], *LINES[:2]),
-        strict=True,
-    ):  # fmt: skip
-        left.semilogy(values, label=name, color=colour, linestyle=line)
+    styles = zip((COLOURS[0], "#56b4e9", COLOURS[1], "#e69f00"), (4, 1.6, 1.6, 1.6), strict=True)
+    for (name, values), (colour, width), line in zip(
+        curves["quadratic"].items(), styles, ("-", (0, (2, 2))) * 2, strict=True
+    ):  # the first two are one line
+        left.semilogy(values, label=name, color=colour, linestyle=line, linewidth=width)
     left.set(title="Diagonal quadratic, κ = 10⁴", xlabel="step", ylabel="loss over the first", ylim=(1e-16, 30))
     for (name, values), colour, line in zip(curves["rivals"].items(), COLOURS, LINES, strict=True):
         middle.semilogy(values["gradients"], values["loss"], label=name, color=colour, linestyle=line)
