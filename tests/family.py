@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from optex import ConsensusSource, GradientSource
-from optex.optimizers import MFAC, NAG, SCALE, AdaGradNorm, HeavyBall, TripleMomentum
+from optex.optimizers import MFAC, NAG, SCALE, AdaGradNorm, AdaHessian, HeavyBall, TripleMomentum
 from tests.references.consensus import Bowl, proximal_gradient
 
 __all__ = ["FAMILY", "SOURCES", "Member", "SourceRow"]
@@ -76,6 +76,16 @@ FAMILY: dict[str, Member] = {
             model.parameters(), lr=0.02, window_size=4, damping=0.1, momentum=0.9, weight_decay=1e-3
         ),
         make_groups=lambda groups: MFAC(groups, window_size=4, momentum=0.5),
+        compiles=False,
+    ),
+    # A step differentiates the gradient again, which torch.compile does not trace.
+    "adahessian": Member(
+        lambda model: AdaHessian(model.parameters(), lr=0.05), AdaHessian, needs_graph=True, compiles=False
+    ),
+    "adahessian-signed": Member(
+        lambda model: AdaHessian(model.parameters(), lr=0.05, average="signed", block="rows"),
+        lambda groups: AdaHessian(groups, lr=0.05, average="signed", block="rows"),
+        needs_graph=True,
         compiles=False,
     ),
 }

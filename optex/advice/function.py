@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from contextlib import ExitStack
+from dataclasses import replace
 from numbers import Real
 from typing import Any, Final, TextIO
 
@@ -38,6 +39,7 @@ from optex.evaluators import (
 )
 from optex.optimizer import OptEx
 from optex.round import default_history_size
+from optex.round.arguments import source_of
 from optex.sources import GradientSource, ObjectiveSource
 from optex.stepping import check_base
 
@@ -116,7 +118,7 @@ def advise(
     if given is not None:
         model = model if model is not None else given.model
         deterministic = deterministic or given.deterministic
-    source = objective if isinstance(objective, GradientSource) else ObjectiveSource(objective, deterministic)
+    source = source_of(base, objective, deterministic=deterministic)
     scheduler = None if given is None else given.scheduler
     hook = None if given is None else given.gradient_hook
     with ExitStack() as stack:
@@ -260,7 +262,7 @@ def _checked(subject: Subject, reference: Evaluation) -> Subject:
     )
     return Subject(
         subject.base,
-        ObjectiveSource(source.objective, deterministic=False),
+        replace(source, deterministic=False),
         subject.batches,
         subject.scheduler,
         subject.model,

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from optex.evaluators import EvaluationRequest, RandomDraws
+from optex.evaluators import EvaluationRequest, Evaluator, RandomDraws
 from optex.evaluators.randomness import generator_states, set_generator_states
 from optex.sources import GradientSource
-from optex.stepping import Buffers, ParameterVector, Snapshot
+from optex.stepping import Buffers, ObservesEvaluations, ParameterVector, Snapshot
 
 __all__ = ["Kept", "Subject"]
 
@@ -72,7 +72,14 @@ class Subject:
             [RandomDraws() for _ in range(count)],
             self.gradient_hook,
             None if self.module is None else Buffers.of(self.module),
+            self.base.observe if isinstance(self.base, ObservesEvaluations) else None,
         )
+
+    def refuses(self, evaluator: Evaluator) -> str | None:
+        """Why the base optimizer cannot do with this evaluator; None where it can."""
+        if evaluator.observes or not isinstance(self.base, ObservesEvaluations):
+            return None
+        return f"answers gradients alone, and {self.name} needs more"
 
     def wait(self) -> None:
         """Until the device has done what it was given: clocks are read after that."""

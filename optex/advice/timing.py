@@ -124,6 +124,9 @@ def find_evaluators(
         else:
             found["vectorized"] = vectorized
     for name, evaluator in given.items():
+        if why := subject.refuses(evaluator):
+            refused[name] = why
+            continue
         try:
             with torch.no_grad():
                 evaluator.evaluate(subject.request(len(reference.gradients)))
@@ -136,6 +139,8 @@ def find_evaluators(
 def _find_vectorized(subject: Subject, reference: Evaluation) -> VectorizedEvaluator | str:
     if subject.module is None:
         return "needs the model: pass model="
+    if why := subject.refuses(VectorizedEvaluator(subject.module)):
+        return why
     why = ""
     for randomness in ("error", "different"):
         evaluator = VectorizedEvaluator(subject.module, randomness=randomness)

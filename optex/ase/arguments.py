@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from optex.evaluators import Evaluator, SequentialEvaluator, WorkersEvaluator
-from optex.stepping import base_optimizer, default_rate
+from optex.stepping import ObservesEvaluations, base_optimizer, default_rate
 
 __all__ = ["OWNER", "MaxStep", "build_base", "check_atoms", "read_maxstep", "read_workers"]
 
@@ -100,12 +100,18 @@ def build_base(
     if isinstance(optimizer, str):
         settings = _SETTINGS.get(optimizer, {"lr": default_rate(optimizer)}) | settings
         try:
-            return base_optimizer(optimizer, [x], **settings)
+            base = base_optimizer(optimizer, [x], **settings)
         except ValueError as error:
             raise ValueError(f"{OWNER}: {error}") from error
-    base = optimizer([x], **settings)
+    else:
+        base = optimizer([x], **settings)
     if not isinstance(base, Optimizer):
         raise TypeError(f"{OWNER}: optimizer must return a torch.optim.Optimizer, got {type(base).__name__}")
     if [id(p) for group in base.param_groups for p in group["params"]] != [id(x)]:
         raise ValueError(f"{OWNER}: optimizer must be built over the list that it is handed, and nothing else")
+    if isinstance(base, ObservesEvaluations):
+        raise ValueError(
+            f"{OWNER}: optimizer {type(base).__name__} needs more of an evaluation than its gradient, and "
+            "calculators give forces alone; take 'momentum' or 'adam'"
+        )
     return base

@@ -18,6 +18,7 @@ from optex.minimize.run import Run, report
 from optex.minimize.tracker import Tracker
 from optex.optimizer import OptEx
 from optex.round import Acceptance
+from optex.round.arguments import source_of
 from optex.sources.functions import Point, check_function, function_source, read_start
 
 __all__ = ["minimize", "scipy_method"]
@@ -151,6 +152,7 @@ def minimize(
     vectorized = isinstance(tracker.inner, VectorizedEvaluator)
     arguments = args if isinstance(args, tuple) else (args,)
     source = function_source(fun, jac, arguments, point, form, vectorized=vectorized)
+    source = source_of(base, source, deterministic=True)
     try:
         run = Run(wrapper, source, tracker, form, callback, automatic=settings.automatic)
         result = run.until(settings.maxiter, settings.ftol)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Final
 
 import torch
@@ -85,13 +86,13 @@ class AutomaticRate:
         self._note()
         yield
         assert self._best is not None
-        tracker.known, gradient = self._best, self._best[1].gradients[0]  # the first round begins there
+        tracker.known, start = self._best, self._best[1]  # the first round begins there
         apart = _APART ** min(1.0, _SPREAD / count)
         losses: dict[float, float] = {}
         rates = [self.rate * apart ** (i - count // 2) for i in range(count)]
         while rates and not tracker.stationary:
             with torch.no_grad():
-                points = self._first_steps(rates, gradient)
+                points = self._first_steps(rates, start)
             found = tracker.attempt(self._request(points)).losses.tolist()
             losses |= {r: f if math.isfinite(f) else math.inf for r, f in zip(rates, found, strict=True)}
             self._note()
@@ -106,14 +107,15 @@ class AutomaticRate:
         points: Tensor,  # [n, d]
     ) -> EvaluationRequest:
         draws = [RandomDraws() for _ in points]
+        stepper = self._optimizer.stepper
         return EvaluationRequest(
-            self._source, self._optimizer.stepper.vector, points, [None] * len(points), draws
+            self._source, stepper.vector, points, [None] * len(points), draws, observe=stepper.observe
         )
 
     def _first_steps(
         self,
         rates: list[float],
-        gradient: Tensor,  # [d]
+        start: Evaluation,  # of one point
     ) -> Tensor:  # [rates, d]
         """Where one step from x0 leads at each rate."""
         stepper = self._optimizer.stepper
@@ -121,7 +123,8 @@ class AutomaticRate:
         stepper.mark()
         for rate in rates:
             self.rate = rate
-            stepper.step(gradient)
+            stepper.recall(start.observations, 0)
+            stepper.step(start.gradients[0])
             points.append(stepper.point)
             stepper.rewind()
         return torch.stack(points)
@@ -156,13 +159,13 @@ class AutomaticRate:
         self._tracker.known = self._best
         self._start.restore()
         self._optimizer.stepper.move_to(point)
-        self.rate = self._cut(rate, evaluation.gradients[0])
+        self.rate = self._cut(rate, evaluation)
 
     @torch.no_grad()
     def _cut(
         self,
         rate: float,
-        gradient: Tensor,  # [d]
+        here: Evaluation,  # of one point
     ) -> float:
         """The lower rate whose next steps lead lowest, by the gradients predicted along them."""
         optimizer = self._optimizer
@@ -174,22 +177,25 @@ class AutomaticRate:
         except NotPositiveDefiniteError:
             return rates[-1]
         optimizer.stepper.mark()
-        changes = {r: self._predicted_change(r, gradient, posterior) for r in rates}
+        changes = {r: self._predicted_change(r, here, posterior) for r in rates}
         best = min(rates, key=lambda r: changes[r])
         return best if changes[best] < 0 else rates[-1]
 
     def _predicted_change(
         self,
         rate: float,
-        gradient: Tensor,  # [d]
+        start: Evaluation,  # of one point
         posterior: Posterior,
     ) -> float:
         """Of the loss, over some steps at this rate: Σ_i ½ (ĝ_i + ĝ_{i+1}) · (y_{i+1} - y_i)."""
         stepper = self._optimizer.stepper
         self.rate = rate
+        gradient = start.gradients[0]
         here, total = stepper.point, gradient.new_zeros(())
-        for _ in range(_AHEAD):
-            stepper.step(gradient)
+        stepper.recall(start.observations, 0)
+        for i in range(_AHEAD):
+            with stepper.drafting() if i else nullcontext():
+                stepper.step(gradient)
             before, here = here, stepper.point
             predicted = posterior.means(posterior.locate(here[None]))[0]
             total += (gradient + predicted) @ (here - before) / 2

@@ -116,8 +116,9 @@ class Second:
 
     def _by_autograd(self, point: Tensor) -> Callable[[Tensor], Tensor]:
         x = point.reshape(self._form.shape).to(self._form.dtype)
+        leaf = x.detach().clone().requires_grad_()
         with torch.enable_grad():
-            _, leaf, gradient = differentiated(self._fun, self._args, x, create_graph=True)
+            _, gradient = differentiated(self._fun, self._args, leaf, create_graph=True)
         if not gradient.requires_grad:
             raise ValueError(
                 "minimize_gns: fun's gradient does not depend on x as far as autograd sees (a torch.autograd."

@@ -61,7 +61,13 @@ class Tracker(WrappingEvaluator):
         """The last request's answer for one of its points."""
         rows = slice(index, index + 1)
         evaluation = self.evaluation
-        return Evaluation(evaluation.losses[rows], evaluation.gradients[rows], evaluation.masks[rows])
+        seen = evaluation.observations
+        return Evaluation(
+            evaluation.losses[rows],
+            evaluation.gradients[rows],
+            evaluation.masks[rows],
+            observations=None if seen is None else seen[rows],
+        )
 
     def _note(
         self,
@@ -95,5 +101,6 @@ def _repeated(evaluation: Evaluation, count: int) -> Evaluation:
         evaluation.losses.repeat(count),
         evaluation.gradients.repeat(count, 1),
         evaluation.masks * count,
+        observations=None if evaluation.observations is None else evaluation.observations * count,
         retried=evaluation.retried,
     )

@@ -2,6 +2,7 @@
 
 from optex.optimizers.accelerated import NAG, HeavyBall, TripleMomentum
 from optex.optimizers.adagrad_norm import AdaGradNorm
+from optex.optimizers.adahessian import AdaHessian, hutchinson_diagonal
 from optex.optimizers.gns import (
     GNS,
     Curvature,
@@ -20,6 +21,7 @@ from optex.optimizers.step_rule import StepRule, check_number
 
 __all__ = [
     "AdaGradNorm",
+    "AdaHessian",
     "Curvature",
     "DenseCurvature",
     "GNS",
@@ -35,6 +37,7 @@ __all__ = [
     "TripleMomentum",
     "WindowCurvature",
     "check_number",
+    "hutchinson_diagonal",
     "power_fisher",
     "power_gauss_newton",
     "scale_param_groups",

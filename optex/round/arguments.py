@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from optex.checks import check_kind
 from optex.estimators import Estimator, SeparableEstimator
 from optex.estimators.kernels import Kernel
-from optex.evaluators import Evaluator
+from optex.evaluators import Evaluator, WrappingEvaluator
 from optex.round.acceptance import SELECTIONS, Acceptance, Last, LowestLoss, WithinTolerance
 from optex.round.stride import read_stride
 from optex.sources import GradientSource, ObjectiveSource
@@ -74,6 +73,8 @@ def check_evaluator(base: Optimizer, evaluator: Any) -> None:
     """Refuse what is no evaluator, or one that cannot tell the base optimizer what its steps need."""
     check_kind("OptEx", "evaluator", evaluator, Evaluator, "an optex.evaluators.Evaluator")
     if evaluator is not None and isinstance(base, ObservesEvaluations) and not evaluator.observes:
+        while isinstance(evaluator, WrappingEvaluator):
+            evaluator = evaluator.inner
         raise ValueError(
             f"OptEx: evaluator {type(evaluator).__name__} answers gradients alone, and {type(base).__name__} "
             "needs more of a backward pass than that; pass evaluator=SequentialEvaluator(), or none"
@@ -86,9 +87,8 @@ def source_of(
     """The objective's gradients, with their graph where the base optimizer differentiates them again."""
     given = isinstance(objective, GradientSource)
     source = objective if given else ObjectiveSource(objective, deterministic)
-    if isinstance(source, ObjectiveSource) and isinstance(base, ObservesEvaluations) and base.needs_graph:
-        return replace(source, create_graph=True)
-    return source
+    needs_graph = isinstance(base, ObservesEvaluations) and base.needs_graph
+    return source.with_graph() if needs_graph else source
 
 
 def check_stride(stride: Any, acceptance: Acceptance) -> float:

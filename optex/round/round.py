@@ -235,7 +235,8 @@ class Rounds(RunState):
         if again:
             second = evaluation.losses[again[0]]
         else:
-            repeated = replace(request.rows(slice(1)), draws=[RandomDraws()])
+            # Not observed: a base optimizer's random probes are drawn once a step, as in the plain loop.
+            repeated = replace(request.rows(slice(1)), draws=[RandomDraws()], observe=None)
             second = self.evaluator.evaluate(repeated).losses[0]
         losses = float(evaluation.losses[0]), float(second)
         rounding = torch.finfo(evaluation.losses.dtype).eps ** 0.5

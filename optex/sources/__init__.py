@@ -3,7 +3,7 @@
 from optex.sources.closure import ClosureSource
 from optex.sources.consensus import ConsensusSource
 from optex.sources.interface import GradientSource
-from optex.sources.objective import AccumulatingSource, ObjectiveSource
+from optex.sources.objective import AccumulatingSource, ObjectiveSource, backpropagate
 from optex.sources.per_sample import PerSampleSource
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "GradientSource",
     "ObjectiveSource",
     "PerSampleSource",
+    "backpropagate",
 ]

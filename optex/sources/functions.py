@@ -133,6 +133,12 @@ class _GivenGradient(GradientSource):
         point = Point(self.point.x.detach().clone())
         return replace(self, point=point), [point.x]
 
+    def with_graph(self) -> GradientSource:
+        raise ValueError(
+            "minimize: optimizer needs second derivatives, and jac gives first ones alone; write fun in torch "
+            "and leave jac out"
+        )
+
 
 @dataclass(frozen=True)
 class _Autograd(GradientSource):
@@ -142,37 +148,42 @@ class _Autograd(GradientSource):
     fun: Callable[..., Any]
     args: tuple[Any, ...]
     point: Point
+    create_graph: bool = False
 
     def gradient(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        value, _, self.point.x.grad = differentiated(self.fun, self.args, self.point.x)
+        # With a graph it is the point itself that is differentiated in again.
+        leaf = self.point.x if self.create_graph else self.point.x.detach().clone().requires_grad_()
+        value, self.point.x.grad = differentiated(self.fun, self.args, leaf, create_graph=self.create_graph)
         return value.detach(), None
 
     def replica(self) -> tuple[GradientSource, list[Tensor]]:
         point = Point(self.point.x.detach().clone())
         return replace(self, point=point), [point.x]
 
+    def with_graph(self) -> GradientSource:
+        return replace(self, create_graph=True)
+
 
 def differentiated(
     fun: Callable[..., Any],
     args: tuple[Any, ...],
-    x: Tensor,  # [...]
+    leaf: Tensor,  # [...]
     *,
     create_graph: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:  # [], [...], [...]
-    """``fun``'s value by autograd, the leaf it was computed from, a copy of x, and the gradient there.
+) -> tuple[Tensor, Tensor]:  # [], [...]
+    """``fun``'s value by autograd, and the gradient.
 
     Args:
         fun, args: as in ``optex.minimize``.
-        x: where.
+        leaf: where; requires a gradient.
         create_graph: the gradient can be differentiated again.
     """
-    leaf = x.detach().clone().requires_grad_()
     # The function gets a copy of the leaf, which it may change in place.
     value = _torch_value(fun, leaf.clone(), args)
     (gradient,) = torch.autograd.grad(value, leaf, create_graph=create_graph, allow_unused=True)
     if gradient is None:
         raise ValueError(f"minimize: jac is None, and fun's value does not depend on x; {_REMEDY}")
-    return value, leaf, gradient
+    return value, gradient
 
 
 _REMEDY = (

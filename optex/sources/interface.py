@@ -72,6 +72,16 @@ class GradientSource(ABC):
         """
         return None
 
+    def with_graph(self) -> GradientSource:
+        """The same gradients with the graph that they were computed by, to be differentiated again.
+
+        By default the source itself: whether its gradients have one is up to it.
+
+        Raises:
+            ValueError: there is no such graph.
+        """
+        return self
+
 
 def scalar_loss(loss: Any, name: str) -> Tensor:  # []
     """The loss as a tensor without dimensions, or an error that names who returned it.

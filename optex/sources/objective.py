@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +13,24 @@ from torch import Tensor, nn
 from optex.batching import variance_of_mean
 from optex.sources.interface import GradientSource, scalar_loss
 
-__all__ = ["AccumulatingSource", "ObjectiveSource"]
+__all__ = ["AccumulatingSource", "ObjectiveSource", "backpropagate"]
+
+
+def backpropagate(
+    loss: Tensor,  # []
+    *,
+    create_graph: bool = False,
+) -> None:
+    """``loss.backward``, without torch's warning of the cycle that a graph in ``.grad`` is part of.
+
+    Those who ask for the graph here (optimizers that observe evaluations) let go of it.
+    """
+    if not create_graph:
+        loss.backward()
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Using backward\(\) with create_graph=True", UserWarning)
+        loss.backward(create_graph=True)
 
 
 @dataclass(frozen=True)
@@ -41,8 +59,11 @@ class ObjectiveSource(GradientSource):
                 "objective: the loss does not depend on any parameter through autograd; compute it from the "
                 "model's output, without .item(), .detach() or torch.no_grad()"
             )
-        loss.backward(create_graph=self.create_graph)
+        backpropagate(loss, create_graph=self.create_graph)
         return loss.detach(), None
+
+    def with_graph(self) -> ObjectiveSource:
+        return replace(self, create_graph=True)
 
 
 @dataclass(frozen=True)
@@ -57,6 +78,7 @@ class AccumulatingSource(GradientSource):
         objective: the scalar loss of one micro-batch, without backward.
         parameters: those that are optimised, to measure the noise at; costs one more copy of their gradients.
             None leaves the noise unknown.
+        create_graph: keep the graphs of all micro-batches' gradients; that takes their memory at once.
 
     >>> import torch, optex
     >>> model = torch.nn.Linear(2, 1)
@@ -69,13 +91,14 @@ class AccumulatingSource(GradientSource):
 
     objective: Callable[[Any], Tensor]
     parameters: Sequence[Tensor] | None = None
+    create_graph: bool = False
 
     def gradient(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         total, squares = None, []
         for micro_batch in batch:
             before = None if self.parameters is None else _gradients(self.parameters)
             loss = scalar_loss(self.objective(micro_batch), "objective") / len(batch)
-            loss.backward()
+            backpropagate(loss, create_graph=self.create_graph)
             total = loss.detach() if total is None else total + loss.detach()
             if self.parameters is not None and before is not None:
                 added = [after - then for after, then in zip(_gradients(self.parameters), before, strict=True)]
@@ -83,6 +106,9 @@ class AccumulatingSource(GradientSource):
         if total is None:
             raise ValueError("AccumulatingSource: a batch has no micro-batches; a batch is a sequence of them")
         return total, self._noise_variance(squares)
+
+    def with_graph(self) -> AccumulatingSource:
+        return replace(self, create_graph=True)
 
     def _noise_variance(self, squares: Sequence[Tensor]) -> Tensor | None:  # m of ‖g_k / m‖²
         count = len(squares)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from optex import optimizers
-from optex.optimizers import GNS, NAG, SCALE, AdaGradNorm, HeavyBall, TripleMomentum
 
 __all__ = [
     "COUNTERS",
@@ -42,18 +41,19 @@ OPTIMIZERS: Final[dict[str, Callable[..., Optimizer]]] = {
     "rprop": torch.optim.Rprop,
     "asgd": torch.optim.ASGD,
     "adafactor": torch.optim.Adafactor,
-    "nag": NAG,
-    "triple-momentum": TripleMomentum,
-    "heavy-ball": HeavyBall,
+    "nag": optimizers.NAG,
+    "triple-momentum": optimizers.TripleMomentum,
+    "heavy-ball": optimizers.HeavyBall,
+    "adagrad-norm": optimizers.AdaGradNorm,
+    "adahessian": optimizers.AdaHessian,
     "m-fac": partial(optimizers.MFAC, window_size=64),  # 1024 gradients would be most of a short run
 }
 if hasattr(torch.optim, "Muon"):  # torch 2.9 and later; two-dimensional parameters only
     OPTIMIZERS["muon"] = torch.optim.Muon
-OPTIMIZERS["adagrad-norm"] = AdaGradNorm
 
 # Of a module, whose layers they have to know: made from that, not from its parameters.
 MODEL_OPTIMIZERS: Final[dict[str, Callable[..., Optimizer]]] = {
-    "scale": SCALE.of,
+    "scale": optimizers.SCALE.of,
 }
 
 # Steps every coordinate by itself, so that a slice of the parameters can be stepped alone.
@@ -77,7 +77,7 @@ ELEMENTWISE: Final[frozenset[type[Optimizer]]] = frozenset(
 COUNTERS: Final = ("step", "mu_product", "eta", "mu")
 
 REFUSED: Final[dict[type[Optimizer], str]] = {
-    GNS: "it evaluates its closure several times a step, so there is no single next gradient to predict; "
+    optimizers.GNS: "it evaluates its closure several times a step, so there is no single next gradient to predict; "
     "optex.minimize_gns evaluates several of its trials at once",
     torch.optim.LBFGS: "it evaluates its closure several times a step, so there is no single next gradient to "
     "predict",
@@ -127,6 +127,7 @@ _RATES: Final[dict[str, float]] = {
     "nag": 0.05,
     "triple-momentum": 0.05,
     "heavy-ball": 0.02,
+    "adahessian": 0.15,
 }
 
 

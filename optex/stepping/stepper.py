@@ -229,10 +229,11 @@ class Stepper:
                 OrderedDict(),
                 OrderedDict(),
             )
-            for _ in range(2):
-                for p in self.vector.parameters:
-                    p.grad = torch.zeros_like(p)
-                self._step()
+            with self.drafting():  # there is no evaluation behind these gradients
+                for _ in range(2):
+                    for p in self.vector.parameters:
+                        p.grad = torch.zeros_like(p)
+                    self._step()
             if not all(bool(p.isfinite().all()) for p in self.vector.parameters):
                 raise ValueError("steps with it lead to parameters that are not finite")
         finally:

@@ -18,7 +18,7 @@ import torch
 
 from optex.checks import check_integer
 from optex.round import read_stride
-from optex.stepping import base_optimizer, check_name, default_rate
+from optex.stepping import ObservesEvaluations, base_optimizer, check_name, default_rate
 from optex.studies.baselines import Setting, Trace, make_method
 from optex.studies.measures import VANILLA, Outcome, Spread, Summary, acceleration, rounds_to_level
 from optex.studies.problems import PROBLEMS, Problem, make_problem
@@ -150,14 +150,20 @@ class Comparison:
 
         Raises:
             ValueError, ImportError, FileNotFoundError: as the problem or the optimizer says; a method needs a
-                deterministic objective, and a problem is none.
+                deterministic objective, and a problem is none; a method has gradients alone for an optimizer
+                that needs more of an evaluation.
         """
         for name in self.problems:
             start = self.problem(name, seed=0)
             try:
-                self.setting(VANILLA).base_optimizer(start)
+                base = self.setting(VANILLA).base_optimizer(start)
             except (ValueError, TypeError) as error:
                 raise ValueError(f"optimizer: {self.optimizer} cannot optimise {name}: {error}") from error
+            if isinstance(base, ObservesEvaluations) and (blind := self._blind()):
+                raise ValueError(
+                    f"methods: {', '.join(blind)} step with gradients alone, and {self.optimizer} needs more "
+                    "of an evaluation; leave them out, or take another optimizer"
+                )
             if not start.deterministic and (refusing := self._refusing_noise()):
                 raise ValueError(
                     f"methods: {', '.join(refusing)} need a deterministic objective, and {name} has sampled "
@@ -166,6 +172,9 @@ class Comparison:
 
     def _refusing_noise(self) -> list[str]:
         return [name for name in self.methods if make_method(name).deterministic_only]
+
+    def _blind(self) -> list[str]:
+        return [name for name in self.methods if make_method(name).gradients_alone]
 
     def cases(self) -> list[Case]:
         """The runs to make, all methods of one start next to each other."""
@@ -213,7 +222,9 @@ def run_case(comparison: Comparison, case: Case) -> Run:
     """Make one run; a method that diverges leaves a run that stopped, not an error."""
     method = make_method(case.method)
     problem = comparison.problem(case.problem, case.seed)
-    trace = method.run(problem, comparison.setting(case.method))
+    with torch.random.fork_rng(devices=[]):  # dropout and random probes repeat, whatever ran before
+        torch.manual_seed(case.seed)
+        trace = method.run(problem, comparison.setting(case.method))
     return Run(
         problem=case.problem,
         method=case.method,

@@ -28,6 +28,8 @@ class MethodEntry:
         tunes_rate: whether it runs with several learning rates and keeps the best.
         deterministic_only: whether it refuses problems with sampled gradients.
         strides: whether it takes steps at which no gradient is evaluated, where the setting's stride allows.
+        gradients_alone: whether the base optimizer's steps get gradients and nothing else of an evaluation,
+            which those that are ``ObservesEvaluations`` cannot do with.
     """
 
     run: Method
@@ -36,16 +38,22 @@ class MethodEntry:
     tunes_rate: bool = False
     deterministic_only: bool = False
     strides: bool = False
+    gradients_alone: bool = False
 
 
 METHODS: Final[dict[str, MethodEntry]] = {
     "vanilla": MethodEntry(vanilla, "the base optimizer, one step a round"),
     "target": MethodEntry(target, "the base optimizer, N steps a round in turn: the ideal"),
     "data-parallel": MethodEntry(
-        tuned_data_parallel, "one step with N gradients' mean; best lr of × 1, √N, N", tunes_rate=True
+        tuned_data_parallel,
+        "one step with N gradients' mean; best lr of × 1, √N, N",
+        tunes_rate=True,
+        gradients_alone=True,
     ),
     "hold-last": MethodEntry(hold_last, "N - 1 steps with the last gradient, then a true one"),
-    "line-search": MethodEntry(line_search, "N lengths of the base optimizer's step, the best kept"),
+    "line-search": MethodEntry(
+        line_search, "N lengths of the base optimizer's step, the best kept", gradients_alone=True
+    ),
     "picard": MethodEntry(picard, "replay of held gradients within tolerance 1, no estimator"),
     "lbfgs": MethodEntry(lbfgs, "L-BFGS, strong-Wolfe search; an evaluation is a round", own_optimizer="lbfgs"),
     "lbfgs-scipy": MethodEntry(
@@ -63,8 +71,12 @@ METHODS: Final[dict[str, MethodEntry]] = {
     "nonlinear-cg": MethodEntry(
         nonlinear_cg, "SciPy's conjugate gradients; an evaluation is a round", "cg", deterministic_only=True
     ),
-    "nowcast": MethodEntry(nowcast, "jumps along the line through the last iterates, by the loss"),
-    "nowcast-dmd": MethodEntry(nowcast_dmd, "jumps by the iterates' linear dynamics, by the loss"),
+    "nowcast": MethodEntry(
+        nowcast, "jumps along the line through the last iterates, by the loss", gradients_alone=True
+    ),
+    "nowcast-dmd": MethodEntry(
+        nowcast_dmd, "jumps by the iterates' linear dynamics, by the loss", gradients_alone=True
+    ),
     "optex-paper": MethodEntry(optex_paper, "Algorithm 1 of the paper"),
     "optex-alone": MethodEntry(optex_alone, "OptEx with one gradient a round, whatever N is", strides=True),
     "optex": MethodEntry(optex, "OptEx with its defaults", strides=True),
