@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from torch import nn
 from torch.optim import Optimizer
 
+from optex.optimizers import MKOR
+
 __all__ = ["FAMILY", "Member"]
 
 
@@ -34,4 +36,9 @@ class Member:
     compiles: bool = True
 
 
-FAMILY: dict[str, Member] = {}
+FAMILY: dict[str, Member] = {
+    # Steps alternate between those that update factors and those that do not; a graph holds for one of them.
+    "mkor": Member(lambda model: MKOR.with_sgd(model, 0.05, interval=3), compiles=False),
+    "mkor-exact": Member(lambda model: MKOR.with_sgd(model, 0.05, variant="exact", interval=2), compiles=False),
+    "mkor-h": Member(lambda model: MKOR.with_sgd(model, 0.05, hybrid=True, interval=3), compiles=False),
+}

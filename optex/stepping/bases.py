@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from optex.optimizers import MKOR
+
 __all__ = [
     "COUNTERS",
     "ELEMENTWISE",
@@ -44,7 +46,10 @@ if hasattr(torch.optim, "Muon"):  # torch 2.9 and later; two-dimensional paramet
     OPTIMIZERS["muon"] = torch.optim.Muon
 
 # Of a module, whose layers they have to know: made from that, not from its parameters.
-MODEL_OPTIMIZERS: Final[dict[str, Callable[..., Optimizer]]] = {}
+MODEL_OPTIMIZERS: Final[dict[str, Callable[..., Optimizer]]] = {
+    "mkor": partial(MKOR.with_sgd, momentum=0.9),
+    "mkor-h": partial(MKOR.with_sgd, momentum=0.9, hybrid=True),
+}
 
 # Steps every coordinate by itself, so that a slice of the parameters can be stepped alone.
 ELEMENTWISE: Final[frozenset[type[Optimizer]]] = frozenset(
@@ -111,6 +116,8 @@ _RATES: Final[dict[str, float]] = {
     "adadelta": 1.0,
     "asgd": 0.1,
     "muon": 0.02,
+    "mkor": 0.05,
+    "mkor-h": 0.05,
 }
 
 
