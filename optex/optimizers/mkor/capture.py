@@ -15,7 +15,9 @@ from torch.utils.hooks import RemovableHandle
 
 __all__ = ["Capture", "Vectors", "layers_of"]
 
-Vectors = dict[str, tuple[Tensor, Tensor]]  # per layer: its mean input [in (+ 1)], its mean output gradient [out]
+Vectors = dict[
+    str, tuple[Tensor, Tensor]
+]  # per layer: its mean input [in (+ 1)], its mean output gradient [out]
 
 
 def layers_of(model: nn.Module, trained: Iterable[Tensor]) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -112,6 +114,17 @@ class Capture:
             vectors[name] = mean, gradient.to(mean.dtype) * (samples / rows)
         self.clear()
         return vectors
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickling leaves a tensor's gradient behind.
+        gradients = {name: probe.grad for name, probe in self._probes.items()}
+        return {**vars(self), "_gradients": gradients}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        gradients = state.pop("_gradients")
+        vars(self).update(state)
+        for name, probe in self._probes.items():
+            probe.grad = gradients[name]
 
     def clear(self) -> None:
         """Forget what was recorded."""

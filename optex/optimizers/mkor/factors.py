@@ -18,7 +18,7 @@ def released_update(
 ) -> None:
     """P <- Q - Q v (Q v)' / (1 + v' Q v) with Q = decay P + (1 - decay) I, as in the authors' code.
 
-    It is the inverse of inv(Q) + v v'. P never exceeds I: Q <= I where P <= I, and what is taken off is positive.
+    It is the inverse of inv(Q) + v v'. P never exceeds I: Q <= I where P <= I, and what goes off is positive.
 
     >>> P = torch.eye(2)
     >>> released_update(P, torch.tensor([1.0, 0.0]), 0.95)
@@ -26,8 +26,8 @@ def released_update(
     [0.5, 1.0]
     """
     product = torch.addmv(vector, factor, vector, beta=1 - decay, alpha=decay)  # Q v
-    # v' Q v is never negative but for rounding. Both sides of the outer product are one vector, so that P stays
-    # symmetric to the bit.
+    # v' Q v is never negative but for rounding. Both sides of the outer product are one vector, and no number
+    # has to be read back.
     product /= (1 + vector @ product).clamp_min(1).sqrt()
     factor.addr_(product, product, beta=decay, alpha=-1)
     factor.diagonal().add_(1 - decay)
@@ -48,8 +48,10 @@ def exact_update(
     [1.0, 2.0]
     """
     product = factor @ vector
-    product *= ((1 - decay) / (decay + (1 - decay) * (vector @ product).clamp_min(0))).sqrt()
-    factor.addr_(product, product, beta=1 / decay, alpha=-1 / decay)
+    product *= ((1 - decay) / decay / (decay + (1 - decay) * (vector @ product).clamp_min(0))).sqrt()
+    # Not addr_, whose kernel may round an entry and its mirror image differently: what is not symmetric grows
+    # by 1 / decay in every update, and nothing takes it off again.
+    factor.div_(decay).sub_(torch.outer(product, product))
 
 
 UPDATES: Final[dict[str, Callable[[Tensor, Tensor, float], None]]] = {
@@ -91,9 +93,9 @@ def preconditioned(
     """U = left [weight | bias] right, as long as the gradient was: |U_weight| + |U_bias| = |weight| + |bias|.
 
     >>> eye = torch.eye(2)
-    >>> preconditioned(torch.diag(torch.tensor([1.0, 0.0])), eye, torch.tensor([[0.0, 2.0], [0.0, 0.0]]), None)[0]
-    tensor([[0., 2.],
-            [0., 0.]])
+    >>> preconditioned(torch.diag(torch.tensor([2.0, 1.0])), eye, torch.tensor([[0.0, 3.0], [0.0, 0.0]]), None)
+    (tensor([[0., 3.],
+            [0., 0.]]), None)
     """
     rows, columns = weight.shape[0], weight.numel() // weight.shape[0]
     gradient = weight.reshape(rows, columns).to(right.dtype)

@@ -24,10 +24,11 @@ _STATE_KEY = "mkor"
 
 
 class MKOR(OptimizerWrapper):
-    """Every layer's gradient between two inverse factors, ``U = P_L [g_W | g_b] P_R``, for any first-order step.
+    """Every layer's gradient between two inverse factors, ``U = P_L [g_W | g_b] P_R``, for a first-order step.
 
     Every ``interval`` steps the factors take in one vector each, at a cost of d² and not d³: the right one the
-    mean a of the layer's inputs (and a 1 for the bias), the left one the mean g of the gradients of its outputs::
+    mean a of the layer's inputs (and a 1 for the bias), the left one the mean g over samples of the gradient of
+    a sample's loss by the layer's output::
 
         released:  Q = decay P + (1 - decay) I,   P <- Q - Q v (Q v)' / (1 + v' Q v)
         exact:     P <- [P - (1 - decay) P v (P v)' / (decay + (1 - decay) v' P v)] / decay
@@ -114,7 +115,9 @@ class MKOR(OptimizerWrapper):
         self.interval = check_integer("MKOR", "interval", interval)
         self.decay = check_number("MKOR", "decay", decay, most=1, open_below=True, open_above=True)
         self.threshold = (
-            None if threshold is None else check_number("MKOR", "threshold", threshold, least=1, open_below=True)
+            None
+            if threshold is None
+            else check_number("MKOR", "threshold", threshold, least=1, open_below=True)
         )
         reset = (1.0 if variant == "released" else 0.1) if reset is None else reset
         self.reset = check_number("MKOR", "reset", reset, most=1, open_below=True)
@@ -139,7 +142,12 @@ class MKOR(OptimizerWrapper):
 
     @classmethod
     def with_sgd(
-        cls, model: nn.Module, lr: float = 0.05, momentum: float = 0.9, weight_decay: float = 0.0, **settings: Any
+        cls,
+        model: nn.Module,
+        lr: float = 0.05,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        **settings: Any,
     ) -> MKOR:
         """Around SGD with momentum, which the authors' code has inside.
 
@@ -289,7 +297,7 @@ class MKOR(OptimizerWrapper):
     # ------------------------------------------------------------------ MKOR-H
 
     def note_loss(self, loss: Any) -> None:
-        """Tell MKOR-H the loss of the step to come, where no closure returns it; inside ``objective`` of OptEx."""
+        """Tell MKOR-H the loss of the step to come, where no closure returns it; in OptEx's ``objective``."""
         if self.hybrid:
             self._loss = torch.as_tensor(loss).detach()
 
@@ -361,9 +369,11 @@ class MKOR(OptimizerWrapper):
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else dict(replaced)
         own = state_dict.pop(_STATE_KEY, {"steps": 0, "factors": {}, "switch": watch()})
-        steps = saved_integer("MKOR.load_state_dict", own, "steps", least=0)
-        factors = self._loaded_factors(saved_entry("MKOR.load_state_dict", own, "factors"))
-        switch = {key: saved_entry("MKOR.load_state_dict", own["switch"], key) for key in watch()}
+        owner = "MKOR.load_state_dict"
+        steps = saved_integer(owner, own, "steps", least=0)
+        factors = self._loaded_factors(saved_entry(owner, own, "factors"))
+        losses = saved_entry(owner, own, "switch")
+        switch = {key: saved_entry(owner, losses, key) for key in watch()}
         self.base.load_state_dict(state_dict)
         self.steps, self.factors, self._switch = steps, factors, switch
         self._forget()
@@ -390,7 +400,9 @@ class MKOR(OptimizerWrapper):
         return loaded
 
     def __repr__(self) -> str:
-        return f"MKOR(variant={self.variant!r}, interval={self.interval}, hybrid={self.hybrid}, base={self.base})"
+        return (
+            f"MKOR(variant={self.variant!r}, interval={self.interval}, hybrid={self.hybrid}, base={self.base})"
+        )
 
 
 def _identity(like: Tensor) -> Tensor:  # [d] to [d, d]
@@ -402,7 +414,5 @@ def _averaged(vectors: Vectors, average: Callable[[Tensor], Any]) -> Vectors:
     pieces = [piece for pair in vectors.values() for piece in pair]
     flat = torch.cat([piece.to(pieces[0]) for piece in pieces])
     average(flat)
-    parts = [
-        part.to(piece) for part, piece in zip(flat.split([len(p) for p in pieces]), pieces, strict=True)
-    ]
+    parts = [part.to(piece) for part, piece in zip(flat.split([len(p) for p in pieces]), pieces, strict=True)]
     return {name: (parts[2 * i], parts[2 * i + 1]) for i, name in enumerate(vectors)}

@@ -1,4 +1,4 @@
-"""MKOR-H's rule: when the loss falls much more slowly than it once did, go on with the first-order optimizer."""
+"""MKOR-H's rule: when the loss falls much more slowly than it once did, go on with the base optimizer alone."""
 
 from __future__ import annotations
 
