@@ -12,6 +12,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
+import optex
 from optex import NonFiniteError, NonFiniteWarning, OptEx, WithinTolerance
 from optex.evaluators import VectorizedEvaluator
 from optex.optimizers import MKOR
@@ -319,6 +320,20 @@ def test_a_layer_used_twice_sees_the_mean_of_its_uses():
     for side, vector in (("right", mean), ("left", gradients[0].sum(0) + gradients[1].sum(0))):
         expected = TARGETS["released"](torch.eye(len(vector), dtype=torch.float64), vector, 0.95)
         assert (optimizer.factors["first"][side] - expected).abs().max() <= 1e-12
+
+
+def test_passes_with_weights_of_anothers_and_vmapped_ones_are_not_recorded():
+    model = network()
+    optimizer = MKOR.with_sgd(model, interval=1)
+    x = regression_batches(1)[0][0]
+    others = {name: 2 * p.detach() for name, p in model.named_parameters()}
+    for run in (
+        lambda: torch.func.functional_call(model, others, (x.requires_grad_(),)),
+        lambda: torch.func.vmap(model)(x),
+        lambda: torch.func.grad(lambda x: model(x).sum())(x),
+    ):
+        run().sum().backward()
+        assert not optimizer._capture._sums
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -672,6 +687,40 @@ def test_mkor_h_without_losses_says_so_once():
     assert len(caught) == 1
 
 
+class WithLoss(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = network()
+
+    def forward(self, batch):
+        return (self.inner(batch[0]) - batch[1]).square().mean()
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_mkor_h_hears_a_model_that_returns_its_loss(wrapped):
+    model, twin = WithLoss(), WithLoss()
+    optimizer, told = (MKOR.with_sgd(net, hybrid=True, period=2, interval=2) for net in (model, twin))
+    batches = regression_batches(6)
+    for batch in batches:
+        told.zero_grad()
+        loss = twin(batch)
+        loss.backward()
+        with torch.no_grad():
+            twin(regression_batches(1, seed=3)[0])
+        told.note_loss(loss)
+        told.step()
+    if wrapped:
+        rounds = OptEx(optimizer, parallelism=2, stride=1, acceptance=WithinTolerance(0)).rounds(batches, model)
+        assert sum(report.accepted for report in rounds) == 6
+    else:
+        for batch in batches:
+            optimizer.zero_grad()
+            model(batch).backward()
+            optimizer.step()
+    assert_equal_trees(optimizer.state_dict()["mkor"], told.state_dict()["mkor"])
+    assert optimizer.state_dict()["mkor"]["switch"]["best"] is not None
+
+
 def test_without_hybrid_losses_are_nothing_to_it():
     model = network()
     optimizer = MKOR.with_sgd(model, period=1)
@@ -763,6 +812,19 @@ def test_an_evaluation_that_fails_leaves_nothing_behind():
     for _ in optimizer.rounds(batches[optimizer.batches_drawn :], squared_error(model)):
         pass
     assert same(snapshot(plain), snapshot(model))
+
+
+def test_advice_leaves_everything_as_it_was():
+    batches = regression_batches(6)
+    plain, model = network(), network()
+    bases = [MKOR.with_sgd(net, interval=2) for net in (plain, model)]
+    for net, base in zip((plain, model), bases, strict=True):
+        train(net, base, batches[:2])
+    optex.advise(bases[1], batches, squared_error(model), model=model, seconds=0.3)
+    for net, base in zip((plain, model), bases, strict=True):
+        train(net, base, batches[2:])
+    assert same(snapshot(plain), snapshot(model))
+    assert_equal_trees(*(factors_of(base) for base in bases))
 
 
 def test_evaluators_that_cannot_observe_are_refused():

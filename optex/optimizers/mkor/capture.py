@@ -58,16 +58,18 @@ class Capture:
 
     Attributes:
         armed: evaluations are recorded.
-        observed: an evaluation was asked for: they are read one by one.
+        observed: evaluations are read one by one, before the steps that say which of them are due.
+        loss: the last one heard of; None where there was none.
     """
 
     def __init__(self) -> None:
         self.armed = True
         self.observed = False
+        self.loss: Tensor | None = None
         self._sums: dict[str, Tensor] = {}  # [in + 2]: the inputs', the number of rows, and of samples
         self._probes: dict[str, Tensor] = {}  # [out]
         self._has_bias: dict[str, bool] = {}
-        self._handles: dict[str, RemovableHandle] = {}
+        self._handles: dict[str | None, RemovableHandle] = {}  # None: the whole model's
 
     def attach(self, name: str, module: nn.Linear | nn.Conv2d) -> None:
         """Listen to a layer; nothing new for one that is listened to."""
@@ -77,18 +79,27 @@ class Capture:
         self._has_bias[name] = module.bias is not None
         self._handles[name] = module.register_forward_hook(_Hook(self, name), with_kwargs=True)
 
+    def listen(self, model: nn.Module) -> None:
+        """Hear the losses of a model that returns them: outputs of one number with a gradient."""
+        self._handles[None] = model.register_forward_hook(_Hook(self, None), with_kwargs=True)
+
     def detach(self) -> None:
         """Take all hooks off."""
         for handle in self._handles.values():
             handle.remove()
+        self._handles.clear()
         self.clear()
         self.armed = False
 
-    def __call__(self, name: str, module: Any, inputs: Tensor, output: Any) -> Tensor | None:
+    def __call__(self, name: str | None, module: Any, inputs: Any, output: Any) -> Tensor | None:
         """Record a layer's inputs; its output with the probe, None where nothing is recorded."""
-        if not (self.armed and torch.is_grad_enabled() and module.weight.requires_grad):
+        if name is None:
+            if isinstance(output, Tensor) and output.ndim == 0 and output.requires_grad:
+                self.loss = output.detach()
             return None
-        if not isinstance(output, Tensor):
+        if not (self.armed and torch.is_grad_enabled() and module.weight.requires_grad) or _is_foreign(
+            module, output
+        ):
             return None
         with torch.no_grad():
             total = _summed(module, inputs.detach(), output)
@@ -128,6 +139,7 @@ class Capture:
 
     def clear(self) -> None:
         """Forget what was recorded."""
+        self.loss = None
         self._sums.clear()
         for probe in self._probes.values():
             probe.grad = None
@@ -139,7 +151,7 @@ class _Hook:
     Copied or pickled together with the optimizer, which holds the capture, it finds the optimizer's copy.
     """
 
-    def __init__(self, capture: Capture, name: str) -> None:
+    def __init__(self, capture: Capture, name: str | None) -> None:
         self._capture = weakref.ref(capture)
         self._name = name
 
@@ -147,18 +159,26 @@ class _Hook:
         capture = self._capture()
         if capture is None:
             return None
-        return capture(self._name, module, args[0] if args else kwargs["input"], output)
+        return capture(self._name, module, args[0] if args else kwargs.get("input"), output)
 
-    def __getstate__(self) -> tuple[Capture | None, str]:
+    def __getstate__(self) -> tuple[Capture | None, str | None]:
         return self._capture(), self._name
 
-    def __setstate__(self, state: tuple[Capture | None, str]) -> None:
+    def __setstate__(self, state: tuple[Capture | None, str | None]) -> None:
         capture, self._name = state
         self._capture = _nothing if capture is None else weakref.ref(capture)
 
 
 def _nothing() -> None:
     return None
+
+
+def _is_foreign(module: nn.Module, output: Any) -> bool:
+    """Whether a pass is none of a step to come: with weights of another's (``functional_call``), or vmapped."""
+    if not (isinstance(output, Tensor) and isinstance(module.weight, nn.Parameter)):
+        return True
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    return not torch.compiler.is_compiling() and functorch.is_functorch_wrapped_tensor(output)
 
 
 def _probe(weight: Tensor) -> Tensor:  # [out]

@@ -53,7 +53,8 @@ class MKOR(OptimizerWrapper):
         reset: how far towards the identity, above 0 and at most 1; by default 1 for released and 0.1 for exact.
         hybrid: MKOR-H: after every ``period`` steps compare how much the running mean of losses fell with the
             most it ever did; from the second period in a row below a tenth of that, go on with the base
-            optimizer alone. The losses are those that the closure returns, or that ``note_loss`` was told.
+            optimizer alone. The losses are those that the closure returns, that ``note_loss`` was told, or that
+            ``model`` itself returns, one that computes its own.
         period: steps, at least 1.
         average: called at every update of the factors with one flat tensor of all vectors, to average it in
             place over data-parallel ranks.
@@ -62,7 +63,6 @@ class MKOR(OptimizerWrapper):
         base: the base optimizer.
         factors: per layer its ``"left"`` [out, out] and ``"right"`` [in (+ 1), in (+ 1)]; none before the first
             update.
-        steps: taken so far; those on predictions do not count.
 
     Memory, in numbers beyond the base optimizer's: per layer ``out² + (in + 1)²``; ``2 · (in + out)`` more in
     evaluations that are recorded.
@@ -125,15 +125,16 @@ class MKOR(OptimizerWrapper):
         self.period = check_integer("MKOR", "period", period)
         self.average = average
         self.factors: dict[str, dict[str, Tensor]] = {}
-        self.steps = 0
         self._switch = watch()
-        self._loss: Tensor | None = None  # of the evaluation under way
         self._recalled: tuple[Vectors, Tensor | None] | None = None
         self._drafting = False
         self._warned_of_losses = False
         self._capture = Capture()
+        self.steps = 0  # last: it decides what is recorded next
         super().__init__(base_optimizer)
         self._attach()
+        if self.hybrid:
+            self._capture.listen(model)
         if not self._layers():
             raise ValueError(
                 "MKOR: no layer of the model has factors: none is a torch.nn.Linear or a Conv2d of one group "
@@ -189,6 +190,18 @@ class MKOR(OptimizerWrapper):
         """Whether MKOR-H has gone over to the base optimizer alone."""
         return self._switch["switched"]
 
+    @property
+    def steps(self) -> int:
+        """Taken so far; those on predictions do not count."""
+        return self.__dict__["steps"]
+
+    @steps.setter
+    def steps(self, count: int) -> None:
+        # Set where a step ends, a state is loaded, or steps are taken back: what is recorded is of the past.
+        self.__dict__["steps"] = count
+        self._capture.clear()
+        self._arm()
+
     def _arm(self) -> None:
         """Record evaluations only where a step will use what they leave."""
         due = self._capture.observed or self.steps % self.interval == 0
@@ -220,7 +233,8 @@ class MKOR(OptimizerWrapper):
         try:
             found = [checked_gradients("MKOR", i, group)[0] for i, group in enumerate(self.param_groups)]
         except BaseException:
-            self._forget()
+            self._capture.clear()
+            self._recalled = None
             raise
         if not any(found):
             return loss
@@ -229,28 +243,27 @@ class MKOR(OptimizerWrapper):
         with self._transformed():
             self.base.step()
         if not self._drafting:
+            if self.hybrid and not self.switched and (self.steps + 1) % self.period == 0:
+                self._judge()
             self.steps += 1
-            self._judge()
-            self._arm()
         return loss
-
-    def _forget(self) -> None:
-        self._capture.clear()
-        self._recalled = self._loss = None
 
     def _take_in(self) -> None:
         """Update the factors, where they are due, and the running mean of losses."""
-        vectors, loss = self._recalled or ({}, self._loss)
-        if self.steps % self.interval == 0 and not self.switched:
-            self._update(vectors if self._recalled is not None else self._capture.take())
-        self._forget()
+        due = self.steps % self.interval == 0 and not self.switched
+        self._capture.observed = self._recalled is not None
+        if self._recalled is not None:
+            vectors, loss = self._recalled
+        else:
+            loss, vectors = self._capture.loss, self._capture.take() if due else {}
+        self._recalled = None
+        if due and vectors:
+            self._update(vectors)
         if self.hybrid and loss is not None and not self.switched:
             maximises = any(group.get("maximize") for group in self.param_groups)
             self._switch = noted(self._switch, -loss if maximises else loss)
 
     def _update(self, vectors: Vectors) -> None:
-        if not vectors:
-            return
         if self.average is not None:
             vectors = _averaged(vectors, self.average)
         home = next(iter(vectors.values()))[0].device
@@ -297,18 +310,20 @@ class MKOR(OptimizerWrapper):
     # ------------------------------------------------------------------ MKOR-H
 
     def note_loss(self, loss: Any) -> None:
-        """Tell MKOR-H the loss of the step to come, where no closure returns it; in OptEx's ``objective``."""
+        """Tell MKOR-H the loss of the step to come, where neither closure nor model returns it.
+
+        Under ``OptEx`` it is called in the objective.
+        """
         if self.hybrid:
-            self._loss = torch.as_tensor(loss).detach()
+            self._capture.loss = torch.as_tensor(loss).detach()
 
     def _judge(self) -> None:
-        if not self.hybrid or self.switched or self.steps % self.period:
-            return
+        """Whether to switch, at a period's end."""
         if self._switch["mean"] is None and not self._warned_of_losses:
             self._warned_of_losses = True
             warn(
                 "MKOR: hybrid=True, and no loss was seen; call step(closure), or note_loss(loss) before every "
-                "step. Until then nothing is switched",
+                "step (under OptEx in the objective). Until then nothing is switched",
                 UserWarning,
             )
         self._switch = judged(self._switch)
@@ -330,12 +345,11 @@ class MKOR(OptimizerWrapper):
 
     def observe(self) -> tuple[Vectors, Tensor | None]:
         """The vectors and the loss of the evaluation that just ended, taken away."""
-        observation = self._capture.take(), self._loss
-        self._loss = None
-        # Evaluations come several at a time from here on, before the steps that say which of them are due.
+        loss = self._capture.loss
+        vectors = self._capture.take()
         self._capture.observed = True
         self._arm()
-        return observation
+        return vectors, loss
 
     def recall(self, observation: tuple[Vectors, Tensor | None]) -> None:
         """The next step uses the gradient of the evaluation that this was observed in."""
@@ -375,9 +389,8 @@ class MKOR(OptimizerWrapper):
         losses = saved_entry(owner, own, "switch")
         switch = {key: saved_entry(owner, losses, key) for key in watch()}
         self.base.load_state_dict(state_dict)
-        self.steps, self.factors, self._switch = steps, factors, switch
-        self._forget()
-        self._arm()
+        self.factors, self._switch, self._recalled = factors, switch, None
+        self.steps = steps
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
