@@ -8,6 +8,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+_CACHED: Final = 1 << 16  # numbers
+
 __all__ = ["UPDATES", "exact_update", "preconditioned", "released_update", "stabilised"]
 
 
@@ -26,8 +28,7 @@ def released_update(
     [0.5, 1.0]
     """
     product = torch.addmv(vector, factor, vector, beta=1 - decay, alpha=decay)  # Q v
-    # v' Q v is never negative but for rounding. Both sides of the outer product are one vector, and no number
-    # has to be read back.
+    # v' Q v is never negative but for rounding.
     product /= (1 + vector @ product).clamp_min(1).sqrt()
     factor.addr_(product, product, beta=decay, alpha=-1)
     factor.diagonal().add_(1 - decay)
@@ -48,10 +49,14 @@ def exact_update(
     [1.0, 2.0]
     """
     product = factor @ vector
-    product *= ((1 - decay) / decay / (decay + (1 - decay) * (vector @ product).clamp_min(0))).sqrt()
+    share = (1 - decay) / decay / (decay + (1 - decay) * (vector @ product).clamp_min(0))
+    product *= share.sqrt()
     # Not addr_, whose kernel may round an entry and its mirror image differently: what is not symmetric grows
-    # by 1 / decay in every update, and nothing takes it off again.
-    factor.div_(decay).sub_(torch.outer(product, product))
+    # by 1 / decay in every update, and nothing takes it off again. On CPUs some rows at a time, which stay in
+    # the cache; elsewhere a launch costs more than a pass.
+    rows = max(1, _CACHED // len(product)) if factor.device.type == "cpu" else len(product)
+    for part, piece in zip(factor.split(rows), product.split(rows), strict=True):
+        part.div_(decay).sub_(piece[:, None] * product)
 
 
 UPDATES: Final[dict[str, Callable[[Tensor, Tensor, float], None]]] = {
