@@ -30,7 +30,8 @@ from optex.round import (
 )
 from optex.round.stride import Stride
 from optex.sources import ClosureSource, GradientSource, ObjectiveSource
-from optex.stepping import Buffers, OptimizerWrapper, Stepper, check_base
+from optex.stepping import Buffers, Stepper, check_base
+from optex.wrapper import OptimizerWrapper
 
 __all__ = ["OptEx"]
 

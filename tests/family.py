@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from optex import ConsensusSource, GradientSource
-from optex.optimizers import MFAC, NAG, SCALE, AdaGradNorm, AdaHessian, HeavyBall, TripleMomentum
+from optex.optimizers import MFAC, MKOR, NAG, SCALE, AdaGradNorm, AdaHessian, HeavyBall, TripleMomentum
 from tests.references.consensus import Bowl, proximal_gradient
 
 __all__ = ["FAMILY", "SOURCES", "Member", "SourceRow"]
@@ -88,6 +88,10 @@ FAMILY: dict[str, Member] = {
         needs_graph=True,
         compiles=False,
     ),
+    # Steps alternate between those that update factors and those that do not; a graph holds for one of them.
+    "mkor": Member(lambda model: MKOR.with_sgd(model, 0.05, interval=3), compiles=False),
+    "mkor-exact": Member(lambda model: MKOR.with_sgd(model, 0.05, variant="exact", interval=2), compiles=False),
+    "mkor-h": Member(lambda model: MKOR.with_sgd(model, 0.05, hybrid=True, interval=3), compiles=False),
 }
 
 

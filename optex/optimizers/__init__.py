@@ -16,6 +16,7 @@ from optex.optimizers.gns import (
     power_gauss_newton,
 )
 from optex.optimizers.mfac import MFAC
+from optex.optimizers.mkor import MKOR
 from optex.optimizers.scale import SCALE, scale_param_groups
 from optex.optimizers.step_rule import StepRule, check_number
 
@@ -27,6 +28,7 @@ __all__ = [
     "GNS",
     "HeavyBall",
     "MFAC",
+    "MKOR",
     "Metric",
     "NAG",
     "NoCurvature",

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from optex.checks import check_number
 from optex.errors import NonFiniteError
 
-__all__ = ["StepRule", "check_number"]
+__all__ = ["StepRule", "check_number", "checked_gradients"]
 
 
 class StepRule(Optimizer):
@@ -85,36 +85,56 @@ class StepRule(Optimizer):
 
     def _gradients(self, number: int, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
         """A group's parameters that have a gradient, and these gradients, negated where it maximises."""
-        owner = type(self).__name__
-        parameters = [p for p in group["params"] if p.grad is not None]
-        for p in parameters:
-            if p.grad.is_sparse:
-                raise TypeError(
-                    f"{owner}: a gradient is sparse, and steps need dense ones; build the embedding with "
-                    "sparse=False"
-                )
-        gradients = [p.grad.detach() for p in parameters]
-        if gradients and not torch.compiler.is_compiling():
-            self._check_finite(number, group, parameters, gradients)
+        parameters, gradients = checked_gradients(type(self).__name__, number, group)
         if group.get("maximize"):
             gradients = list(torch._foreach_neg(gradients))
         return parameters, gradients
 
-    def _check_finite(
-        self, number: int, group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor]
-    ) -> None:
-        # One number is read back for all gradients; the largest entry, as a sum of squares may overflow.
-        largest = torch.stack([n.float() for n in torch._foreach_norm(gradients, math.inf)])
-        if bool(largest.isfinite().all()):
-            return
-        position = int((~largest.isfinite()).nonzero()[0])
-        names = group.get("param_names")
-        shape = tuple(parameters[position].shape)
-        which = f"{names[_place(group, parameters[position])]!r}" if names else f"{position}"
-        raise NonFiniteError(
-            f"{type(self).__name__}: the gradient of parameter {which} {shape} of group {number} is not "
-            "finite; parameters and state are those of before the step. Check the batch, or lower the rate"
-        )
+
+def checked_gradients(
+    owner: str,
+    number: int,
+    group: dict[str, Any],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """A group's parameters that have a gradient, and these gradients as they are.
+
+    Args:
+        owner: the class, for the message.
+        number: of the group, for the message.
+        group: as in ``param_groups``.
+
+    Raises:
+        NonFiniteError: a gradient is NaN or infinite.
+        TypeError: a gradient is sparse.
+    """
+    parameters = [p for p in group["params"] if p.grad is not None]
+    for p in parameters:
+        if p.grad.is_sparse:
+            raise TypeError(
+                f"{owner}: a gradient is sparse, and steps need dense ones; build the embedding with "
+                "sparse=False"
+            )
+    gradients = [p.grad.detach() for p in parameters]
+    if gradients and not torch.compiler.is_compiling():
+        _check_finite(owner, number, group, parameters, gradients)
+    return parameters, gradients
+
+
+def _check_finite(
+    owner: str, number: int, group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor]
+) -> None:
+    # One number is read back for all gradients; the largest entry, as a sum of squares may overflow.
+    largest = torch.stack([n.float() for n in torch._foreach_norm(gradients, math.inf)])
+    if bool(largest.isfinite().all()):
+        return
+    position = int((~largest.isfinite()).nonzero()[0])
+    names = group.get("param_names")
+    shape = tuple(parameters[position].shape)
+    which = f"{names[_place(group, parameters[position])]!r}" if names else f"{position}"
+    raise NonFiniteError(
+        f"{owner}: the gradient of parameter {which} {shape} of group {number} is not "
+        "finite; parameters and state are those of before the step. Check the batch, or lower the rate"
+    )
 
 
 def _place(group: dict[str, Any], parameter: Tensor) -> int:

@@ -16,7 +16,6 @@ from optex.stepping.linear import LinearRule
 from optex.stepping.parameters import Buffers, GradientMask, ParameterVector
 from optex.stepping.snapshot import Attributes, Hyperparameters, Snapshot
 from optex.stepping.stepper import FreezesWhileDrafting, ObservesEvaluations, Stepper
-from optex.stepping.wrapper import OptimizerWrapper
 
 __all__ = [
     "COUNTERS",
@@ -31,7 +30,6 @@ __all__ = [
     "Hyperparameters",
     "LinearRule",
     "ObservesEvaluations",
-    "OptimizerWrapper",
     "ParameterVector",
     "Snapshot",
     "Stepper",

@@ -54,6 +54,8 @@ if hasattr(torch.optim, "Muon"):  # torch 2.9 and later; two-dimensional paramet
 # Of a module, whose layers they have to know: made from that, not from its parameters.
 MODEL_OPTIMIZERS: Final[dict[str, Callable[..., Optimizer]]] = {
     "scale": optimizers.SCALE.of,
+    "mkor": partial(optimizers.MKOR.with_sgd, momentum=0.9),
+    "mkor-h": partial(optimizers.MKOR.with_sgd, momentum=0.9, hybrid=True),
 }
 
 # Steps every coordinate by itself, so that a slice of the parameters can be stepped alone.
@@ -77,8 +79,8 @@ ELEMENTWISE: Final[frozenset[type[Optimizer]]] = frozenset(
 COUNTERS: Final = ("step", "mu_product", "eta", "mu")
 
 REFUSED: Final[dict[type[Optimizer], str]] = {
-    optimizers.GNS: "it evaluates its closure several times a step, so there is no single next gradient to predict; "
-    "optex.minimize_gns evaluates several of its trials at once",
+    optimizers.GNS: "it evaluates its closure several times a step, so there is no single next gradient to "
+    "predict; optex.minimize_gns evaluates several of its trials at once",
     torch.optim.LBFGS: "it evaluates its closure several times a step, so there is no single next gradient to "
     "predict",
     torch.optim.SparseAdam: "it takes sparse gradients only, and the history is dense",
@@ -128,6 +130,8 @@ _RATES: Final[dict[str, float]] = {
     "triple-momentum": 0.05,
     "heavy-ball": 0.02,
     "adahessian": 0.15,
+    "mkor": 0.05,
+    "mkor-h": 0.05,
 }
 
 

@@ -54,7 +54,8 @@ class Attributes:
     """What a base optimizer keeps in attributes of its own, outside state and groups: counters, lists, tensors.
 
     Numbers, strings, tensors and containers of these are saved. An object of another kind is put back where a
-    step replaced it; a step that changes one in place is refused, as that could not be taken back.
+    step replaced it; a step that changes one in place is refused, as that could not be taken back. An optimizer
+    that it wraps, whose state is its own, is looked into in the same way.
     """
 
     def __init__(self, base: Optimizer) -> None:
@@ -62,7 +63,11 @@ class Attributes:
         own = {name: value for name, value in vars(base).items() if name not in TORCHS_OWN}
         self._saved = {name: _copy_plain(value) for name, value in own.items() if _is_plain(value)}
         self._others = {name: value for name, value in own.items() if name not in self._saved}
-        self._fingerprints = {name: _fingerprint(value) for name, value in self._others.items()}
+        wrapped = {name: value for name, value in self._others.items() if _is_wrapped(value, base)}
+        self._wrapped = [Attributes(value) for value in wrapped.values()]
+        self._fingerprints = {
+            name: _fingerprint(value) for name, value in self._others.items() if name not in wrapped
+        }
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -79,6 +84,8 @@ class Attributes:
                 there.copy_(value)
             else:
                 setattr(self._base, name, _copy_plain(value))
+        for attributes in self._wrapped:
+            attributes.restore()
 
     def check(self) -> None:
         """Refuse steps that changed an object which is not saved.
@@ -86,14 +93,21 @@ class Attributes:
         Raises:
             TypeError: they did; the message names the attribute.
         """
-        for name, value in self._others.items():
-            if _fingerprint(value) != self._fingerprints[name]:
+        for attributes in self._wrapped:
+            attributes.check()
+        for name, fingerprint in self._fingerprints.items():
+            value = self._others[name]
+            if _fingerprint(value) != fingerprint:
                 kind = type(self._base).__name__
                 raise TypeError(
                     f"OptEx: a step of {kind} changes its attribute {name!r} ({type(value).__name__}) in "
                     "place, and that cannot be taken back; keep what a step changes in state, in the groups, "
                     "or in plain numbers and tensors"
                 )
+
+
+def _is_wrapped(value: Any, base: Optimizer) -> bool:
+    return isinstance(value, Optimizer) and value is not base and value.state is base.state
 
 
 def _fingerprint(value: Any) -> bytes | None:

@@ -16,6 +16,8 @@ class OptimizerWrapper(Optimizer):
         base: the other.
     """
 
+    _mixes = "the history"  # what gradients scaled by different factors would come together in
+
     def __init__(self, base: Optimizer) -> None:
         self.base = base
         self._ready = False  # while torch's constructor runs, the groups are already the base's
@@ -45,8 +47,8 @@ class OptimizerWrapper(Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         raise RuntimeError(
-            "OptEx: torch.amp.GradScaler scales gradients by a factor that changes, and the history would mix "
-            "them; use bfloat16 autocast, which needs no scaler"
+            f"{type(self).__name__}: torch.amp.GradScaler scales gradients by a factor that changes, and "
+            f"{self._mixes} would mix them; use bfloat16 autocast, which needs no scaler"
         )
 
     def __getstate__(self) -> dict[str, Any]:
