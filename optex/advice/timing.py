@@ -15,7 +15,6 @@ from torch import Tensor
 from optex.advice.subject import Kept, Subject
 from optex.errors import NonFiniteError
 from optex.evaluators import Evaluation, Evaluator, SequentialEvaluator, VectorizedEvaluator
-from optex.stepping import ObservesEvaluations
 
 __all__ = [
     "IN_TURN",
@@ -118,12 +117,7 @@ def find_evaluators(
     """
     found: dict[str, Evaluator] = {IN_TURN: SequentialEvaluator()}
     refused: dict[str, str] = {}
-    if isinstance(subject.base, ObservesEvaluations):
-        why = f"answers gradients alone, and {subject.name} needs more of a backward pass"
-        others = {"vectorized": None, **given}
-        refused = {name: why for name, other in others.items() if other is None or not other.observes}
-        given = {name: other for name, other in given.items() if other.observes}
-    elif "vectorized" not in given:
+    if "vectorized" not in given:
         vectorized = _find_vectorized(subject, reference)
         if isinstance(vectorized, str):
             refused["vectorized"] = vectorized
