@@ -39,8 +39,9 @@ from optex.evaluators import (
 )
 from optex.minimize import minimize, scipy_method
 from optex.optimizer import OptEx
+from optex.optimizers import BlockStreamer, MeZO, language_model_blocks
 from optex.round import Acceptance, Last, LowestLoss, RoundReport, SmallestGradient, WithinTolerance
-from optex.sources import AccumulatingSource, GradientSource, ObjectiveSource
+from optex.sources import AccumulatingSource, GradientSource, ObjectiveSource, SPSASource
 
 __version__ = version("optex")
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "Acceptance",
     "AccumulatingSource",
     "Advice",
+    "BlockStreamer",
     "CommitteeEstimator",
     "ConvergenceWarning",
     "CurlFreeEstimator",
@@ -66,6 +68,7 @@ __all__ = [
     "Matern12",
     "Matern32",
     "Matern52",
+    "MeZO",
     "NonFiniteError",
     "NonFiniteWarning",
     "NotDeterministicWarning",
@@ -77,6 +80,7 @@ __all__ = [
     "RankLostError",
     "RationalQuadratic",
     "RoundReport",
+    "SPSASource",
     "SeparableEstimator",
     "SequentialEvaluator",
     "SmallestGradient",
@@ -85,6 +89,7 @@ __all__ = [
     "WorkerLostError",
     "WorkersEvaluator",
     "advise",
+    "language_model_blocks",
     "minimize",
     "scipy_method",
 ]

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from optex import GradientSource
+from optex import GradientSource, SPSASource
+from tests.references.spsa import Bowl
 
 __all__ = ["FAMILY", "SOURCES", "Member", "SourceRow"]
 
@@ -62,4 +63,20 @@ class SourceRow:
     pickles: bool = True
 
 
-SOURCES: dict[str, SourceRow] = {}
+def _spsa():
+    hessian = torch.tensor([[1.0, 0.3, 0.0], [0.3, 0.8, 0.2], [0.0, 0.2, 1.2]], dtype=torch.float64)
+    start = torch.tensor([2.0, -1.0, 1.0], dtype=torch.float64)
+    parameters = [nn.Parameter(start[:2].clone()), nn.Parameter(start[2:].clone())]
+    source = SPSASource(Bowl(hessian, parameters), parameters, queries=16)
+    generator = torch.Generator().manual_seed(0)
+    return source, parameters, lambda count: list(0.1 * torch.randn(count, generator=generator).double())
+
+
+def _exact_spsa(source, parameters):
+    x = torch.cat([p.detach() for p in parameters])
+    return list((source.objective.hessian @ x).split([2, 1]))
+
+
+SOURCES: dict[str, SourceRow] = {
+    "spsa": SourceRow(_spsa, exact=_exact_spsa, tolerance=0.05, answers=400),
+}
