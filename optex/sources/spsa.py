@@ -39,8 +39,8 @@ class SPSASource(GradientSource):
 
     E ĝ = ∇L + O(ε²), and its noise is ``E‖ĝ - ∇L‖² = (d + 1) ‖∇L‖² / n``: one direction tells a d-th part of
     the gradient. From n = 2 on the spread of the s_k z_k tells the noise, without bias, and estimators reckon
-    with it. Directions come from a seed that torch's global generator gives, one a call; all evaluations of a call
-    draw the same dropout. The loss reported is the mean of those evaluated.
+    with it. Directions come from a seed that torch's global generator gives, one a call; all evaluations of
+    a call draw the same dropout. The loss reported is the mean of those evaluated.
 
     A call keeps ĝ, one copy of the parameters, which come back to the bit, and one direction of one parameter;
     no activations for a backward pass. For steps without even that memory see ``MeZO``.

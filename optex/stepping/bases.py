@@ -71,8 +71,8 @@ COUNTERS: Final = ("step", "mu_product", "eta", "mu")
 REFUSED: Final[dict[type[Optimizer], str]] = {
     torch.optim.LBFGS: "it evaluates its closure several times a step, so there is no single next gradient to "
     "predict",
-    MeZO: "it evaluates its closure twice a direction, at shifted parameters, so no gradient is there to predict; "
-    "hand rounds an SPSASource(objective, parameters, queries=16) under torch.optim.SGD instead",
+    MeZO: "it evaluates its closure twice a direction, at shifted parameters, so no gradient is there to "
+    "predict; hand rounds an SPSASource(objective, parameters, queries=16) under torch.optim.SGD instead",
     torch.optim.SparseAdam: "it takes sparse gradients only, and the history is dense",
 }
 

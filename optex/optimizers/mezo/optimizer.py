@@ -36,7 +36,8 @@ class MeZO(Optimizer):
         θ ← θ - lr (s z + weight_decay θ)
 
     with the mean over several directions where ``queries`` > 1. Nothing of the model's size is kept: no
-    gradient, no z, no copy. A run is its start and its log of (seed, scalars, rates); ``replay`` walks it without data.
+    gradient, no z, no copy. A run is its start and its log of (seed, scalars, rates);
+    ``replay`` walks it without data.
 
     ``step`` takes a closure that returns the loss and does **not** backpropagate; it is called 2 · queries
     times, without a tape. All calls of a step draw the same dropout.

@@ -183,25 +183,26 @@ class BlockStreamer:
 
     def _pass(self, states: list[Any], seed: int | None) -> list[Any]:
         """All states through all blocks, side by side; the next block comes while one computes."""
-        done: list[torch.cuda.Event] = []
-        ahead = None
-        try:
-            ahead = self._fetch(0)
-            for number in range(len(self.blocks)):
-                here, ahead = ahead, None
-                try:
-                    if number + 1 < len(self.blocks):
-                        if len(done) > 1:
-                            done[-2].synchronize()  # or uploads run ahead of the device, and fill it
-                        ahead = self._fetch(number + 1)
-                    states = self._advance(here, states, seed)
-                finally:
-                    self._leave(here)
-                if self._stream is not None:
-                    done.append(torch.cuda.current_stream(self.device).record_event())
-        finally:
+        done: list[Any] = []
+        here, last = self._fetch(0), len(self.blocks) - 1
+        for number in range(len(self.blocks)):
+            ahead = None
+            try:
+                if number < last:
+                    if len(done) > 1:
+                        done[-2].synchronize()  # or uploads run ahead of the device, and fill it
+                    ahead = self._fetch(number + 1)
+                states = self._advance(here, states, seed)
+            except BaseException:
+                if ahead is not None:
+                    self._leave(ahead)
+                raise
+            finally:
+                self._leave(here)
+            if self._stream is not None:
+                done.append(torch.cuda.current_stream(self.device).record_event())
             if ahead is not None:
-                self._leave(ahead)
+                here = ahead
         return states
 
     def _advance(self, visit: _Visit, states: list[Any], seed: int | None) -> list[Any]:
@@ -289,7 +290,7 @@ class _Visit:
 
     number: int
     tensors: dict[str, Tensor]
-    arrived: torch.cuda.Event | None = None
+    arrived: Any = None  # torch.cuda.Event
 
 
 def _check_blocks(blocks: Sequence[nn.Module]) -> None:
