@@ -15,8 +15,8 @@ def language_model_blocks(model: nn.Module) -> list[nn.Module]:
 
     Two shapes are known: ``model.model.layers`` between ``embed_tokens`` and ``norm``, with ``rotary_emb``
     where there is one (Llama, Mistral, Qwen), and ``model.transformer.h`` between ``wte``, ``wpe``,
-    ``drop`` and ``ln_f`` (GPT-2); both end in ``lm_head``. Whole sequences, all of one length:
-    no padding mask is made, and layers have to be causal of themselves, as those with ``attn_implementation="sdpa"`` are without a mask.
+    ``drop`` and ``ln_f`` (GPT-2); both end in ``lm_head``. Whole sequences, all of one length: no padding mask
+    is made, and layers have to be causal of themselves, as those with ``attn_implementation="sdpa"`` are.
     Parameters are the model's own.
 
     Raises:
