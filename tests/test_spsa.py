@@ -133,7 +133,7 @@ class TestSPSASource:
         model = Loss(dropout)
         parameters, (batch,) = list(model.parameters()), regression_batches(1)
         answers = []
-        for options in ({}, {"vectorized": True, "chunk": None if dropout else chunk}):
+        for options in ({}, {"vectorized": True, "chunk": chunk}):
             torch.manual_seed(2)
             source = optex.SPSASource(model, parameters, 1e-3, 4, **options)
             loss, noise = source.gradient(batch)

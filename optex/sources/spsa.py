@@ -52,7 +52,7 @@ class SPSASource(GradientSource):
         epsilon: how far the loss is probed, positive; 1e-3 is the paper's.
         queries: directions a call, n.
         vectorized: all evaluations at once, by ``torch.func.vmap``. ``objective`` has to be a module that owns
-            the parameters. Costs 2 n copies of them, or of ``chunk``.
+            the parameters. Costs 2 n copies of them, or ``chunk`` copies.
         chunk: how many evaluations at once, where ``vectorized``; None is all.
 
     Raises:
@@ -127,22 +127,31 @@ class SPSASource(GradientSource):
         return found
 
     def _at_once(self, batch: Any, seed: int) -> list[tuple[float, float]]:  # queries
-        points = {}
-        for place, (name, p) in enumerate(zip(self._names, self.parameters, strict=True)):
-            shifts = torch.stack([direction(seed, query, place, p) for query in range(self.queries)])
-            shifts *= self.epsilon
-            points[name] = torch.cat([p.detach() + shifts, p.detach() - shifts])  # [2n, ...]
-        assert self.module is not None
+        sides = [(query, side) for query in range(self.queries) for side in (1, -1)]
+        size, draws, found = self.chunk or len(sides), generator_states(), []
+        for start in range(0, len(sides), size):
+            part = sides[start : start + size]
+            set_generator_states(draws)
+            for (query, side), loss in zip(part, self._swapped(batch, seed, part), strict=True):
+                where = f"{'ahead' if side > 0 else 'behind'} along direction {query}"
+                found.append(finite_loss("SPSASource", loss, where, _REMEDY))
+        return list(zip(found[::2], found[1::2], strict=True))
+
+    def _swapped(self, batch: Any, seed: int, sides: Sequence[tuple[int, int]]) -> Tensor:  # [sides]
+        """The losses at some of the points, the parameters swapped under ``torch.func``."""
         module = self.module
-        losses = torch.vmap(
-            lambda point: functional_call(module, point, (batch,)), randomness="same", chunk_size=self.chunk
-        )(points)
-        found = [
-            finite_loss("SPSASource", loss, f"{name} along direction {query}", _REMEDY)
-            for name, half in zip(("ahead", "behind"), losses.chunk(2), strict=True)
-            for query, loss in enumerate(half)
-        ]
-        return list(zip(found[: self.queries], found[self.queries :], strict=True))
+        assert module is not None
+        points = {
+            name: torch.stack(
+                [
+                    torch.add(p.detach(), direction(seed, query, place, p), alpha=side * self.epsilon)
+                    for query, side in sides
+                ]
+            )
+            for place, (name, p) in enumerate(zip(self._names, self.parameters, strict=True))
+        }
+        run = torch.vmap(lambda point: functional_call(module, point, (batch,)), randomness="same")
+        return run(points)
 
     def _estimate(self, seed: int, scalars: Sequence[float]) -> Tensor | None:  # []
         """Leave ĝ in the gradients; the variance of one of its components, where there are two directions."""

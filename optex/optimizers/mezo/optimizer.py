@@ -223,7 +223,7 @@ class MeZO(Optimizer):
             shifted, pair = 0.0, []
             try:
                 for side, name in ((1.0, "ahead"), (-1.0, "behind")):
-                    # Said before it is done: what an interrupt leaves half shifted, only a copy brings back.
+                    # Half a shift, left by an interrupt, is what only a copy brings back.
                     self._shift(seed, query, side - shifted)
                     shifted = side
                     set_generator_states(draws)
