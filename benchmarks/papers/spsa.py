@@ -462,7 +462,6 @@ def curves() -> dict[str, Any]:
         "fine": fine,
         "cosines": [[n, *pair] for n, pair in cosines().items()],
         "digits": {name: digits()[name][0] for name in ("sgd", "optex", "many")},
-        "rates": dict(zip(("sgd", "optex", "many"), digits()["rates"][0], strict=True)),
     }
 
 
@@ -491,8 +490,7 @@ def draw(found: dict[str, Any]) -> Figure:
     estimate.set(title="the estimate, d = 4,810", xlabel="directions n", ylabel="cosine with the gradient")
     names = {"sgd": "SGD, 16 directions", "optex": "OptEx over it, N = 4", "many": "SGD, 64 directions"}
     for method, losses in found["digits"].items():
-        label = f"{names[method]}, lr {found['rates'][method]:g}"
-        rounds.semilogy(losses, color=COLOURS[method], label=label)
+        rounds.semilogy(losses, color=COLOURS[method], label=names[method])
     rounds.set(title="digits by forward passes", xlabel="rounds", ylabel="loss on all digits")
     for place in (fine, estimate, rounds):
         place.legend(frameon=False)
