@@ -40,7 +40,14 @@ from optex.evaluators import (
 from optex.minimize import cbo_minimize, minimize, minimize_gns, scipy_method
 from optex.optimizer import OptEx
 from optex.round import Acceptance, Last, LowestLoss, RoundReport, SmallestGradient, WithinTolerance
-from optex.sources import AccumulatingSource, ConsensusSource, GradientSource, ObjectiveSource, PerSampleSource
+from optex.sources import (
+    AccumulatingSource,
+    ConsensusSource,
+    GradientSource,
+    ObjectiveSource,
+    PerSampleSource,
+    SPSASource,
+)
 
 __version__ = version("optex")
 __all__ = [
@@ -79,6 +86,7 @@ __all__ = [
     "RankLostError",
     "RationalQuadratic",
     "RoundReport",
+    "SPSASource",
     "SeparableEstimator",
     "SequentialEvaluator",
     "SmallestGradient",

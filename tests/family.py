@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from optex import ConsensusSource, GradientSource
+from optex import ConsensusSource, GradientSource, SPSASource
 from optex.optimizers import MFAC, MKOR, NAG, SCALE, AdaGradNorm, AdaHessian, HeavyBall, TripleMomentum
-from tests.references.consensus import Bowl, proximal_gradient
+from tests.references import consensus, spsa
 
 __all__ = ["FAMILY", "SOURCES", "Member", "SourceRow"]
 
@@ -123,7 +123,7 @@ def _consensus(*, vectorized):
     def make():
         start = torch.tensor([2.0, -1.0, 1.0], dtype=torch.float64)
         parameters = [nn.Parameter(start[:2].clone()), nn.Parameter(start[2:].clone())]
-        objective = Bowl(hessian, None if vectorized else parameters)
+        objective = consensus.Bowl(hessian, None if vectorized else parameters)
         samples = 300 if vectorized else 30
         source = ConsensusSource(
             objective, parameters, samples=samples, alpha=2.0, sigma=0.4, vectorized=vectorized
@@ -135,7 +135,21 @@ def _consensus(*, vectorized):
 
 def _exact_consensus(source, parameters):
     x = torch.cat([p.detach() for p in parameters])
-    return list(proximal_gradient(source.objective.hessian, x, source.hopping_rate).split([2, 1]))
+    return list(consensus.proximal_gradient(source.objective.hessian, x, source.hopping_rate).split([2, 1]))
+
+
+def _spsa():
+    hessian = torch.tensor([[1.0, 0.3, 0.0], [0.3, 0.8, 0.2], [0.0, 0.2, 1.2]], dtype=torch.float64)
+    start = torch.tensor([2.0, -1.0, 1.0], dtype=torch.float64)
+    parameters = [nn.Parameter(start[:2].clone()), nn.Parameter(start[2:].clone())]
+    source = SPSASource(spsa.Bowl(hessian, parameters), parameters, queries=16)
+    generator = torch.Generator().manual_seed(0)
+    return source, parameters, lambda count: list(0.1 * torch.randn(count, generator=generator).double())
+
+
+def _exact_spsa(source, parameters):
+    x = torch.cat([p.detach() for p in parameters])
+    return list((source.objective.hessian @ x).split([2, 1]))
 
 
 SOURCES: dict[str, SourceRow] = {
@@ -143,4 +157,5 @@ SOURCES: dict[str, SourceRow] = {
     "consensus-vectorized": SourceRow(
         _consensus(vectorized=True), lr=0.1, exact=_exact_consensus, tolerance=0.03, answers=200
     ),
+    "spsa": SourceRow(_spsa, exact=_exact_spsa, tolerance=0.05, answers=400),
 }

@@ -15,6 +15,7 @@ from optex.optimizers.gns import (
     power_fisher,
     power_gauss_newton,
 )
+from optex.optimizers.mezo import BlockStreamer, MeZO, Traffic, language_model_blocks
 from optex.optimizers.mfac import MFAC
 from optex.optimizers.mkor import MKOR
 from optex.optimizers.scale import SCALE, scale_param_groups
@@ -23,12 +24,14 @@ from optex.optimizers.step_rule import StepRule, check_number
 __all__ = [
     "AdaGradNorm",
     "AdaHessian",
+    "BlockStreamer",
     "Curvature",
     "DenseCurvature",
     "GNS",
     "HeavyBall",
     "MFAC",
     "MKOR",
+    "MeZO",
     "Metric",
     "NAG",
     "NoCurvature",
@@ -36,10 +39,12 @@ __all__ = [
     "RankOneCurvature",
     "SCALE",
     "StepRule",
+    "Traffic",
     "TripleMomentum",
     "WindowCurvature",
     "check_number",
     "hutchinson_diagonal",
+    "language_model_blocks",
     "power_fisher",
     "power_gauss_newton",
     "scale_param_groups",

@@ -5,6 +5,7 @@ from optex.sources.consensus import ConsensusSource
 from optex.sources.interface import GradientSource
 from optex.sources.objective import AccumulatingSource, ObjectiveSource, backpropagate
 from optex.sources.per_sample import PerSampleSource
+from optex.sources.spsa import SPSASource
 
 __all__ = [
     "AccumulatingSource",
@@ -13,5 +14,6 @@ __all__ = [
     "GradientSource",
     "ObjectiveSource",
     "PerSampleSource",
+    "SPSASource",
     "backpropagate",
 ]

@@ -83,6 +83,8 @@ REFUSED: Final[dict[type[Optimizer], str]] = {
     "predict; optex.minimize_gns evaluates several of its trials at once",
     torch.optim.LBFGS: "it evaluates its closure several times a step, so there is no single next gradient to "
     "predict",
+    optimizers.MeZO: "it evaluates its closure twice a direction, at shifted parameters, so no gradient is "
+    "there to predict; hand rounds an SPSASource(objective, parameters, queries=16) and SGD instead",
     torch.optim.SparseAdam: "it takes sparse gradients only, and the history is dense",
 }
 

@@ -10,6 +10,7 @@ from optex.studies.problems.bayesian import BayesianLogistic
 from optex.studies.problems.canyon import Canyon
 from optex.studies.problems.control import OPTIONS as _CONTROL_OPTIONS
 from optex.studies.problems.control import Acrobot, CartPole, MountainCar
+from optex.studies.problems.forward import DigitsForward
 from optex.studies.problems.gaussian_process import GaussianProcessHyperparameters
 from optex.studies.problems.heat import HeatConduction
 from optex.studies.problems.images import CIFAR10, FashionMNIST
@@ -26,6 +27,7 @@ __all__ = [
     "BayesianLogistic",
     "Canyon",
     "CartPole",
+    "DigitsForward",
     "DigitsMLP",
     "FashionMNIST",
     "Function",
@@ -107,6 +109,11 @@ PROBLEMS: Final[dict[str, ProblemEntry]] = {
     "canyon": ProblemEntry(Canyon, "a rippled canyon, by the consensus of samples", {"samples": int}),
     "digits-mlp": ProblemEntry(
         DigitsMLP, "64-64-10 tanh network on 8 × 8 digits, minibatches", {"batch_size": int}
+    ),
+    "digits-forward": ProblemEntry(
+        DigitsForward,
+        "the same, by forward passes along random directions",
+        {"batch_size": int, "queries": int},
     ),
     "fashion-mnist": ProblemEntry(
         FashionMNIST, "MLP or CNN on images of clothes", _IMAGE_OPTIONS, data="fashion-mnist"

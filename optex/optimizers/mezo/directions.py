@@ -1,0 +1,126 @@
+"""Normal directions that are drawn again from their seed instead of being kept, and steps along them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from optex.errors import NonFiniteError
+
+__all__ = [
+    "check_seed",
+    "direction",
+    "finite_loss",
+    "fresh_seed",
+    "generator_states",
+    "set_generator_states",
+    "update_",
+]
+
+_WORD: Final = (1 << 64) - 1
+
+
+def direction(
+    seed: int,
+    query: int,
+    place: int,
+    like: Tensor,  # [...]
+) -> Tensor:  # [...], independent N(0, 1)
+    """The direction of one parameter in one query of a step.
+
+    It depends on nothing but the numbers given, so that parameters can be visited in any order, one at a time,
+    and no state of a generator has to be saved between two visits. torch's global generators are not touched.
+
+    Args:
+        seed: of the step; 0 is a seed like any other.
+        query: counts the step's directions.
+        place: of the parameter among all parameters.
+        like: has the shape, dtype and device.
+    """
+    generator = torch.Generator(like.device).manual_seed(_mixed(seed, query, place))
+    return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+
+
+def _mixed(*parts: int) -> int:
+    # SplitMix64's finaliser, a round a number: torch's CPU generator looks at the low 32 bits of a seed alone,
+    # and seeds that differ by a count must not give generators that differ by little.
+    word = 0
+    for part in parts:
+        word = (word + part + 0x9E3779B97F4A7C15) & _WORD
+        word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+        word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _WORD
+        word ^= word >> 31
+    return word
+
+
+def update_(
+    parameter: Tensor,  # [...]
+    place: int,
+    seed: int,
+    scalars: Sequence[float],  # q
+    rate: float,
+    weight_decay: float,
+) -> None:
+    """θ ← (1 - rate · weight_decay) θ - rate (Σ_k s_k z_k) / q, in place."""
+    if weight_decay:
+        parameter.mul_(1 - rate * weight_decay)
+    for query, scalar in enumerate(scalars):
+        parameter.add_(direction(seed, query, place, parameter), alpha=-rate * scalar / len(scalars))
+
+
+def fresh_seed() -> int:
+    """A seed from torch's global generator, which moves on."""
+    return int(torch.randint(1 << 62, ()))
+
+
+def check_seed(owner: str, seed: Any) -> int:
+    """The seed as it is, 0 as well; one from torch's global generator for None.
+
+    Raises:
+        ValueError: it is no integer from 0 to 2⁶⁴ - 1.
+    """
+    if seed is None:
+        return fresh_seed()
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= _WORD:
+        raise ValueError(f"{owner}: seed must be an integer from 0 to 2**64 - 1, or None, got {seed!r}")
+    return seed
+
+
+def finite_loss(owner: str, loss: Any, where: str, remedy: str) -> float:
+    """The loss at a shifted point as a number.
+
+    Raises:
+        TypeError, ValueError: it is no real scalar.
+        NonFiniteError: it is NaN or infinite.
+    """
+    if isinstance(loss, Tensor):
+        if loss.numel() != 1 or loss.is_complex():
+            raise ValueError(
+                f"{owner}: the loss must be a real scalar, got shape {tuple(loss.shape)} of {loss.dtype}; "
+                "reduce it, with .mean() or .sum()"
+            )
+        value = float(loss.detach())
+    elif isinstance(loss, (int, float)) and not isinstance(loss, bool):
+        value = float(loss)
+    else:
+        raise TypeError(f"{owner}: the loss must be a scalar, got {type(loss).__name__}; return it")
+    if not math.isfinite(value):
+        raise NonFiniteError(f"{owner}: the loss is {value} {where}; {remedy}")
+    return value
+
+
+def generator_states() -> list[Tensor]:
+    """Where torch's generators stand: the CPU's, then every CUDA device's if CUDA is in use."""
+    states = [torch.get_rng_state()]
+    return states + torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else states
+
+
+def set_generator_states(states: list[Tensor]) -> None:
+    """Put them back there: both passes of a query draw the same dropout."""
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state_all(states[1:])

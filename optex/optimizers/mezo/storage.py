@@ -1,0 +1,76 @@
+"""Where blocks wait for their turn: main memory, or files."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["FileStore", "MemoryStore", "Store", "open_store"]
+
+
+class Store(ABC):
+    """Takes tensors in, and answers tensors of main memory that it keeps; what is written there stays."""
+
+    @abstractmethod
+    def keep(
+        self,
+        name: str,
+        value: Tensor,  # [...]
+    ) -> Tensor:  # [...], on the CPU
+        """A tensor of the same values, where they wait."""
+
+
+class MemoryStore(Store):
+    """Main memory; page-locked where copies to the device are to run beside its work."""
+
+    def __init__(self, *, pinned: bool) -> None:
+        self.pinned = pinned
+
+    def keep(self, name: str, value: Tensor) -> Tensor:
+        kept = value.detach().to("cpu", copy=True).contiguous()
+        return kept.pin_memory() if self.pinned else kept
+
+
+class FileStore(Store):
+    """A file a tensor, mapped into memory: the system writes and drops its pages as it needs memory.
+
+    Raises:
+        FileExistsError: the folder is not empty.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise FileExistsError(
+                f"BlockStreamer: store {str(folder)!r} is not empty, and may be another run's; name a new one"
+            )
+        self.folder = folder
+
+    def keep(self, name: str, value: Tensor) -> Tensor:
+        path = self.folder / (re.sub(r"[^\w.-]", "_", name) + ".bin")
+        if not value.numel():
+            return value.detach().to("cpu", copy=True)
+        # Written out first: a disk that is full is an error here, and a crash in a mapping.
+        flat = value.detach().to("cpu").contiguous().reshape(-1)
+        flat.view(torch.uint8).numpy().tofile(path)
+        mapped = torch.from_file(str(path), shared=True, size=flat.numel(), dtype=flat.dtype)
+        return mapped.view(value.shape)
+
+
+def open_store(where: Any, device: torch.device) -> Store:
+    """``"cpu"`` or a folder.
+
+    Raises:
+        TypeError: it is neither.
+        FileExistsError: the folder is not empty.
+    """
+    if where == "cpu":
+        return MemoryStore(pinned=device.type == "cuda")
+    if isinstance(where, (str, Path)):
+        return FileStore(Path(where))
+    raise TypeError(f"BlockStreamer: store must be 'cpu' or a folder, got {where!r}")
