@@ -10,6 +10,7 @@ from optex.advice import Advice, advise
 from optex.errors import (
     ConvergenceWarning,
     JitterWarning,
+    LowerLevelWarning,
     NonFiniteError,
     NonFiniteWarning,
     NotDeterministicWarning,
@@ -37,10 +38,10 @@ from optex.evaluators import (
     VectorizedEvaluator,
     WorkersEvaluator,
 )
-from optex.minimize import minimize, scipy_method
+from optex.minimize import minimize, scipy_method, solve_bilevel
 from optex.optimizer import OptEx
 from optex.round import Acceptance, Last, LowestLoss, RoundReport, SmallestGradient, WithinTolerance
-from optex.sources import AccumulatingSource, GradientSource, ObjectiveSource
+from optex.sources import AccumulatingSource, GradientSource, ObjectiveSource, PenaltyHypergradient
 
 __version__ = version("optex")
 __all__ = [
@@ -62,6 +63,7 @@ __all__ = [
     "JitterWarning",
     "Kernel",
     "Last",
+    "LowerLevelWarning",
     "LowestLoss",
     "Matern12",
     "Matern32",
@@ -72,6 +74,7 @@ __all__ = [
     "NotPositiveDefiniteError",
     "ObjectiveSource",
     "OptEx",
+    "PenaltyHypergradient",
     "PlainStepWarning",
     "Posterior",
     "RankLostError",
@@ -87,4 +90,5 @@ __all__ = [
     "advise",
     "minimize",
     "scipy_method",
+    "solve_bilevel",
 ]

@@ -3,5 +3,6 @@
 from optex.sources.closure import ClosureSource
 from optex.sources.interface import GradientSource
 from optex.sources.objective import AccumulatingSource, ObjectiveSource
+from optex.sources.penalty_bilevel import PenaltyHypergradient
 
-__all__ = ["AccumulatingSource", "ClosureSource", "GradientSource", "ObjectiveSource"]
+__all__ = ["AccumulatingSource", "ClosureSource", "GradientSource", "ObjectiveSource", "PenaltyHypergradient"]

@@ -9,6 +9,7 @@ from typing import Any, Final
 from optex.studies.problems.bayesian import BayesianLogistic
 from optex.studies.problems.control import OPTIONS as _CONTROL_OPTIONS
 from optex.studies.problems.control import Acrobot, CartPole, MountainCar
+from optex.studies.problems.digits_regularisation import DigitsRegularisation
 from optex.studies.problems.gaussian_process import GaussianProcessHyperparameters
 from optex.studies.problems.heat import HeatConduction
 from optex.studies.problems.images import CIFAR10, FashionMNIST
@@ -25,6 +26,7 @@ __all__ = [
     "BayesianLogistic",
     "CartPole",
     "DigitsMLP",
+    "DigitsRegularisation",
     "FashionMNIST",
     "Function",
     "GaussianProcessHyperparameters",
@@ -104,6 +106,11 @@ PROBLEMS: Final[dict[str, ProblemEntry]] = {
     ),
     "digits-mlp": ProblemEntry(
         DigitsMLP, "64-64-10 tanh network on 8 × 8 digits, minibatches", {"batch_size": int}
+    ),
+    "digits-regularisation": ProblemEntry(
+        DigitsRegularisation,
+        "L2 weight of each class on 8 × 8 digits, by hypergradients",
+        {"train_size": int, "held_size": int},
     ),
     "fashion-mnist": ProblemEntry(
         FashionMNIST, "MLP or CNN on images of clothes", _IMAGE_OPTIONS, data="fashion-mnist"
