@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from optex import GradientSource
+from optex import GradientSource, PenaltyHypergradient
+from tests.references.penalty_bilevel import QuadraticBilevel
 
 __all__ = ["FAMILY", "SOURCES", "Member", "SourceRow"]
 
@@ -62,4 +63,31 @@ class SourceRow:
     pickles: bool = True
 
 
-SOURCES: dict[str, SourceRow] = {}
+def _penalty(*, rate=None, sigma=0.01):
+    def make():
+        problem = QuadraticBilevel()
+        parameters = [nn.Parameter(torch.linspace(-1.0, 2.0, problem.outer, dtype=torch.float64))]
+        source = PenaltyHypergradient(
+            problem.upper,
+            problem.lower,
+            parameters[0],
+            torch.zeros(problem.inner, dtype=torch.float64),
+            sigma=sigma,
+            rate=rate,
+            tolerance=1e-8,
+            deterministic=True,
+        )
+        return source, parameters, lambda count: [None] * count
+
+    return make
+
+
+def _exact_penalty(source, parameters):
+    x = parameters[0].detach().numpy()
+    return [torch.from_numpy(QuadraticBilevel().penalty_gradient(x, source.sigma))]
+
+
+SOURCES: dict[str, SourceRow] = {
+    "penalty-bilevel": SourceRow(_penalty(), lr=0.3, exact=_exact_penalty),
+    "penalty-bilevel-gradient-steps": SourceRow(_penalty(rate=0.3), lr=0.3, exact=_exact_penalty),
+}

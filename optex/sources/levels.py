@@ -126,7 +126,7 @@ class Levels:
             leaves = [part.detach().requires_grad_() for part in x]
             value = self._mixed(leaves, vector, batch, of_upper, of_lower)
             if not value.requires_grad:
-                return value, [torch.zeros_like(part) for part in x]
+                return value.detach(), [torch.zeros_like(part) for part in x]
             found = torch.autograd.grad(value, leaves, allow_unused=True)
         kept = [torch.zeros_like(p) if g is None else g for p, g in zip(x, found, strict=True)]
         return value.detach(), kept
@@ -156,7 +156,7 @@ class Levels:
                 continue
             value = scalar_loss(level(outer, inner, batch), f"{self._owner}: {name}")
             if not bool(value.isfinite()):
-                self.blame = f"{name} is {float(value):g}"
+                self.blame = f"{name} is {float(value.detach()):g}"
             part = value if weight == 1 else weight * value
             total = part if total is None else total + part
         assert total is not None

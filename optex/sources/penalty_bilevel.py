@@ -202,8 +202,8 @@ class PenaltyHypergradient(GradientSource):
             goal = self._goal(pull, height)
             z = self._descend(lambda v: levels.slope(x, v, batch, 0.0, 1.0), self._z, goal)
             y = self._descend(lambda v: levels.slope(x, v, batch, sigma, 1.0), self._y, goal)
-            self._check_solves((y, z), goal)
-            self._check_shift(x, y.point, z.point, batch)
+            if self._reached((y, z), goal):
+                self._check_shift(x, y.point, z.point, batch)
         self.lower_gradients += y.calls + z.calls
         return _Solved(y.point, z.point, (y.residual, z.residual))
 
@@ -235,10 +235,12 @@ class PenaltyHypergradient(GradientSource):
             self._said.add(kind)
             warn(f"{_OWNER}: {message}", category)
 
-    def _check_solves(self, found: tuple[Found, Found], goal: float) -> None:
+    def _reached(self, found: tuple[Found, Found], goal: float) -> bool:
         residual = max(one.residual for one in found)
-        if self.tolerance is None or not math.isfinite(residual) or residual <= goal:
-            return
+        if not math.isfinite(residual):
+            return False
+        if self.tolerance is None or residual <= goal:
+            return True
         self._say(
             "unsolved",
             f"a lower level was left at a gradient of {residual:.1e} after {found[0].steps} and "
@@ -247,6 +249,7 @@ class PenaltyHypergradient(GradientSource):
             "number. Raise inner_steps, sigma or tolerance; add a little ‖y‖² to g if it has no least value.",
             ConvergenceWarning,
         )
+        return False
 
     def _check_shift(
         self,

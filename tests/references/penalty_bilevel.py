@@ -7,13 +7,13 @@ import torch
 class QuadraticBilevel:
     """f = ½‖y - a‖² + ½ ρ‖x‖², g = ½ (y - B x)ᵀ A (y - B x): y*(x) = B x, everything else by linear algebra.
 
-    5 outer and 8 inner variables; A has eigenvalues from 1/2 to 3.
+    5 outer and 8 inner variables; A has eigenvalues from 1/2 to 3, times ``scale``.
     """
 
-    def __init__(self, outer=5, inner=8, seed=0, least=0.5, ridge=0.1):
+    def __init__(self, outer=5, inner=8, seed=0, least=0.5, ridge=0.1, scale=1.0):
         random = np.random.default_rng(seed)
         turned, _ = np.linalg.qr(random.standard_normal((inner, inner)))
-        self.A = turned @ np.diag(np.linspace(least, 3.0, inner)) @ turned.T
+        self.A = scale * turned @ np.diag(np.linspace(least, 3.0, inner)) @ turned.T
         self.B = random.standard_normal((inner, outer)) / np.sqrt(inner)
         self.a = random.standard_normal(inner)
         self.ridge = ridge
