@@ -140,8 +140,8 @@ class DigitsRegularisation(Problem):
             step = torch.linalg.solve(self._curvature(x, y), self._slope(x, y).reshape(-1)).view_as(y)
             trials = torch.stack([y - length * step for length in _LENGTHS])
             values = torch.stack([self.lower(x, trial) for trial in trials])
-            weights = functional.one_hot(values.argmin(0), len(_LENGTHS)).to(y.dtype)
-            y = (weights[:, None, None] * trials).sum(0)
+            best = (values == values.amin(0)).to(y.dtype)  # several where the step has become nothing
+            y = (best[:, None, None] * trials).sum(0) / best.sum(0)
         return y
 
     def _slope(
