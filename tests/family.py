@@ -63,7 +63,7 @@ class SourceRow:
     pickles: bool = True
 
 
-def _penalty(*, rate=None, sigma=0.01):
+def _penalty(*, rate=None, sigma=0.01, sampled=False):
     def make():
         problem = QuadraticBilevel()
         parameters = [nn.Parameter(torch.linspace(-1.0, 2.0, problem.outer, dtype=torch.float64))]
@@ -75,9 +75,9 @@ def _penalty(*, rate=None, sigma=0.01):
             sigma=sigma,
             rate=rate,
             tolerance=1e-8,
-            deterministic=True,
+            deterministic=not sampled,
         )
-        return source, parameters, lambda count: [None] * count
+        return source, parameters, problem.batches if sampled else lambda count: [None] * count
 
     return make
 
@@ -90,4 +90,7 @@ def _exact_penalty(source, parameters):
 SOURCES: dict[str, SourceRow] = {
     "penalty-bilevel": SourceRow(_penalty(), lr=0.3, exact=_exact_penalty),
     "penalty-bilevel-gradient-steps": SourceRow(_penalty(rate=0.3), lr=0.3, exact=_exact_penalty),
+    "penalty-bilevel-sampled": SourceRow(
+        _penalty(sampled=True), lr=0.1, exact=_exact_penalty, tolerance=0.02, answers=100
+    ),
 }

@@ -86,6 +86,20 @@ class TestClosedForm:
         found = np.concatenate([part.grad.numpy() for part in parts])
         assert error(found, PROBLEM.penalty_gradient(START, 0.01)) < 1e-7
 
+    def test_a_batch_has_a_lower_level_of_its_own(self):
+        (batch,) = PROBLEM.batches(1)
+        x = parameter()
+        source = source_at(x, deterministic=False, tolerance=1e-9)
+        source.gradient(batch)
+        f_x, f_y, _, g_y = (part.numpy() for part in batch)
+        sigma, A, off = 0.01, PROBLEM.A, PROBLEM.B @ START
+        z = off - np.linalg.solve(A, g_y)
+        y = np.linalg.solve(sigma * np.eye(PROBLEM.inner) + A, sigma * (PROBLEM.a - f_y) + A @ off - g_y)
+        expected = PROBLEM.ridge * START + f_x - PROBLEM.B.T @ A @ (y - z) / sigma
+        assert error(x.grad.numpy(), expected) < 1e-7
+        source.accept(batch)
+        np.testing.assert_allclose(source.state_dict()["z"], z, atol=1e-8)
+
     def test_solve_returns_both_levels(self):
         solved = source_at(parameter(), tolerance=1e-9).solve()
         np.testing.assert_allclose(solved.z, PROBLEM.B @ START, atol=1e-8)
@@ -210,34 +224,23 @@ class TestLoops:
 
     @pytest.mark.parametrize("sampled", [False, True])
     def test_the_single_loop_is_its_twin(self, sampled):
-        random = np.random.default_rng(0)
-        sizes = (PROBLEM.outer, PROBLEM.inner) * 2
-        scale = 0.05 if sampled else 0.0
-        noises = [[scale * random.standard_normal(size) for size in sizes] for _ in range(50)]
-
-        def upper(x, y, batch):
-            f_x, f_y = (torch.from_numpy(noise) for noise in batch[:2])
-            return PROBLEM.upper(x, y, None) + f_x @ x + f_y @ y
-
-        def lower(x, y, batch):
-            g_x, g_y = (torch.from_numpy(noise) for noise in batch[2:])
-            return PROBLEM.lower(x, y, None) + g_x @ x + g_y @ y
-
+        batches = PROBLEM.batches(50, scale=0.05 if sampled else 0.0)
         x, sigma, rate, alpha = parameter(), 0.1, PROBLEM.inner_rate(0.1), 0.02
-        loop = SingleLoop(Levels("test", upper, lower, x, ZEROS, sigma), alpha, rate, sampled=sampled)
+        loop = SingleLoop(
+            Levels("test", PROBLEM.upper, PROBLEM.lower, x, ZEROS, sigma), alpha, rate, sampled=sampled
+        )
         fade = (lambda k: (k + 1) ** (-1 / 3)) if sampled else (lambda k: 1.0)
         twin = single_loop(
             PROBLEM,
             START,
             sigma,
-            50,
             lambda k: rate * fade(k),
             lambda k: alpha * fade(k),
-            noises,
+            [tuple(part.numpy() for part in batch) for batch in batches],
             (lambda k: (k + 1) ** (-2 / 3)) if sampled else (lambda k: 1.0),
         )
-        for noise, expected in zip(noises, twin, strict=True):
-            loop.step(noise)
+        for batch, expected in zip(batches, twin, strict=True):
+            loop.step(batch)
             np.testing.assert_allclose(x.detach(), expected, rtol=1e-9, atol=1e-11)
 
     @pytest.mark.parametrize("solver", ["gradient", "lbfgs"])
@@ -415,7 +418,7 @@ class TestSolveBilevel:
             method="single-loop",
             lr=0.01,
             rate=0.3,
-            batches=[1] * 7,
+            batches=PROBLEM.batches(7),
         )
         assert (result.nit, result.status) == (7, 1)
         assert "no batches left" in result.message

@@ -457,7 +457,7 @@ CHECKS = [
     ),
     Check(
         "single loop, exact: gradients of the lower level to ‖∇ψ_σ‖ = 0.002",
-        "fewer than the double loop's, T = 10",
+        "fewer than the double loop's, with T = 10 and α = ½ / L_ψ",
         _single_exact_checked,
     ),
     Check(

@@ -21,11 +21,22 @@ class QuadraticBilevel:
         self.tensors = [torch.from_numpy(value) for value in (self.A, self.B, self.a)]
 
     def upper(self, x, y, batch):
-        return 0.5 * (y - self.tensors[2]).square().sum() + 0.5 * self.ridge * x.square().sum()
+        exact = 0.5 * (y - self.tensors[2]).square().sum() + 0.5 * self.ridge * x.square().sum()
+        return exact if batch is None else exact + batch[0] @ x + batch[1] @ y
 
     def lower(self, x, y, batch):
         off = y - self.tensors[1] @ x
-        return 0.5 * off @ self.tensors[0] @ off
+        exact = 0.5 * off @ self.tensors[0] @ off
+        return exact if batch is None else exact + batch[2] @ x + batch[3] @ y
+
+    def batches(self, count, scale=0.05, seed=0):
+        """Noise of the gradients, in x and y, of f and of g: a batch is four vectors."""
+        random = np.random.default_rng(seed)
+        sizes = (self.outer, self.inner) * 2
+        return [
+            tuple(torch.from_numpy(scale * random.standard_normal(size)) for size in sizes)
+            for _ in range(count)
+        ]
 
     def hypergradient(self, x):
         """Bᵀ (B x - a) + ρ x."""
@@ -74,7 +85,7 @@ def double_loop(problem, x, sigma, rounds, steps, rate, alpha):
     return path
 
 
-def single_loop(problem, x, sigma, rounds, rate, alpha, noises, momentum):
+def single_loop(problem, x, sigma, rate, alpha, noises, momentum):
     """One step of z, y and x at a time, each along a gradient with STORM's momentum.
 
     ``noises[k]``: what is added to the gradients of f and g in (x, y) at step k: (f_x, f_y, g_x, g_y); the same
@@ -94,7 +105,7 @@ def single_loop(problem, x, sigma, rounds, rate, alpha, noises, momentum):
         }
 
     y, z, path, before, running = np.zeros(problem.inner), np.zeros(problem.inner), [], None, None
-    for k in range(rounds):
+    for k in range(len(noises)):
         now = gradients(x, y, z, noises[k])
         if before is None:
             running = now
