@@ -109,7 +109,7 @@ def _exactness_checked() -> tuple[str, bool]:
 
 def _ends_checked() -> tuple[str, bool]:
     sigmas = SIGMAS[:3]
-    norms = [np.linalg.norm(QUADRATIC.hypergradient(double_loop(sigma)[0][-1])) for sigma in sigmas]
+    norms = [float(np.linalg.norm(QUADRATIC.hypergradient(double_loop(sigma)[0][-1]))) for sigma in sigmas]
     near = all(1 / 3 < norm / known < 3 for norm, known in zip(norms, PROTOTYPE_ENDS, strict=True))
     found = slope(sigmas, norms)
     return f"{words(norms)}; slope {found:.3f}", abs(found - 1) <= 0.1 and near
@@ -117,7 +117,9 @@ def _ends_checked() -> tuple[str, bool]:
 
 def _warmth_checked() -> tuple[str, bool]:
     sigma, minimiser = 1e-2, QUADRATIC.minimiser()
-    ends = {warm: np.linalg.norm(double_loop(sigma, warm=warm)[0][-1] - minimiser) for warm in (True, False)}
+    ends = {
+        warm: float(np.linalg.norm(double_loop(sigma, warm=warm)[0][-1] - minimiser)) for warm in (True, False)
+    }
     return f"{ends[True]:.2g} from the minimiser warm, {ends[False]:.2g} cold", ends[True] < 0.1 * ends[False]
 
 
@@ -128,7 +130,7 @@ class _WithoutMomentum(SingleLoop):
 
 @cache
 def single_loops() -> dict[str, float]:
-    """‖∇F‖ over the last tenth of 2,000 sampled steps, mean of 3 seeds; half as many with momentum."""
+    """‖∇ψ_σ‖ over the last tenth of 2,000 sampled steps, mean of 3 seeds; half as many with momentum."""
     sigma, found = 0.1, {}
     for name, kind in (("momentum", SingleLoop), ("without", _WithoutMomentum)):
         # As many gradients for both: momentum asks for each sample's at two points.
@@ -151,14 +153,14 @@ def single_loops() -> dict[str, float]:
                 sizes = (QUADRATIC.outer, QUADRATIC.inner) * 2
                 loop.step([0.3 * torch.randn(n, generator=random, dtype=torch.float64) for n in sizes])
                 if step >= 0.9 * steps:
-                    norms.append(np.linalg.norm(QUADRATIC.hypergradient(x.detach().numpy())))
+                    norms.append(np.linalg.norm(QUADRATIC.penalty_gradient(x.detach().numpy(), sigma)))
         found[name] = float(np.mean(norms))
     return found
 
 
 def _single_checked() -> tuple[str, bool]:
     found = single_loops()
-    text = f"{found['momentum']:.2g} with momentum, {found['without']:.2g} without"
+    text = f"{found['momentum']:.3g} with momentum, {found['without']:.3g} without"
     return text, found["momentum"] < found["without"]
 
 
@@ -172,10 +174,10 @@ def _single_exact_checked() -> tuple[str, bool]:
         levels = Levels("check", QUADRATIC.upper, QUADRATIC.lower, x, zeros, sigma)
         loop = SingleLoop(levels, lr, rate, sampled=False)
         while (
-            loop.steps < 3000 and np.linalg.norm(QUADRATIC.penalty_gradient(x.detach().numpy(), sigma)) > goal
+            loop.steps < 1000 and np.linalg.norm(QUADRATIC.penalty_gradient(x.detach().numpy(), sigma)) > goal
         ):
             loop.step(None)
-        costs[lr] = 2 * loop.steps if loop.steps < 3000 else np.inf
+        costs[lr] = 2 * loop.steps if loop.steps < 1000 else np.inf
     lr = min(costs, key=lambda key: costs[key])
     path, double_costs = double_loop(sigma)
     lengths = [float(np.linalg.norm(QUADRATIC.penalty_gradient(x, sigma))) for x in path]
@@ -366,7 +368,7 @@ def grid() -> Track:
 def under_optex(seed: int) -> dict[str, list[float]]:
     """Adam alone and under OptEx, N = 4: the exact validation loss after every round."""
     losses = {}
-    for name, rounds, settings in (("Adam", 40, None), ("OptEx, N = 4", 16, {"parallelism": 4})):
+    for name, rounds, settings in (("Adam", 30, None), ("OptEx, N = 4", 8, {"parallelism": 4})):
         problem = DigitsRegularisation(seed)
         source = problem.source()
         base = torch.optim.Adam(problem.parameters(), lr=0.03)
@@ -390,8 +392,8 @@ def _optex_checked() -> tuple[str, bool]:
     shares = []
     for seed in range(2):
         losses = under_optex(seed)
-        shares.append(rounds_to_level(losses["OptEx, N = 4"], losses["Adam"][-1]) / 40)
-    return f"{words(shares)} of 40 rounds (2 starts)", bool(max(shares) <= 0.4)
+        shares.append(rounds_to_level(losses["OptEx, N = 4"], losses["Adam"][-1]) / 30)
+    return f"{words(shares)} of 30 rounds (2 starts)", bool(max(shares) <= 0.4)
 
 
 def described(track: Track) -> str:
@@ -432,10 +434,10 @@ def _implicit_checked() -> tuple[str, bool]:
 
 
 def _sigmas_checked() -> tuple[str, bool]:
-    ends = {sigma: penalty(sigma).loss[-1] for sigma in (1e-1, 1e-2, 1e-3, 1e-4)}
+    ends = {sigma: penalty(sigma).loss[-1] for sigma in (1e-1, 1e-3)}
     best = implicit().loss[-1]
     text = ", ".join(f"{loss:.4f} at {sigma:g}" for sigma, loss in ends.items())
-    return f"{text}; exact {best:.4f}", max(ends[1e-3], ends[1e-4]) - best < 0.002
+    return f"{text}; exact {best:.4f}", ends[1e-3] - best < 0.002
 
 
 CHECKS = [
@@ -461,7 +463,7 @@ CHECKS = [
         _single_exact_checked,
     ),
     Check(
-        "single loop, sampled: ‖∇F‖ in the end",
+        "single loop, sampled: ‖∇ψ_σ‖ in the end, σ = 0.1",
         "momentum's is lower, at as many gradients",
         _single_checked,
     ),
@@ -478,7 +480,7 @@ CHECKS = [
     ),
     Check(
         "digits: validation loss after 100 steps, by σ",
-        "within 0.002 of exact hypergradients' for σ up to the least weight, 0.001",
+        "at σ = 0.001, the least weight, within 0.002 of exact hypergradients'",
         _sigmas_checked,
     ),
     Check("OptEx, N = 4, digits: share of Adam's rounds to its loss", "at most 0.4", _optex_checked),
