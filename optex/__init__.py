@@ -10,6 +10,7 @@ from optex.advice import Advice, advise
 from optex.errors import (
     ConvergenceWarning,
     JitterWarning,
+    LowerLevelWarning,
     NonFiniteError,
     NonFiniteWarning,
     NotDeterministicWarning,
@@ -37,7 +38,7 @@ from optex.evaluators import (
     VectorizedEvaluator,
     WorkersEvaluator,
 )
-from optex.minimize import cbo_minimize, minimize, minimize_gns, scipy_method
+from optex.minimize import cbo_minimize, minimize, minimize_gns, scipy_method, solve_bilevel
 from optex.optimizer import OptEx
 from optex.round import Acceptance, Last, LowestLoss, RoundReport, SmallestGradient, WithinTolerance
 from optex.sources import (
@@ -45,6 +46,7 @@ from optex.sources import (
     ConsensusSource,
     GradientSource,
     ObjectiveSource,
+    PenaltyHypergradient,
     PerSampleSource,
     SPSASource,
 )
@@ -69,6 +71,7 @@ __all__ = [
     "JitterWarning",
     "Kernel",
     "Last",
+    "LowerLevelWarning",
     "LowestLoss",
     "Matern12",
     "Matern32",
@@ -79,6 +82,7 @@ __all__ = [
     "NotPositiveDefiniteError",
     "ObjectiveSource",
     "OptEx",
+    "PenaltyHypergradient",
     "PerSampleSource",
     "PlainStepWarning",
     "Posterior",
@@ -99,4 +103,5 @@ __all__ = [
     "minimize",
     "minimize_gns",
     "scipy_method",
+    "solve_bilevel",
 ]

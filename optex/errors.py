@@ -10,6 +10,7 @@ from typing import Final
 __all__ = [
     "ConvergenceWarning",
     "JitterWarning",
+    "LowerLevelWarning",
     "NonFiniteError",
     "NonFiniteWarning",
     "NotDeterministicWarning",
@@ -66,6 +67,13 @@ class JitterWarning(RuntimeWarning):
 
 class ConvergenceWarning(RuntimeWarning):
     """An iterative solve stopped short of its tolerance; the message says how far it came."""
+
+
+class LowerLevelWarning(RuntimeWarning):
+    """A bilevel problem's lower level has too little curvature, or too little precision, for its penalty.
+
+    The message says how much there is, and how wrong the hypergradient may be.
+    """
 
 
 def warn(message: str, category: type[Warning]) -> None:

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from optex import ConsensusSource, GradientSource, SPSASource
+from optex import ConsensusSource, GradientSource, PenaltyHypergradient, SPSASource
 from optex.optimizers import MFAC, MKOR, NAG, SCALE, AdaGradNorm, AdaHessian, HeavyBall, TripleMomentum
 from tests.references import consensus, spsa
+from tests.references.penalty_bilevel import QuadraticBilevel
 
 __all__ = ["FAMILY", "SOURCES", "Member", "SourceRow"]
 
@@ -152,10 +153,39 @@ def _exact_spsa(source, parameters):
     return list((source.objective.hessian @ x).split([2, 1]))
 
 
+def _penalty(*, rate=None, sigma=0.01, sampled=False):
+    def make():
+        problem = QuadraticBilevel()
+        parameters = [nn.Parameter(torch.linspace(-1.0, 2.0, problem.outer, dtype=torch.float64))]
+        source = PenaltyHypergradient(
+            problem.upper,
+            problem.lower,
+            parameters[0],
+            torch.zeros(problem.inner, dtype=torch.float64),
+            sigma=sigma,
+            rate=rate,
+            tolerance=1e-8,
+            deterministic=not sampled,
+        )
+        return source, parameters, problem.batches if sampled else lambda count: [None] * count
+
+    return make
+
+
+def _exact_penalty(source, parameters):
+    x = parameters[0].detach().numpy()
+    return [torch.from_numpy(QuadraticBilevel().penalty_gradient(x, source.sigma))]
+
+
 SOURCES: dict[str, SourceRow] = {
     "consensus": SourceRow(_consensus(vectorized=False), lr=0.1),
     "consensus-vectorized": SourceRow(
         _consensus(vectorized=True), lr=0.1, exact=_exact_consensus, tolerance=0.03, answers=200
     ),
     "spsa": SourceRow(_spsa, exact=_exact_spsa, tolerance=0.05, answers=400),
+    "penalty-bilevel": SourceRow(_penalty(), lr=0.3, exact=_exact_penalty),
+    "penalty-bilevel-gradient-steps": SourceRow(_penalty(rate=0.3), lr=0.3, exact=_exact_penalty),
+    "penalty-bilevel-sampled": SourceRow(
+        _penalty(sampled=True), lr=0.1, exact=_exact_penalty, tolerance=0.02, answers=100
+    ),
 }

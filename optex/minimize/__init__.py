@@ -1,7 +1,8 @@
 """minimize: SciPy-style front doors for one deterministic function of one array, over OptEx and over GNS."""
 
+from optex.minimize.bilevel import solve_bilevel
 from optex.minimize.consensus import cbo_minimize
 from optex.minimize.function import minimize, scipy_method
 from optex.minimize.gns import minimize_gns
 
-__all__ = ["cbo_minimize", "minimize", "minimize_gns", "scipy_method"]
+__all__ = ["cbo_minimize", "minimize", "minimize_gns", "scipy_method", "solve_bilevel"]

@@ -4,6 +4,7 @@ from optex.sources.closure import ClosureSource
 from optex.sources.consensus import ConsensusSource
 from optex.sources.interface import GradientSource
 from optex.sources.objective import AccumulatingSource, ObjectiveSource, backpropagate
+from optex.sources.penalty_bilevel import PenaltyHypergradient
 from optex.sources.per_sample import PerSampleSource
 from optex.sources.spsa import SPSASource
 
@@ -13,6 +14,7 @@ __all__ = [
     "ConsensusSource",
     "GradientSource",
     "ObjectiveSource",
+    "PenaltyHypergradient",
     "PerSampleSource",
     "SPSASource",
     "backpropagate",

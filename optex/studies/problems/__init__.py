@@ -10,6 +10,7 @@ from optex.studies.problems.bayesian import BayesianLogistic
 from optex.studies.problems.canyon import Canyon
 from optex.studies.problems.control import OPTIONS as _CONTROL_OPTIONS
 from optex.studies.problems.control import Acrobot, CartPole, MountainCar
+from optex.studies.problems.digits_regularisation import DigitsRegularisation
 from optex.studies.problems.forward import DigitsForward
 from optex.studies.problems.gaussian_process import GaussianProcessHyperparameters
 from optex.studies.problems.heat import HeatConduction
@@ -29,6 +30,7 @@ __all__ = [
     "CartPole",
     "DigitsForward",
     "DigitsMLP",
+    "DigitsRegularisation",
     "FashionMNIST",
     "Function",
     "GaussianProcessHyperparameters",
@@ -114,6 +116,11 @@ PROBLEMS: Final[dict[str, ProblemEntry]] = {
         DigitsForward,
         "the same, by forward passes along random directions",
         {"batch_size": int, "queries": int},
+    ),
+    "digits-regularisation": ProblemEntry(
+        DigitsRegularisation,
+        "L2 weight of each class on 8 × 8 digits, by hypergradients",
+        {"train_size": int, "held_size": int},
     ),
     "fashion-mnist": ProblemEntry(
         FashionMNIST, "MLP or CNN on images of clothes", _IMAGE_OPTIONS, data="fashion-mnist"
