@@ -37,10 +37,17 @@ from optex.evaluators import (
     VectorizedEvaluator,
     WorkersEvaluator,
 )
-from optex.minimize import minimize, scipy_method
+from optex.minimize import maid, minimize, scipy_method
 from optex.optimizer import OptEx
 from optex.round import Acceptance, Last, LowestLoss, RoundReport, SmallestGradient, WithinTolerance
-from optex.sources import AccumulatingSource, GradientSource, ObjectiveSource
+from optex.sources import (
+    AccumulatingSource,
+    GradientSource,
+    InexactBilevelSource,
+    LowerLevelError,
+    ObjectiveSource,
+    SmoothBilevel,
+)
 
 __version__ = version("optex")
 __all__ = [
@@ -59,9 +66,11 @@ __all__ = [
     "GradientHistory",
     "GradientSource",
     "HoldLast",
+    "InexactBilevelSource",
     "JitterWarning",
     "Kernel",
     "Last",
+    "LowerLevelError",
     "LowestLoss",
     "Matern12",
     "Matern32",
@@ -80,11 +89,13 @@ __all__ = [
     "SeparableEstimator",
     "SequentialEvaluator",
     "SmallestGradient",
+    "SmoothBilevel",
     "VectorizedEvaluator",
     "WithinTolerance",
     "WorkerLostError",
     "WorkersEvaluator",
     "advise",
+    "maid",
     "minimize",
     "scipy_method",
 ]

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from optex import GradientSource
+from optex import GradientSource, InexactBilevelSource, SmoothBilevel
+from tests.references.maid import dense_quadratic
 
 __all__ = ["FAMILY", "SOURCES", "Member", "SourceRow"]
 
@@ -62,4 +63,21 @@ class SourceRow:
     pickles: bool = True
 
 
-SOURCES: dict[str, SourceRow] = {}
+_QUADRATIC = dense_quadratic(6, 3)
+
+
+def _inexact_bilevel() -> tuple[GradientSource, list[torch.Tensor], Callable[[int], list]]:
+    theta = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    start = torch.zeros(6, dtype=torch.float64)
+    levels = SmoothBilevel(_QUADRATIC.lower, _QUADRATIC.upper, start, **_QUADRATIC.constants())
+    source = InexactBilevelSource(levels, [theta], epsilon=1e-8, delta=1e-8)
+    return source, [theta], lambda count: [None] * count
+
+
+SOURCES: dict[str, SourceRow] = {
+    "inexact-bilevel": SourceRow(
+        _inexact_bilevel,
+        lr=0.005,
+        exact=lambda source, parameters: [_QUADRATIC.gradient(parameters[0].detach())],
+    ),
+}

@@ -1,5 +1,6 @@
-"""minimize: a SciPy-style front door over OptEx, for one deterministic function of one array."""
+"""minimize: SciPy-style front doors: one deterministic function of one array; bilevel problems."""
 
 from optex.minimize.function import minimize, scipy_method
+from optex.minimize.maid import maid
 
-__all__ = ["minimize", "scipy_method"]
+__all__ = ["maid", "minimize", "scipy_method"]

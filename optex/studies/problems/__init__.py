@@ -9,6 +9,7 @@ from typing import Any, Final
 from optex.studies.problems.bayesian import BayesianLogistic
 from optex.studies.problems.control import OPTIONS as _CONTROL_OPTIONS
 from optex.studies.problems.control import Acrobot, CartPole, MountainCar
+from optex.studies.problems.denoise import Denoise
 from optex.studies.problems.gaussian_process import GaussianProcessHyperparameters
 from optex.studies.problems.heat import HeatConduction
 from optex.studies.problems.images import CIFAR10, FashionMNIST
@@ -24,6 +25,7 @@ __all__ = [
     "Acrobot",
     "BayesianLogistic",
     "CartPole",
+    "Denoise",
     "DigitsMLP",
     "FashionMNIST",
     "Function",
@@ -97,6 +99,7 @@ PROBLEMS: Final[dict[str, ProblemEntry]] = {
     "gp-hyperparameters": ProblemEntry(
         GaussianProcessHyperparameters, "marginal likelihood of a Gaussian process", {"rows": int}
     ),
+    "denoise": ProblemEntry(Denoise, "weights of a denoiser's filters: bilevel, inexact", {"images": int}),
     "heat": ProblemEntry(
         HeatConduction,
         "conductivity of a plate from readings of its warmth",
