@@ -33,7 +33,7 @@ def found_at(theta, problem=None, epsilon=1e-3, delta=1e-3):
 # ------------------------------------------------------------------ closed forms
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     n=st.integers(1, 8),
     m=st.integers(1, 5),

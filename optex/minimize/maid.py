@@ -120,9 +120,9 @@ def maid(
         g(x') + ‖∇g(x')‖ ε + ½ L_g ε²  -  [g(x) - ‖∇g(x)‖ ε]  ≤  -η² α ‖z‖²
 
     is taken: f descends whatever the errors are. Where g is not convex the bracket loses ½ L_g ε² as well.
-    After a success β = α / ρ, and ε and δ grow by ν; after a failure they shrink by τ. β is then the largest step
-    tried that may be short enough, for all that is known within ε, or where the search ended if there is none
-    (the released code keeps β, and would search from one that is far too long for ever).
+    After a success β = α / ρ, and ε and δ grow by ν; after a failure they shrink by τ. β is then the largest
+    step tried that may be short enough, for all that is known within ε, or where the search ended if there is
+    none (the released code keeps β, and would search from one that is far too long for ever).
 
     Args:
         problem: the two levels and their constants; ``lower(x, theta)``.

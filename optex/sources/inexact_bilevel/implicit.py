@@ -67,8 +67,9 @@ def hypergradient(
     z = [-part for part in at.cross_transposed(q)]
     cross, steep = at.cross_norm(), float(slope.norm())
     bent, sheared = problem.hessian_lipschitz, problem.cross_lipschitz
-    if bent is None or sheared is None:
-        curvature_change, cross_change = at.changes(q, epsilon)
+    curvature_change, cross_change = (
+        at.changes(q, epsilon) if bent is None or sheared is None else (math.nan, math.nan)
+    )
     first = problem.upper_lipschitz * cross / mu
     first += cross * (curvature_change / mu if bent is None else bent * steep / mu**2)
     first += cross_change if sheared is None else sheared * steep / mu

@@ -19,7 +19,7 @@ Constant = float | Callable[..., float]
 
 
 class LowerLevelError(ArithmeticError):
-    """The lower level cannot be solved or inverted: a singular or indefinite Hessian, or too many iterations."""
+    """The lower level cannot be solved or inverted: a singular or indefinite Hessian, or no end."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class SmoothBilevel:
         value = getattr(self, name)
         if not callable(value):
             return float(value)
-        return check_number("SmoothBilevel", f"{name}(θ)", float(value(*theta)))
+        return check_number("SmoothBilevel", f"{name}(θ)", value(*theta))
 
 
 def lower_gradient(

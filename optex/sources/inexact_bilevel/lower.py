@@ -49,6 +49,7 @@ def solve_lower(
     given = problem.lower_lipschitz is not None
     lipschitz = problem.constant("lower_lipschitz", theta) if given else 0.0
     x = previous = start.detach()
+    error = math.inf
     for iteration in range(1, max_iterations + 1):
         root = math.sqrt(max(mu / lipschitz, 0.0)) if lipschitz else 1.0
         z = x + max(0.0, (1 - root) / (1 + root)) * (x - previous)
