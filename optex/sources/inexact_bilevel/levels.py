@@ -74,7 +74,9 @@ class SmoothBilevel:
         value = getattr(self, name)
         if not callable(value):
             return float(value)
-        return check_number("SmoothBilevel", f"{name}(θ)", value(*theta))
+        answer = value(*(t.detach() for t in theta))
+        answer = answer.item() if isinstance(answer, Tensor) else answer
+        return check_number("SmoothBilevel", f"{name}(θ)", answer)
 
 
 def lower_gradient(
