@@ -330,5 +330,5 @@ def test_the_denoisers_forward_has_the_sources_loss_and_gradient():
     problem.log_weights.grad = None
     value = problem(None)
     value.backward()
-    assert float(value.detach()) == pytest.approx(float(loss))
-    torch.testing.assert_close(problem.log_weights.grad, told)
+    assert float(value.detach()) == pytest.approx(float(loss), rel=1e-3)
+    torch.testing.assert_close(problem.log_weights.grad, told, rtol=0.01, atol=1e-3)
