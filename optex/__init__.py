@@ -38,16 +38,19 @@ from optex.evaluators import (
     VectorizedEvaluator,
     WorkersEvaluator,
 )
-from optex.minimize import cbo_minimize, minimize, minimize_gns, scipy_method, solve_bilevel
+from optex.minimize import cbo_minimize, maid, minimize, minimize_gns, scipy_method, solve_bilevel
 from optex.optimizer import OptEx
 from optex.round import Acceptance, Last, LowestLoss, RoundReport, SmallestGradient, WithinTolerance
 from optex.sources import (
     AccumulatingSource,
     ConsensusSource,
     GradientSource,
+    InexactBilevelSource,
+    LowerLevelError,
     ObjectiveSource,
     PenaltyHypergradient,
     PerSampleSource,
+    SmoothBilevel,
     SPSASource,
 )
 
@@ -68,9 +71,11 @@ __all__ = [
     "GradientHistory",
     "GradientSource",
     "HoldLast",
+    "InexactBilevelSource",
     "JitterWarning",
     "Kernel",
     "Last",
+    "LowerLevelError",
     "LowerLevelWarning",
     "LowestLoss",
     "Matern12",
@@ -94,12 +99,14 @@ __all__ = [
     "SeparableEstimator",
     "SequentialEvaluator",
     "SmallestGradient",
+    "SmoothBilevel",
     "VectorizedEvaluator",
     "WithinTolerance",
     "WorkerLostError",
     "WorkersEvaluator",
     "advise",
     "cbo_minimize",
+    "maid",
     "minimize",
     "minimize_gns",
     "scipy_method",

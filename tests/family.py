@@ -12,9 +12,17 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from optex import ConsensusSource, GradientSource, PenaltyHypergradient, SPSASource
+from optex import (
+    ConsensusSource,
+    GradientSource,
+    InexactBilevelSource,
+    PenaltyHypergradient,
+    SmoothBilevel,
+    SPSASource,
+)
 from optex.optimizers import MFAC, MKOR, NAG, SCALE, AdaGradNorm, AdaHessian, HeavyBall, TripleMomentum
 from tests.references import consensus, spsa
+from tests.references.maid import dense_quadratic
 from tests.references.penalty_bilevel import QuadraticBilevel
 
 __all__ = ["FAMILY", "SOURCES", "Member", "SourceRow"]
@@ -177,6 +185,17 @@ def _exact_penalty(source, parameters):
     return [torch.from_numpy(QuadraticBilevel().penalty_gradient(x, source.sigma))]
 
 
+_QUADRATIC = dense_quadratic(6, 3)
+
+
+def _inexact_bilevel() -> tuple[GradientSource, list[torch.Tensor], Callable[[int], list]]:
+    theta = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    start = torch.zeros(6, dtype=torch.float64)
+    levels = SmoothBilevel(_QUADRATIC.lower, _QUADRATIC.upper, start, **_QUADRATIC.constants())
+    source = InexactBilevelSource(levels, [theta], epsilon=1e-8, delta=1e-8)
+    return source, [theta], lambda count: [None] * count
+
+
 SOURCES: dict[str, SourceRow] = {
     "consensus": SourceRow(_consensus(vectorized=False), lr=0.1),
     "consensus-vectorized": SourceRow(
@@ -187,5 +206,10 @@ SOURCES: dict[str, SourceRow] = {
     "penalty-bilevel-gradient-steps": SourceRow(_penalty(rate=0.3), lr=0.3, exact=_exact_penalty),
     "penalty-bilevel-sampled": SourceRow(
         _penalty(sampled=True), lr=0.1, exact=_exact_penalty, tolerance=0.02, answers=100
+    ),
+    "inexact-bilevel": SourceRow(
+        _inexact_bilevel,
+        lr=0.005,
+        exact=lambda source, parameters: [_QUADRATIC.gradient(parameters[0].detach())],
     ),
 }

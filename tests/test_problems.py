@@ -50,6 +50,7 @@ SMALL = {
     "heaters_at_once": 2,
     "samples": 3,
     "rows": 20,
+    "images": 3,
 }
 FUNCTIONS = {name: entry.build for name, entry in PROBLEMS.items() if "dim" in entry.options}
 

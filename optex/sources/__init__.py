@@ -2,6 +2,7 @@
 
 from optex.sources.closure import ClosureSource
 from optex.sources.consensus import ConsensusSource
+from optex.sources.inexact_bilevel import InexactBilevelSource, LowerLevelError, SmoothBilevel
 from optex.sources.interface import GradientSource
 from optex.sources.objective import AccumulatingSource, ObjectiveSource, backpropagate
 from optex.sources.penalty_bilevel import PenaltyHypergradient
@@ -13,9 +14,12 @@ __all__ = [
     "ClosureSource",
     "ConsensusSource",
     "GradientSource",
+    "InexactBilevelSource",
+    "LowerLevelError",
     "ObjectiveSource",
     "PenaltyHypergradient",
     "PerSampleSource",
     "SPSASource",
+    "SmoothBilevel",
     "backpropagate",
 ]

@@ -10,6 +10,7 @@ from optex.studies.problems.bayesian import BayesianLogistic
 from optex.studies.problems.canyon import Canyon
 from optex.studies.problems.control import OPTIONS as _CONTROL_OPTIONS
 from optex.studies.problems.control import Acrobot, CartPole, MountainCar
+from optex.studies.problems.denoise import Denoise
 from optex.studies.problems.digits_regularisation import DigitsRegularisation
 from optex.studies.problems.forward import DigitsForward
 from optex.studies.problems.gaussian_process import GaussianProcessHyperparameters
@@ -29,6 +30,7 @@ __all__ = [
     "Canyon",
     "CartPole",
     "DigitsForward",
+    "Denoise",
     "DigitsMLP",
     "DigitsRegularisation",
     "FashionMNIST",
@@ -103,6 +105,7 @@ PROBLEMS: Final[dict[str, ProblemEntry]] = {
     "gp-hyperparameters": ProblemEntry(
         GaussianProcessHyperparameters, "marginal likelihood of a Gaussian process", {"rows": int}
     ),
+    "denoise": ProblemEntry(Denoise, "weights of a denoiser's filters: bilevel, inexact", {"images": int}),
     "heat": ProblemEntry(
         HeatConduction,
         "conductivity of a plate from readings of its warmth",
