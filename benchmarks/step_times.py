@@ -143,7 +143,7 @@ def run() -> dict[str, Any]:
             "MKOR": trainer(lambda m: MKOR(m, torch.optim.SGD(m.parameters(), lr=1e-6, momentum=0.9)), 10),
             "AdaHessian": trainer(lambda m: AdaHessian(m.parameters(), lr=1e-6), 10, graph=True),
         },
-        turns=7,
+        turns=5,
     )
     return {
         "meta": {
