@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from optex import NonFiniteError, OptEx, WithinTolerance
+from optex.optimizers.step_rule import checked_gradients
 from tests.family import FAMILY
 from tests.models import network, regression_batches, same, snapshot, squared_error
 
@@ -154,6 +155,16 @@ def test_a_gradient_that_is_not_finite_is_named_and_nothing_moves(name):
         for entry_name, value in entry.items():
             if isinstance(value, torch.Tensor):
                 assert torch.equal(value, after[key][entry_name]), entry_name
+
+
+def test_gradients_whose_squares_overflow_are_finite_still():
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, 2))
+    p.grad, q.grad = torch.full_like(p, 1e30), torch.ones_like(q)
+    group = {"params": [p, q]}
+    assert checked_gradients("Any", 0, group)[0] == [p, q]
+    q.grad[0, 1] = -torch.inf
+    with pytest.raises(NonFiniteError, match=r"Any: the gradient of parameter 1 \(2, 2\) of group 0"):
+        checked_gradients("Any", 0, group)
 
 
 @grouped
