@@ -474,3 +474,21 @@ def test_a_run_under_optex_goes_back_to_the_bit():
             pass
         ends.append(snapshot(model))
     assert same(*ends)
+
+
+def test_full_batches_want_more_damping():
+    # Gradients that differ by little: what they differ by is divided by its own square.
+    (batch,), losses = regression_batches(1, size=64), {1e-5: [], 1e-2: []}
+    for damping, found in losses.items():
+        model = network()
+        optimizer = MFAC(model.parameters(), lr=0.01, window_size=16, damping=damping)
+        for _ in range(100):
+            optimizer.zero_grad()
+            loss = squared_error(model)(batch)
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+    published, damped = losses.values()
+    assert max(published) > 1.2 * published[0]
+    assert max(damped) == damped[0]
+    assert damped[-1] < 0.2 * damped[0]

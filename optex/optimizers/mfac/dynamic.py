@@ -49,7 +49,8 @@ class MFAC(StepRule):
         params: parameters, or groups of them; frozen ones take room in the window as well.
         lr: learning rate, at least 0.
         window_size: m, how many gradients the Fisher matrix is of; one for all groups. A published 1024.
-        damping: λ, above 0; one for all groups.
+        damping: λ, above 0; one for all groups. Gradients of full batches, which differ by little, want 1e-2 or
+            so: the published 1e-5 lets steps run away along what they differ by.
         momentum: μ of v ← μ v + (1 - μ) u, which then takes u's place; in [0, 1).
         weight_decay: at least 0; added to the gradient before it enters the window, as the released code does.
         decoupled_weight_decay: take θ ← (1 - lr · weight_decay) θ instead, beside the Fisher matrix.
