@@ -12,7 +12,7 @@ import torch
 from scipy.optimize import OptimizeResult
 from torch import Tensor
 
-from optex.checks import check_integer
+from optex.checks import check_integer, check_number
 from optex.errors import WorkerLostError
 from optex.evaluators import (
     Evaluation,
@@ -27,7 +27,6 @@ from optex.minimize.arguments import read_evaluator
 from optex.minimize.callback import Callback
 from optex.minimize.second import Second
 from optex.optimizers.gns import Curvature, Metric, SearchSettings, StepSearch, Trial
-from optex.optimizers.step_rule import check_number
 from optex.sources import GradientSource
 from optex.sources.functions import Point, PointForm, check_function, function_source, read_start
 from optex.stepping import ParameterVector

@@ -19,7 +19,7 @@ from optex.optimizers.mezo import BlockStreamer, MeZO, Traffic, language_model_b
 from optex.optimizers.mfac import MFAC
 from optex.optimizers.mkor import MKOR
 from optex.optimizers.scale import SCALE, scale_param_groups
-from optex.optimizers.step_rule import StepRule, check_number
+from optex.optimizers.step_rule import StepRule
 
 __all__ = [
     "AdaGradNorm",
@@ -42,7 +42,6 @@ __all__ = [
     "Traffic",
     "TripleMomentum",
     "WindowCurvature",
-    "check_number",
     "hutchinson_diagonal",
     "language_model_blocks",
     "power_fisher",

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optex.optimizers.step_rule import StepRule, check_number
+from optex.checks import check_number
+from optex.optimizers.step_rule import StepRule
 
 __all__ = ["NAG", "HeavyBall", "TripleMomentum"]
 

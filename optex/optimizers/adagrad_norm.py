@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optex.checks import check_number
 from optex.errors import NonFiniteError
-from optex.optimizers.step_rule import StepRule, check_number
+from optex.optimizers.step_rule import StepRule
 
 __all__ = ["AdaGradNorm"]
 

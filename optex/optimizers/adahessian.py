@@ -15,8 +15,9 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor
 
+from optex.checks import check_number
 from optex.errors import NonFiniteError
-from optex.optimizers.step_rule import StepRule, check_number
+from optex.optimizers.step_rule import StepRule
 
 __all__ = ["AVERAGES", "BLOCKS", "AdaHessian", "hutchinson_diagonal"]
 

@@ -12,7 +12,8 @@ from typing import Any, Final, Self, final
 import torch
 from torch import Tensor, nn
 
-from optex.optimizers.step_rule import StepRule, check_number
+from optex.checks import check_number
+from optex.optimizers.step_rule import StepRule
 
 __all__ = ["ROLES", "SCALE", "scale_param_groups"]
 

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from optex.checks import check_number
 from optex.errors import NonFiniteError
 
-__all__ = ["StepRule", "check_number", "checked_gradients"]
+__all__ = ["StepRule", "checked_gradients"]
 
 
 class StepRule(Optimizer):

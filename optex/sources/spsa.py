@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from optex.checks import check_integer
+from optex.checks import check_integer, check_number
 from optex.optimizers.mezo.directions import (
     direction,
     finite_loss,
@@ -22,7 +22,6 @@ from optex.optimizers.mezo.directions import (
     generator_states,
     set_generator_states,
 )
-from optex.optimizers.step_rule import check_number
 from optex.sources.interface import GradientSource
 
 __all__ = ["SPSASource"]

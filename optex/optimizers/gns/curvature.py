@@ -9,8 +9,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from optex.checks import check_number
 from optex.optimizers.gns.metric import Metric, real_tensor
-from optex.optimizers.step_rule import check_number
 
 __all__ = [
     "EUCLIDEAN",

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from optex.checks import check_integer
+from optex.checks import check_integer, check_number
 from optex.errors import ConvergenceWarning, NonFiniteError, warn
 from optex.optimizers.gns.curvature import Curvature, NoCurvature
 from optex.optimizers.gns.derivatives import flatten, gauss_newton_product, hessian_product, parts
 from optex.optimizers.gns.metric import Metric
 from optex.optimizers.gns.products import ProductCurvature
 from optex.optimizers.gns.search import SearchSettings, StepSearch, Trial
-from optex.optimizers.step_rule import check_number
 
 __all__ = ["GNS"]
 

@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 from scipy.linalg import get_lapack_funcs
 from torch import Tensor
 
-from optex.checks import check_integer
+from optex.checks import check_integer, check_number
 from optex.optimizers.gns.curvature import EUCLIDEAN, Curvature
 from optex.optimizers.gns.metric import Metric
-from optex.optimizers.step_rule import check_number
 
 __all__ = ["ProductCurvature"]
 

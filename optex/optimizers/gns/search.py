@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from optex.checks import check_integer
+from optex.checks import check_integer, check_number
 from optex.optimizers.gns.curvature import Curvature
 from optex.optimizers.gns.metric import Metric
-from optex.optimizers.step_rule import check_number
 
 __all__ = ["SearchSettings", "StepSearch", "Trial"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from optex.checks import check_integer
+from optex.checks import check_integer, check_number
 from optex.optimizers.mezo.directions import (
     check_seed,
     direction,
@@ -18,7 +18,6 @@ from optex.optimizers.mezo.directions import (
     set_generator_states,
     update_,
 )
-from optex.optimizers.step_rule import check_number
 
 __all__ = ["MeZO"]
 

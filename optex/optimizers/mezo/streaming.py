@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from optex.checks import check_number
 from optex.optimizers.mezo.directions import (
     check_seed,
     direction,
@@ -21,7 +22,6 @@ from optex.optimizers.mezo.directions import (
     update_,
 )
 from optex.optimizers.mezo.storage import open_store
-from optex.optimizers.step_rule import check_number
 
 __all__ = ["BlockStreamer", "Traffic"]
 

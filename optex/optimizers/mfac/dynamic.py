@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from optex import linalg
-from optex.checks import check_integer
+from optex.checks import check_integer, check_number
 from optex.errors import NonFiniteError
 from optex.optimizers.mfac.fisher import row_coefficients
-from optex.optimizers.step_rule import StepRule, check_number
+from optex.optimizers.step_rule import StepRule
 
 __all__ = ["MFAC"]
 

@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 
 from optex import small
-from optex.checks import check_integer
+from optex.checks import check_integer, check_number
 from optex.errors import NonFiniteError
 from optex.optimizers.mfac.fisher import factorised, gram, ridge, slabs, woodbury
-from optex.optimizers.step_rule import check_number
 
 __all__ = ["gradient_rows", "inverse_diagonal", "inverse_product", "obs_mask", "obs_update"]
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Optimizer
 
-from optex.checks import check_integer, saved_entry, saved_integer, saved_tensor
+from optex.checks import check_integer, check_number, saved_entry, saved_integer, saved_tensor
 from optex.errors import NonFiniteWarning, warn
 from optex.optimizers.mkor.capture import Capture, Vectors, layers_of
 from optex.optimizers.mkor.factors import UPDATES, preconditioned, stabilised
 from optex.optimizers.mkor.switch import judged, noted, watch
-from optex.optimizers.step_rule import check_number, checked_gradients
+from optex.optimizers.step_rule import checked_gradients
 from optex.wrapper import OptimizerWrapper
 
 __all__ = ["MKOR"]
