@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +12,7 @@ __all__ = [
     "check_integer",
     "check_kind",
     "check_number",
+    "check_positive",
     "saved_entry",
     "saved_integer",
     "saved_number",
@@ -79,6 +80,19 @@ def check_number(
         above = "" if most == math.inf else f" and {'below' if open_above else 'at most'} {most:g}"
         raise ValueError(f"{owner}: {name} must be a finite number {below}{above}, got {value!r}")
     return number
+
+
+def check_positive(owner: str, name: str, value: Any, remedy: str = "") -> float:
+    """The value as a positive, finite float; any real number passes that is no boolean.
+
+    Raises:
+        ValueError: it is not; ``remedy``, if any, ends the message.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
+        raise ValueError(
+            f"{owner}: {name} must be positive and finite, got {value!r}" + f"; {remedy}" * bool(remedy)
+        )
+    return float(value)
 
 
 def check_kind(owner: str, name: str, value: Any, kind: type, wanted: str) -> None:

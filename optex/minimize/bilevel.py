@@ -19,7 +19,7 @@ from scipy.optimize import OptimizeResult
 from torch import Tensor
 from torch.optim import Optimizer
 
-from optex.checks import check_integer
+from optex.checks import check_integer, check_positive
 from optex.errors import NonFiniteError
 from optex.evaluators import Evaluator, WorkersEvaluator
 from optex.minimize.arguments import Settings, build_base, read_evaluator
@@ -29,7 +29,7 @@ from optex.minimize.tracker import Tracker
 from optex.optimizer import OptEx
 from optex.sources import PenaltyHypergradient
 from optex.sources.functions import Point, PointForm, read_start
-from optex.sources.levels import Levels, check_above
+from optex.sources.levels import Levels
 
 __all__ = ["solve_bilevel"]
 
@@ -124,7 +124,9 @@ def solve_bilevel(
     settings = Settings(optimizer, lr, parallelism, "auto", *options)
     _check_method(method, settings, batches)
     if method == "single-loop":
-        levels = Levels(_OWNER, upper, lower, point.x, inner, check_above(_OWNER, "sigma", sigma, "try 1e-2"))
+        levels = Levels(
+            _OWNER, upper, lower, point.x, inner, check_positive(_OWNER, "sigma", sigma, "try 1e-2")
+        )
         alpha, gamma = _rates(lr, rate)
         loop = SingleLoop(levels, alpha, gamma, sampled=batches is not None)
         result = _single(loop, point, forms, batches, callback, settings)
@@ -171,7 +173,7 @@ def _rates(lr: float | None, rate: float | None) -> tuple[float, float]:
             f"{_OWNER}: the single loop needs {' and '.join(missing)}; take lr = 0.5 / L_psi and rate = "
             "1 / (L_g + sigma L_f) for gradients that are Lipschitz with these, lr well below rate"
         )
-    return check_above(_OWNER, "lr", lr, "try less"), check_above(_OWNER, "rate", rate, "try less")
+    return check_positive(_OWNER, "lr", lr, "try less"), check_positive(_OWNER, "rate", rate, "try less")
 
 
 class _BetweenRounds:

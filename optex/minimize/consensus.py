@@ -16,11 +16,11 @@ import torch
 from scipy.optimize import OptimizeResult
 from torch import Tensor
 
-from optex.checks import check_integer
+from optex.checks import check_integer, check_positive
 from optex.errors import NonFiniteError, WorkerLostError, warn
 from optex.minimize.callback import Callback
 from optex.minimize.points import Points, read_points
-from optex.sources.consensus import Consensus, check_positive
+from optex.sources.consensus import Consensus
 
 __all__ = ["cbo_minimize"]
 

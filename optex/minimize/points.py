@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from optex.checks import check_integer
+from optex.checks import check_integer, check_positive
 from optex.evaluators import EvaluationRequest, WorkersEvaluator
 from optex.evaluators.randomness import RandomDraws
-from optex.sources.consensus import check_positive, values_of
+from optex.sources.consensus import values_of
 from optex.sources.functions import Point
 from optex.sources.interface import GradientSource, scalar_loss
 from optex.stepping import ParameterVector

@@ -9,17 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from optex.checks import check_integer
+from optex.checks import check_integer, check_positive
 from optex.errors import NonFiniteError
 from optex.sources.interface import GradientSource, scalar_loss
 
-__all__ = ["Consensus", "ConsensusSource", "check_positive", "values_of"]
+__all__ = ["Consensus", "ConsensusSource", "values_of"]
 
 # With a smaller effective size the delta method says less than half: benchmarks/papers/consensus.py.
 _TRUSTED: Final = 20.0
@@ -252,17 +251,6 @@ class ConsensusSource(GradientSource):
             return None
         variance = influences.square().sum() / (centred.shape[1] * self.hopping_rate**2)
         return variance * (size / (size - 1))
-
-
-def check_positive(owner: str, name: str, value: Any) -> float:
-    """The value as a positive, finite float.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
-        raise ValueError(f"{owner}: {name} must be positive and finite, got {value!r}")
-    return float(value)
 
 
 def values_of(answer: Any, count: int, owner: str) -> Tensor:  # [count] float64

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
-from numbers import Real
 from typing import Any, Final
 
 import torch
@@ -14,23 +12,12 @@ from torch import Tensor
 from optex.errors import LowerLevelWarning, warn
 from optex.sources.interface import scalar_loss
 
-__all__ = ["Level", "Levels", "check_above"]
+__all__ = ["Level", "Levels"]
 
 Level = Callable[[Any, Any, Any], Tensor]
 
 _SMALL: Final = 1e-3  # at and below, a difference over σ needs float64
 _NOTHING: Final = 0.1  # of a difference that is rounding: too much
-
-
-def check_above(owner: str, name: str, value: Any, remedy: str) -> float:
-    """The value as a float above 0.
-
-    Raises:
-        ValueError: it is none.
-    """
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
-        raise ValueError(f"{owner}: {name} must be positive and finite, got {value!r}; {remedy}")
-    return float(value)
 
 
 class Levels:

@@ -15,11 +15,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from optex.checks import check_integer, saved_tensor
+from optex.checks import check_integer, check_positive, saved_tensor
 from optex.errors import ConvergenceWarning, LowerLevelWarning, NonFiniteError, NonFiniteWarning, warn
 from optex.sources.descent import Found, gradient_descent, limited_memory_bfgs
 from optex.sources.interface import GradientSource
-from optex.sources.levels import Level, Levels, check_above
+from optex.sources.levels import Level, Levels
 
 __all__ = ["LowerLevels", "PenaltyHypergradient"]
 
@@ -102,10 +102,12 @@ class PenaltyHypergradient(GradientSource):
         rate: float | None = None,
         deterministic: bool = False,
     ) -> None:
-        self.sigma = check_above(_OWNER, "sigma", sigma, "its bias is of the order of sigma: try 1e-2")
+        self.sigma = check_positive(_OWNER, "sigma", sigma, "its bias is of the order of sigma: try 1e-2")
         self.inner_steps = check_integer(_OWNER, "inner_steps", inner_steps)
-        self.tolerance = None if tolerance is None else check_above(_OWNER, "tolerance", tolerance, "try 1e-4")
-        self.rate = None if rate is None else check_above(_OWNER, "rate", rate, "take 1 / (L_g + sigma L_f)")
+        self.tolerance = (
+            None if tolerance is None else check_positive(_OWNER, "tolerance", tolerance, "try 1e-4")
+        )
+        self.rate = None if rate is None else check_positive(_OWNER, "rate", rate, "take 1 / (L_g + sigma L_f)")
         self.deterministic = deterministic
         self.levels = Levels(_OWNER, upper, lower, parameters, start, self.sigma)
         self.evaluations = 2.0 * (self.inner_steps + 1) + 3
