@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,25 +13,10 @@ from torch.utils import _pytree as pytree
 from optex.checks import check_integer
 from optex.evaluators.buffers import refuse_running_statistics
 from optex.evaluators.interface import Evaluation, EvaluationRequest, Evaluator, with_hook
-from optex.sources import ObjectiveSource
-from optex.sources.interface import scalar_loss
+from optex.sources import LossModule, ObjectiveSource
 from optex.stepping import GradientMask, ParameterVector
 
 __all__ = ["VectorizedEvaluator"]
-
-
-class _Loss(nn.Module):
-    """The objective as a module that owns the model, so that functional_call can swap its parameters."""
-
-    def __init__(self, model: nn.Module, objective: Callable[[Any], Tensor]) -> None:
-        super().__init__()
-        self.model = model
-        # In a tuple, or an objective that is itself a module would be registered a second time, and
-        # functional_call would leave its swapped parameters behind.
-        self._objective = (objective,)
-
-    def forward(self, batch: Any) -> Tensor:
-        return scalar_loss(self._objective[0](batch), "objective")
 
 
 class VectorizedEvaluator(Evaluator):
@@ -87,7 +72,7 @@ class VectorizedEvaluator(Evaluator):
             "Points evaluated at once cannot share them; use SequentialEvaluator()",
         )
         names = self._names(vector)
-        loss = _Loss(self.model, source.objective)
+        loss = LossModule(self.model, source.objective)
         losses = torch.empty(len(points), dtype=points.dtype, device=points.device)
         gradients = torch.empty_like(points)
         for indices in _alike(batches):
@@ -99,7 +84,7 @@ class VectorizedEvaluator(Evaluator):
 
     def _evaluate_alike(
         self,
-        loss: _Loss,
+        loss: LossModule,
         names: list[str],
         vector: ParameterVector,
         points: Tensor,  # [n, d]

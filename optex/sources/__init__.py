@@ -4,7 +4,7 @@ from optex.sources.closure import ClosureSource
 from optex.sources.consensus import ConsensusSource
 from optex.sources.inexact_bilevel import InexactBilevelSource, LowerLevelError, SmoothBilevel
 from optex.sources.interface import GradientSource
-from optex.sources.objective import AccumulatingSource, ObjectiveSource, backpropagate
+from optex.sources.objective import AccumulatingSource, LossModule, ObjectiveSource, backpropagate
 from optex.sources.penalty_bilevel import PenaltyHypergradient
 from optex.sources.per_sample import PerSampleSource
 from optex.sources.spsa import SPSASource
@@ -15,6 +15,7 @@ __all__ = [
     "ConsensusSource",
     "GradientSource",
     "InexactBilevelSource",
+    "LossModule",
     "LowerLevelError",
     "ObjectiveSource",
     "PenaltyHypergradient",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from optex.batching import variance_of_mean
 from optex.sources.interface import GradientSource, scalar_loss
 
-__all__ = ["AccumulatingSource", "ObjectiveSource", "backpropagate"]
+__all__ = ["AccumulatingSource", "LossModule", "ObjectiveSource", "backpropagate"]
 
 
 def backpropagate(
@@ -31,6 +31,20 @@ def backpropagate(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Using backward\(\) with create_graph=True", UserWarning)
         loss.backward(create_graph=True)
+
+
+class LossModule(nn.Module):
+    """The objective as a module that owns the model, so that functional_call can swap its parameters."""
+
+    def __init__(self, model: nn.Module, objective: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        # In a tuple, or an objective that is itself a module would be registered a second time, and
+        # functional_call would leave its swapped parameters behind.
+        self._objective = (objective,)
+
+    def forward(self, batch: Any) -> Tensor:
+        return scalar_loss(self._objective[0](batch), "objective")
 
 
 @dataclass(frozen=True)

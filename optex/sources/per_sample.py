@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 
 from optex.batching import GradientMoments, GradientStatistics
 from optex.checks import check_integer
-from optex.sources.interface import GradientSource, scalar_loss
+from optex.sources.interface import GradientSource
+from optex.sources.objective import LossModule
 
 __all__ = ["PerSampleSource"]
 
@@ -58,7 +59,7 @@ class PerSampleSource(GradientSource):
         if chunk_size is not None:
             check_integer("PerSampleSource", "chunk_size", chunk_size)
         self.objective, self.module, self.chunk_size = objective, model, chunk_size
-        self._loss = _Loss(model, objective)
+        self._loss = LossModule(model, objective)
         self._reached: tuple[tuple[str, ...], list[bool]] = ((), [])
 
     def gradient(self, batch: Any) -> tuple[Tensor, Tensor | None]:
@@ -107,19 +108,6 @@ class PerSampleSource(GradientSource):
         return mask
 
 
-class _Loss(nn.Module):
-    """The objective as a module that owns the model, so that functional_call can swap its parameters."""
-
-    def __init__(self, model: nn.Module, objective: Callable[[Any], Tensor]) -> None:
-        super().__init__()
-        self.model = model
-        # In a tuple, or an objective that is itself a module would be registered a second time.
-        self._objective = (objective,)
-
-    def forward(self, batch: Any) -> Tensor:
-        return scalar_loss(self._objective[0](batch), "objective")
-
-
 class _Samples:
     """A batch, cut into its samples.
 
@@ -127,7 +115,7 @@ class _Samples:
         names, parameters: those to differentiate with respect to.
     """
 
-    def __init__(self, loss: _Loss, batch: Any) -> None:
+    def __init__(self, loss: LossModule, batch: Any) -> None:
         if any(isinstance(part, _BatchNorm) and part.training for part in loss.modules()):
             raise ValueError(
                 "PerSampleSource: the model has BatchNorm in training mode, where no sample has a gradient of "
