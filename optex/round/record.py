@@ -118,6 +118,7 @@ class RoundRecord:
 
     def report(self) -> RoundReport:
         """What the user sees of it."""
+        noise = self._mean_noise()
         return RoundReport(
             number=self.number,
             losses=self.losses,
@@ -130,8 +131,8 @@ class RoundRecord:
             lost=self.lost,
             relative_errors=self._relative_errors(),
             prediction_error=self.surprises.relative_error,
-            noise_variance=self._mean_noise(),
-            gradient_norm=self._gradient_norm(),
+            noise_variance=noise,
+            gradient_norm=self._gradient_norm() if noise > 0 else math.nan,  # or nothing compares with it
             dimension=self.space.dimension,
             batch_numbers=tuple(n for i in self.evaluated if (n := self.window[i].number) is not None),
             seconds=time.perf_counter() - self.started,
@@ -165,8 +166,6 @@ class RoundRecord:
 
     def _gradient_norm(self) -> float:
         first = self.evaluated.start
-        if not self._mean_noise() > 0:  # nobody tells the noise, or there is none: nothing to compare it with
-            return math.nan
         rows, _, norms = self.comparison
         if first in rows:
             return float(norms[rows.index(first)])
