@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Final, Literal, NamedTuple, final
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from optex.checks import check_number
-from optex.optimizers.step_rule import StepRule
+from optex.optimizers.step_rule import FreezingStepRule
 
 __all__ = ["NAG", "HeavyBall", "TripleMomentum"]
 
@@ -45,7 +44,7 @@ def _defaults(L: float | None, mu: float | None, lr: float | None, maximize: boo
     return {"lr": lr, "L": L, "mu": mu, "maximize": maximize, "train_mode": True}
 
 
-class _Accelerated(StepRule):
+class _Accelerated(FreezingStepRule):
     """What the family shares; a subclass says by which weights it steps, see ``_weights``.
 
     All of them are, with g = ∇f(y), q = mu · lr = mu / L,
@@ -53,10 +52,9 @@ class _Accelerated(StepRule):
         b ← m b + g,    y ← y - lr (u g + v b),    x = y + lr w b,
 
     for numbers m, u, v, w of q alone. Differences of iterates are kept as b, in units of the gradient: a
-    schedule that lowers the rate shortens momentum with it, and a rate of 0 stands still.
+    schedule that lowers the rate shortens momentum with it, and a rate of 0 stands still. While
+    drafting, estimates of L and mu stay as they are.
     """
-
-    _frozen = False  # during drafts; of the class, as torch pickles none of an optimizer's own attributes
 
     def __init__(
         self,
@@ -174,15 +172,6 @@ class _Accelerated(StepRule):
         return super().step(closure)
 
     # ------------------------------------------------------------------ estimates
-
-    @contextmanager
-    def drafting(self) -> Iterator[None]:
-        """Steps inside have predicted gradients: estimates of L and mu stay as they are."""
-        before, self._frozen = self._frozen, True
-        try:
-            yield
-        finally:
-            self._frozen = before
 
     def _is_estimated(self, group: dict[str, Any]) -> bool:
         return group["L"] is None or group["mu"] is None
@@ -347,7 +336,7 @@ class NAG(_Accelerated):
         rule: Literal["strongly-convex", "convex"] = "strongly-convex",
         maximize: bool = False,
     ) -> None:
-        StepRule.__init__(self, params, {**_defaults(L, mu, lr, maximize), "rule": rule})
+        FreezingStepRule.__init__(self, params, {**_defaults(L, mu, lr, maximize), "rule": rule})
 
     def _check(self, group: dict[str, Any]) -> None:
         if group["rule"] not in ("strongly-convex", "convex"):

@@ -7,9 +7,7 @@ for the diagonal of a matrix*, Applied Numerical Mathematics 57 (2007).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Final, cast
 
 import torch
@@ -17,7 +15,7 @@ from torch import Tensor
 
 from optex.checks import check_number
 from optex.errors import NonFiniteError
-from optex.optimizers.step_rule import StepRule
+from optex.optimizers.step_rule import FreezingStepRule, all_finite
 
 __all__ = ["AVERAGES", "BLOCKS", "AdaHessian", "hutchinson_diagonal"]
 
@@ -107,7 +105,7 @@ def _in_runs(
     return torch.cat(means).view(values.shape)
 
 
-class AdaHessian(StepRule):
+class AdaHessian(FreezingStepRule):
     """Adam with a running mean of the squared, block-averaged Hessian diagonal as second moment.
 
     With g the gradient, z one vector of random signs, H the Hessian, and D of the step::
@@ -161,7 +159,6 @@ class AdaHessian(StepRule):
 
     needs_graph = True
     # Of the class: copies and pickles of an optimizer carry its state and groups alone.
-    _drafted = False
     _recalled: list[Tensor | None] | None = None
     _measured: dict[Tensor, Tensor] | None = None
 
@@ -213,18 +210,6 @@ class AdaHessian(StepRule):
 
     # ------------------------------------------------------------------ under OptEx
 
-    @contextmanager
-    def drafting(self) -> Iterator[None]:
-        """Steps inside use v as it is, need no graph, and leave v and its counter alone.
-
-        A parameter whose curvature was never measured does not move: there is no telling how far.
-        """
-        before, self._drafted = self._drafted, True
-        try:
-            yield
-        finally:
-            self._drafted = before
-
     @torch.no_grad()
     def observe(self) -> list[Tensor | None]:
         """D of the evaluation that the parameters' ``.grad`` are of, for each parameter that has one.
@@ -265,7 +250,7 @@ class AdaHessian(StepRule):
             self._recalled = self._measured = None
 
     def _prepare(self, groups: Groups) -> None:
-        if self._drafted:
+        if self._frozen:  # a parameter whose curvature was never measured does not move: no telling how far
             self._measured = {}
             return
         if self._recalled is None:
@@ -274,14 +259,14 @@ class AdaHessian(StepRule):
             whole = [p for group in self.param_groups for p in group["params"]]
             pairs = zip(whole, self._recalled, strict=True)
             self._measured = {p: diagonal for p, diagonal in pairs if diagonal is not None}
-        if self._measured and not torch.compiler.is_compiling():
-            norms = torch._foreach_norm(list(self._measured.values()), math.inf)
-            if not bool(torch.stack([norm.float() for norm in norms]).isfinite().all()):
-                raise NonFiniteError(
-                    "AdaHessian: the product of the Hessian with a random vector is not finite, though the "
-                    "gradients are; parameters and state are those of before the step. Smooth the objective "
-                    "(a square root at 0 has no curvature), or lower the rate"
-                )
+        if not self._measured or torch.compiler.is_compiling():
+            return
+        if not all_finite(list(self._measured.values())):
+            raise NonFiniteError(
+                "AdaHessian: the product of the Hessian with a random vector is not finite, though the "
+                "gradients are; parameters and state are those of before the step. Smooth the objective "
+                "(a square root at 0 has no curvature), or lower the rate"
+            )
 
     @torch.no_grad()
     def _measure(self, pairs: list[tuple[dict[str, Any], Tensor]]) -> dict[Tensor, Tensor]:

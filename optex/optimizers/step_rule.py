@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 
 from optex.errors import NonFiniteError
 
-__all__ = ["StepRule", "checked_gradients"]
+__all__ = ["FreezingStepRule", "StepRule", "all_finite", "checked_gradients"]
 
 
 class StepRule(Optimizer):
@@ -90,6 +91,24 @@ class StepRule(Optimizer):
         return parameters, gradients
 
 
+class FreezingStepRule(StepRule):
+    """A step rule that keeps what it knows of the curvature fixed in steps on predictions.
+
+    That is ``optex.stepping.FreezesWhileDrafting``; ``_frozen`` holds inside.
+    """
+
+    _frozen = False  # of the class: torch copies and pickles an optimizer's state and groups alone
+
+    @contextmanager
+    def drafting(self) -> Iterator[None]:
+        """Steps inside have predicted gradients, of which nothing is learned; see the class."""
+        before, self._frozen = self._frozen, True
+        try:
+            yield
+        finally:
+            self._frozen = before
+
+
 def checked_gradients(
     owner: str,
     number: int,
@@ -122,14 +141,9 @@ def checked_gradients(
 def _check_finite(
     owner: str, number: int, group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor]
 ) -> None:
-    # One number is read back for all gradients. Squares may overflow where entries are finite, but on CPUs the
-    # largest entry takes twenty times as long to find: it is asked for where the squares' sum is not finite.
-    if bool(_norms(gradients, 2.0).isfinite().all()):
+    if all_finite(gradients):
         return
-    finite = _norms(gradients, math.inf).isfinite()
-    if bool(finite.all()):
-        return
-    position = int((~finite).nonzero()[0])
+    position = int((~_norms(gradients, math.inf).isfinite()).nonzero()[0])
     names = group.get("param_names")
     shape = tuple(parameters[position].shape)
     which = f"{names[_place(group, parameters[position])]!r}" if names else f"{position}"
@@ -139,9 +153,18 @@ def _check_finite(
     )
 
 
-def _norms(gradients: list[Tensor], order: float) -> Tensor:  # [gradients]
-    home = gradients[0].device
-    return torch.stack([norm.to(home, torch.float32) for norm in torch._foreach_norm(gradients, order)])
+def all_finite(
+    tensors: Sequence[Tensor],  # at least one
+) -> bool:
+    """Whether every entry is finite; one number is read back for all."""
+    # Squares may overflow where entries are finite, but on CPUs the largest entry takes twenty times as long to
+    # find: it is asked for where the squares' sum is not finite.
+    return any(bool(_norms(tensors, order).isfinite().all()) for order in (2.0, math.inf))
+
+
+def _norms(tensors: Sequence[Tensor], order: float) -> Tensor:  # [tensors]
+    home = tensors[0].device
+    return torch.stack([norm.to(home, torch.float32) for norm in torch._foreach_norm(list(tensors), order)])
 
 
 def _place(group: dict[str, Any], parameter: Tensor) -> int:

@@ -6,8 +6,7 @@ NeurIPS 2021, arXiv 2107.03356 (the dynamic algorithm; constants as in the autho
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import reduce
 from typing import Any, Final
 
@@ -18,7 +17,7 @@ from optex import linalg
 from optex.checks import check_integer, check_number
 from optex.errors import NonFiniteError
 from optex.optimizers.mfac.fisher import row_coefficients
-from optex.optimizers.step_rule import StepRule
+from optex.optimizers.step_rule import FreezingStepRule
 
 __all__ = ["MFAC"]
 
@@ -27,7 +26,7 @@ _MEMORY: Final = ("window", "gram", "step")
 _SHARED: Final = ("window_size", "damping", "window_dtype")  # there is one Fisher matrix for all groups
 
 
-class MFAC(StepRule):
+class MFAC(FreezingStepRule):
     """Steps with the inverse of the empirical Fisher matrix of the last m gradients (equation 1 of the paper).
 
     G has the last k = min(t, m) gradients as rows, the one of this step, g, among them:
@@ -76,7 +75,6 @@ class MFAC(StepRule):
     """
 
     # torch pickles state and groups alone: what is of a moment has its resting value in the class.
-    _frozen = False
     _directions: tuple[list[Tensor], ...] = ()
 
     def __init__(
@@ -136,19 +134,6 @@ class MFAC(StepRule):
                     f"{group[name]!r} beside {self.param_groups[0][name]!r}. Set it as an argument of {owner}"
                 )
 
-    @contextmanager
-    def drafting(self) -> Iterator[None]:
-        """Steps inside leave window and Gram matrix as they are; see :class:`optex.OptEx`.
-
-        A drafted step is the one that its gradient would cause were it true: the gradient stands in the row
-        that it would take, for that step, and is not written there.
-        """
-        before, self._frozen = self._frozen, True
-        try:
-            yield
-        finally:
-            self._frozen = before
-
     # ------------------------------------------------------------------ a step
 
     def _prepare(self, groups: list[Group]) -> None:
@@ -183,7 +168,8 @@ class MFAC(StepRule):
     ) -> Tensor:  # [d], float32 at least
         """F⁻¹ g with g in the row of the oldest gradient, where it stays unless steps are drafted.
 
-        A draft's F is that of the frozen window with g in it, for this step alone. F₀, the other rows' part of
+        A drafted step is the one that its gradient would cause were it true. A draft's F is
+        that of the frozen window with g in it, for this step alone. F₀, the other rows' part of
         it, would give the same direction, F⁻¹ g = F₀⁻¹ g / (1 + gᵀF₀⁻¹g / k) (Sherman and Morrison), but its
         length would not be bounded: what of g lies outside those rows would come out 1/λ times as long.
         """
