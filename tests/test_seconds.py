@@ -112,14 +112,14 @@ def test_one_gradient_is_that_of_backward():
     from burgers import Burgers
     from cuda_evaluators import one_gradient
 
-    from optex.evaluators.vectorized import _Loss
+    from optex.sources import LossModule
     from optex.stepping import ParameterVector
 
     problem = Burgers(width=4, depth=1)
     (batch,) = itertools.islice(problem.batches(), 1)
     vector = ParameterVector(list(problem.parameters()))
     names = [f"model.{name}" for name, _ in problem.named_parameters()]
-    loss, gradient = one_gradient(_Loss(problem, problem), names, vector, vector.read(), batch)
+    loss, gradient = one_gradient(LossModule(problem, problem), names, vector, vector.read(), batch)
     expected = problem(batch)
     expected.backward()
     torch.testing.assert_close(loss, expected.detach())
