@@ -16,6 +16,7 @@ from optex.errors import (
     NotDeterministicWarning,
     NotPositiveDefiniteError,
     PlainStepWarning,
+    RankDeficientError,
     RankLostError,
     WorkerLostError,
 )
@@ -92,6 +93,7 @@ __all__ = [
     "PlainStepWarning",
     "Posterior",
     "RBF",
+    "RankDeficientError",
     "RankLostError",
     "RationalQuadratic",
     "RoundReport",

@@ -16,6 +16,7 @@ __all__ = [
     "NotDeterministicWarning",
     "NotPositiveDefiniteError",
     "PlainStepWarning",
+    "RankDeficientError",
     "RankLostError",
     "WorkerLostError",
     "warn",
@@ -44,7 +45,15 @@ class PlainStepWarning(RuntimeWarning):
 
 
 class NotPositiveDefiniteError(ArithmeticError):
-    """A kernel matrix has no Cholesky factor, not even with the largest jitter."""
+    """A matrix that has to be positive definite is not.
+
+    A kernel matrix has no Cholesky factor, not even with the largest jitter; or a solver that needs a symmetric
+    positive definite matrix met a direction along which its form is not positive.
+    """
+
+
+class RankDeficientError(ArithmeticError):
+    """Rows that have to be independent are not: the Jacobian of constraints, the columns of a basis."""
 
 
 class RankLostError(RuntimeError):

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from scipy.optimize import OptimizeResult
 from torch import nn
 from torch.optim import Optimizer
 
@@ -25,7 +27,7 @@ from tests.references import consensus, spsa
 from tests.references.maid import dense_quadratic
 from tests.references.penalty_bilevel import QuadraticBilevel
 
-__all__ = ["FAMILY", "SOURCES", "Member", "SourceRow"]
+__all__ = ["FAMILY", "SOLVERS", "SOURCES", "Member", "SolverRow", "SourceRow"]
 
 
 @dataclass(frozen=True)
@@ -213,3 +215,29 @@ SOURCES: dict[str, SourceRow] = {
         exact=lambda source, parameters: [_QUADRATIC.gradient(parameters[0].detach())],
     ),
 }
+
+
+@dataclass(frozen=True)
+class SolverRow:
+    """A solver as the suite drives it.
+
+    Attributes:
+        make: the problem, built anew from the same seeds: what the solver is called with, by name. Functions of
+            the user's stand in it as ``function``.
+        solve: called with these, and with ``tol=`` and ``maxiter=`` where a test chooses them.
+        error: how far a result is from the truth.
+        tolerance: of that error.
+        function: the name of the user's function among the arguments, None where there is none: the suite lets
+            it return NaN.
+        iterates: takes ``maxiter``, and needs more than one.
+    """
+
+    make: Callable[[], dict[str, Any]]
+    solve: Callable[..., OptimizeResult]
+    error: Callable[[OptimizeResult], float]
+    tolerance: float = 1e-6
+    function: str | None = None
+    iterates: bool = True
+
+
+SOLVERS: dict[str, SolverRow] = {}

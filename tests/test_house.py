@@ -12,7 +12,7 @@ FLOORS = (
     ("small",),
     ("linalg",),
     ("vector_space",),
-    ("optimizers", "batching"),
+    ("optimizers", "batching", "solvers", "regularisers"),
     ("estimators", "stepping", "sources"),
     ("distributed",),
     ("evaluators",),

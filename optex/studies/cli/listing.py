@@ -7,6 +7,8 @@ from functools import partial
 
 from rich.console import Console
 
+from optex.regularisers import REGULARISERS
+from optex.solvers import SOLVERS
 from optex.stepping import MODEL_OPTIMIZERS, OPTIMIZERS, default_rate
 from optex.studies.baselines import METHODS
 from optex.studies.cli.app import app
@@ -18,14 +20,18 @@ __all__ = ["list_names"]
 
 @app.command("list")
 def list_names() -> None:
-    """What can be compared: problems, methods, optimizers."""
+    """What can be compared: problems, methods, optimizers; and the family's solvers and regularisers."""
     console = Console(highlight=False)
     groups = {
         "problems": {name: _problem_lines(entry) for name, entry in PROBLEMS.items()},
         "methods": {name: entry.description for name, entry in METHODS.items()},
         "optimizers": {name: _optimizer_line(name) for name in (*OPTIMIZERS, *MODEL_OPTIMIZERS)},
+        "solvers": SOLVERS,
+        "regularisers": REGULARISERS,
     }
     for i, (title, group) in enumerate(groups.items()):
+        if not group:
+            continue
         console.print(("\n" if i else "") + title, style="bold")
         width = max(map(len, group))
         for name, text in group.items():
