@@ -15,13 +15,14 @@ def main() -> None:
     """Run the command line, or say in one line what it needs and leave with exit code 2."""
     try:
         from optex.studies.cli import app
+
+        app()
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package not in _PACKAGES:
             raise
         print(f'optex: the command line needs {package}: pip install "optex[studies]"', file=sys.stderr)
         raise SystemExit(2) from None
-    app()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The command line, as a user meets it."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -68,8 +69,11 @@ class TestCompare:
         for column in ("as good at round", "seconds", "pays above"):
             assert f"\n{column}: " in result.stdout
 
-    def test_there_is_no_progress_bar_where_nobody_watches(self, result):
-        assert result.stderr == ""
+    def test_where_nobody_watches_each_run_is_a_line(self, result):
+        lines = result.stderr.splitlines()
+        assert len(lines) == len(NAMES) * len(SAMPLED) * 2
+        assert re.fullmatch(rf"1/{len(lines)}  {NAMES[0]}, seed 0: vanilla  \d+ s, about \d+ s to go", lines[0])
+        assert "\x1b" not in result.stderr
 
     def test_writes_the_record_and_the_plot_into_new_folders(self, tmp_path):
         record, plot = tmp_path / "a" / "b" / "out.json", tmp_path / "c" / "out.png"
@@ -115,8 +119,11 @@ class TestCompare:
         assert "1 seed\n" in result.stdout
         assert "±" not in result.stdout
 
-    def test_threads_are_set_on_purpose(self):
-        run("compare", "sphere", *SMALL, "--seeds", "1", "--threads", "1")
+    def test_threads_are_set_on_purpose_and_are_one_by_default(self):
+        torch.set_num_threads(2)
+        run("compare", "sphere", *SMALL, "--seeds", "1", "--threads", "3")
+        assert torch.get_num_threads() == 3
+        run("compare", "sphere", *SMALL, "--seeds", "1")
         assert torch.get_num_threads() == 1
 
     def test_warnings_are_gathered_under_the_table(self, monkeypatch):
@@ -127,6 +134,125 @@ class TestCompare:
         monkeypatch.setattr("optex.studies.cli.compare.run_case", warned)
         result = run("compare", "sphere", *SMALL, "--seeds", "1", "--methods", "target")
         assert "2 × JitterWarning, the first: a bit of jitter" in result.stdout
+
+
+def interrupted_after(monkeypatch, runs):
+    """As if Ctrl-C were pressed in the run after so many."""
+    left = iter(range(runs))
+
+    def interrupted(comparison, case, run_case=run_case):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return run_case(comparison, case)
+
+    monkeypatch.setattr("optex.studies.cli.compare.run_case", interrupted)
+
+
+class TestInterrupted:
+    METHODS = ("--methods", "target,optex")
+
+    def test_what_is_finished_is_kept_and_it_says_how_to_go_on(self, monkeypatch, tmp_path):
+        record, plot = tmp_path / "out.json", tmp_path / "out.png"
+        outputs = ["--json", str(record), "--plot", str(plot)]
+        with monkeypatch.context() as patched:
+            interrupted_after(patched, 4)
+            result = run("compare", "sphere", *SMALL, *self.METHODS, *outputs)
+        assert result.exit_code == 130
+        assert re.search(r"^target .* 3\.\d\d", result.stdout, re.MULTILINE)
+        assert result.stderr.endswith(
+            "optex: interrupted after 4 of 6 runs; the same command with --resume makes the others\n"
+        )
+        assert len(json.loads(record.read_text())["runs"]) == 4
+        assert plot.exists()
+
+        made = []
+        monkeypatch.setattr(
+            "optex.studies.cli.compare.run_case",
+            lambda comparison, case: made.append(case) or run_case(comparison, case),
+        )
+        resumed = run("compare", "sphere", *SMALL, *self.METHODS, *outputs, "--resume")
+        assert resumed.exit_code == 0, resumed.output
+        assert [(case.method, case.seed) for case in made] == [("target", 1), ("optex", 1)]
+        whole = run("compare", "sphere", *SMALL, *self.METHODS, "--json", str(tmp_path / "whole.json"))
+        assert whole.exit_code == 0
+        losses = [
+            [(each["method"], each["seed"], each["loss"]) for each in json.loads(path.read_text())["runs"]]
+            for path in (record, tmp_path / "whole.json")
+        ]
+        assert losses[0] == losses[1]
+
+    def test_before_the_first_run_there_is_nothing_to_print(self, monkeypatch):
+        interrupted_after(monkeypatch, 0)
+        result = run("compare", "sphere", *SMALL)
+        assert (result.exit_code, result.stdout) == (130, "")
+        assert "interrupted after 0 of 8 runs; with --json FILE" in result.stderr
+
+    def test_runs_of_an_earlier_command_survive_a_second_interruption(self, monkeypatch, tmp_path):
+        record = tmp_path / "out.json"
+        first = run("compare", "sphere", *SMALL, "--seeds", "1", "--methods", "target", "--json", str(record))
+        assert first.exit_code == 0
+        interrupted_after(monkeypatch, 0)
+        again = run("compare", "ackley", "sphere", *SMALL, *self.METHODS, "--json", str(record), "--resume")
+        assert again.exit_code == 2  # of another problem first: nothing to measure by
+        assert len(json.loads(record.read_text())["runs"]) == 2
+
+    def test_other_settings_are_not_mixed(self, tmp_path):
+        record = tmp_path / "out.json"
+        run("compare", "sphere", *SMALL, "--methods", "target", "--json", str(record))
+        before = record.read_bytes()
+        refused = run("compare", "sphere", *SMALL, "--lr", "0.5", "--json", str(record), "--resume")
+        assert refused.exit_code == 2
+        assert "was made with lr = 0.01, not 0.5; choose that, or another file" in refused.stderr
+        assert record.read_bytes() == before
+
+    @pytest.mark.parametrize("text", ["", "[]", '{"meta": {}, "runs": [{}]}'])
+    def test_what_is_no_record_is_left_alone(self, tmp_path, text):
+        record = tmp_path / "out.json"
+        record.write_text(text)
+        refused = run("compare", "sphere", *SMALL, "--json", str(record), "--resume")
+        assert refused.exit_code == 2
+        assert "is not a record of compare; move it away" in refused.stderr
+        assert record.read_text() == text
+
+    def test_a_diverged_run_is_read_back_as_it_was(self, tmp_path):
+        record = tmp_path / "out.json"
+        wild = ["compare", "rosenbrock", *SMALL, "--optimizer", "sgd", "--lr", "1e5", "--json", str(record)]
+        first, again = run(*wild), run(*wild, "--resume")
+        assert again.exit_code == 0, again.output
+        assert again.stderr == ""  # nothing was run
+        assert "diverged" in again.stdout
+        assert first.stdout.partition("\nas good")[0] == again.stdout.partition("\nas good")[0]
+
+
+class TestTerminals:
+    def test_sixty_columns_put_the_later_ones_below(self):
+        result = run("compare", "rosenbrock", *SMALL, width=60)
+        assert max(map(len, result.stdout.splitlines())) <= 60
+        assert "…" not in result.stdout
+        assert len(re.findall(r"^optex-paper +\S", result.stdout, re.MULTILINE)) == 2
+        for header in ("final loss", "acceleration", "gradients", "seconds", "above"):
+            assert header in result.stdout
+
+    def test_a_terminal_without_other_letters_gets_ascii(self):
+        command = [
+            sys.executable,
+            "-m",
+            "optex",
+            "compare",
+            "sphere",
+            *SMALL,
+            "--methods",
+            "target,data-parallel",
+        ]
+        result = subprocess.run(
+            command,
+            capture_output=True,
+            env={**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "80"},
+            timeout=120,
+        )
+        assert result.returncode == 0, result.stderr
+        assert " +- " in result.stdout.decode("ascii")
+        assert "sqrtN" in result.stdout.decode("ascii")
 
 
 REFUSALS = {
@@ -152,6 +278,7 @@ REFUSALS = {
     "option of its own": (["sphere", "--set", "dim=3"], "--set: dim has an option of its own, --dim"),
     "threads": (["sphere", "--threads", "0"], "--threads: must be an integer of at least 1, got 0"),
     "plot format": (["sphere", "--plot", "out.foo"], "--plot: 'out.foo' must end in one of"),
+    "nothing to resume from": (["sphere", "--resume"], "--resume: needs the file that has the runs"),
     "folder": (["sphere", "--json", "."], "--json: . is a folder; name a file in it"),
     "no such place": (["sphere", "--json", "/dev/null/out.json"], "--json: cannot make the folder /dev/null"),
 }
@@ -218,7 +345,7 @@ class TestEntryPoint:
 
     @pytest.mark.parametrize("missing", ["typer", "rich", "matplotlib"])
     def test_a_missing_package_is_one_line_and_exit_code_two(self, missing):
-        result = self.in_a_new_process("list", missing=missing)
+        result = self.in_a_new_process("compare", "sphere", missing=missing)
         assert result.returncode == 2
         assert result.stdout == ""
         needed = f'optex: the command line needs {missing}: pip install "optex[studies]"\n'
@@ -257,5 +384,5 @@ def test_help_has_every_option():
         "--noise",
     ):
         assert option in result.stdout
-    for option in ("--methods", "--batch-size", "--set", "--threads", "--json", "--plot"):
+    for option in ("--methods", "--batch-size", "--set", "--threads", "--json", "--plot", "--resume"):
         assert option in result.stdout

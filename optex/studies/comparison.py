@@ -22,7 +22,7 @@ from optex.stepping import ObservesEvaluations, base_optimizer, check_name, defa
 from optex.studies.baselines import Setting, Trace, make_method
 from optex.studies.measures import VANILLA, Outcome, Spread, Summary, acceleration, rounds_to_level
 from optex.studies.problems import PROBLEMS, Problem, make_problem
-from optex.studies.records import finite_or_null
+from optex.studies.records import finite_or_null, null_to_nan, write_whole
 
 __all__ = [
     "Case",
@@ -30,11 +30,13 @@ __all__ = [
     "Row",
     "Run",
     "describe",
+    "read_runs",
     "run_case",
     "summarise",
     "write_json",
 ]
 
+_LISTS: Final = ("loss", "gradients", "seconds", "accepted")  # of a trace, an entry a round
 BEYOND: Final = 4  # times the steps of the target that vanilla is run, where strides may go past those
 
 
@@ -208,14 +210,35 @@ class Run:
     rounds: int
     trace: Trace
 
+    @property
+    def case(self) -> Case:
+        """What it is a run of."""
+        return Case(self.problem, self.method, self.seed)
+
     def record(self) -> dict[str, Any]:
         """The run as compare's JSON has it."""
         return {
             **{name: getattr(self, name) for name in ("problem", "method", "optimizer")},
             **{name: getattr(self, name) for name in ("lr", "parallelism", "seed")},
             "rounds": list(range(self.trace.rounds + 1)),
-            **{name: getattr(self.trace, name) for name in ("loss", "gradients", "seconds", "accepted")},
+            **{name: getattr(self.trace, name) for name in (*_LISTS, "overhead_seconds", "stopped")},
         }
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any], rounds: int) -> Run:
+        """The run that a record is of.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is no such record, or its lists differ in length.
+        """
+        lists = {name: list(record[name]) for name in _LISTS}
+        lists["loss"] = null_to_nan(lists["loss"])
+        if {len(values) for values in lists.values()} != {len(record["rounds"])}:
+            raise ValueError("the lists of a run differ in length")
+        overhead = null_to_nan([record["overhead_seconds"]])[0]
+        trace = Trace(**lists, lr=record["lr"], overhead_seconds=overhead, stopped=record["stopped"])
+        names = ("problem", "method", "optimizer", "lr", "parallelism", "seed")
+        return cls(**{name: record[name] for name in names}, rounds=rounds, trace=trace)
 
 
 def run_case(comparison: Comparison, case: Case) -> Run:
@@ -348,5 +371,36 @@ def write_json(path: Path, meta: dict[str, Any], runs: Sequence[Run]) -> None:
     """Write meta with the summary in it, and the runs; numbers that are not finite become null."""
     summary = [row.record() for row in summarise(runs)]
     document = {"meta": {**meta, "summary": summary}, "runs": [run.record() for run in runs]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(finite_or_null(document), allow_nan=False) + "\n")
+    write_whole(path, json.dumps(finite_or_null(document), allow_nan=False) + "\n")
+
+
+def read_runs(path: Path, comparison: Comparison) -> list[Run]:
+    """The runs of an earlier comparison that belong to this one; none where there is no file.
+
+    Args:
+        path: of its JSON.
+        comparison: what is to be made: with the same settings, perhaps of more problems, methods or seeds.
+
+    Raises:
+        ValueError: the file is no such record, or its settings differ.
+    """
+    if not path.exists():
+        return []
+    try:
+        document = json.loads(path.read_text())
+        before = dict(document["meta"]["options"])
+        runs = [Run.of_record(record, comparison.rounds) for record in document["runs"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"resume: {path} is not a record of compare; move it away") from error
+    wanted = json.loads(json.dumps(asdict(comparison)))
+    for name in wanted:
+        if name not in ("problems", "methods", "seeds") and before.get(name) != wanted[name]:
+            raise ValueError(
+                f"resume: {path} was made with {name} = {before.get(name)!r}, not {wanted[name]!r}; choose that"
+                ", or another file"
+            )
+    cases = set(comparison.cases())
+    # Vanilla's run is as long as the methods it is measured against ask for.
+    return [
+        run for run in runs if run.case in cases and run.trace.rounds == comparison.setting(run.method).rounds
+    ]

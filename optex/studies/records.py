@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["finite_or_null", "latest", "null_to_nan", "read_lines", "significant"]
+__all__ = ["finite_or_null", "latest", "null_to_nan", "read_lines", "significant", "write_whole"]
 
 
 def significant(value: float, digits: int) -> float | None:
@@ -56,3 +56,11 @@ def read_lines(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     return latest((record for line in path.read_text().splitlines() for record in json.loads(line)), keys)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, whose folder is made; an old one is replaced when the new one is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(text)
+    unfinished.replace(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from optex.studies.cli import advise, compare, fetch, listing, reproduce  # noqa: F401  (each adds its command)
+from optex.studies.cli import commands  # noqa: F401  (adds the commands)
 from optex.studies.cli.app import app
 
 __all__ = ["app"]

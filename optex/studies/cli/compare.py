@@ -3,107 +3,106 @@
 from __future__ import annotations
 
 import sys
+import time
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, Final
 
 import torch
 import typer
 
 from optex.checks import check_integer
-from optex.studies.cli.app import app, make_folder, progress_bar, refuse
+from optex.studies.cli.app import INTERRUPTED, check_file, progress, refuse
+from optex.studies.cli.settings import read_settings
 from optex.studies.cli.table import print_result
-from optex.studies.comparison import Comparison, Run, describe, run_case, summarise, write_json
+from optex.studies.comparison import (
+    Comparison,
+    Run,
+    describe,
+    read_runs,
+    run_case,
+    summarise,
+    write_json,
+)
 from optex.studies.plots import check_plot_path, plot_comparison, write_plot
-from optex.studies.problems import PROBLEMS
 
-__all__ = ["compare", "read_settings"]
+__all__ = ["Output", "run"]
 
-_Problems = Annotated[list[str], typer.Argument(metavar="PROBLEM", help="Names from `optex list`.")]
-_Optimizer = Annotated[str, typer.Option(help="Base optimizer, a name from `optex list`.")]
-_Rate = Annotated[
-    float | None, typer.Option(help="Learning rate.", show_default="the optimizer's in `optex list`")
-]
-_Parallelism = Annotated[int, typer.Option(help="N, gradients evaluated at once in a round.")]
-_Stride = Annotated[
-    str, typer.Option(help="Steps optex drafts at most for each gradient: auto, a number, 1 for none.")
-]
-_History = Annotated[
-    int | None, typer.Option(help="T0, pairs to predict from.", show_default="each method's own")
-]
-_Rounds = Annotated[int, typer.Option(help="Rounds of every method; vanilla runs N to 4 N times as many.")]
-_Seeds = Annotated[int, typer.Option(help="Starts of each problem: seeds 0, 1, ...")]
-_Dimension = Annotated[int, typer.Option(help="Dimension of the functions; data sets have their own.")]
-_Noise = Annotated[
-    float, typer.Option(help="Standard deviation of the functions' gradient noise, per component.")
-]
-_BatchSize = Annotated[
-    int | None, typer.Option(help="Of the problems with minibatches.", show_default="each problem's own")
-]
-_Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="A further option of a problem, as in `optex list`."),
-]
-_Methods = Annotated[
-    str, typer.Option(help="Names from `optex list`, comma-separated. Vanilla is always run, to measure by.")
-]
-_Threads = Annotated[int | None, typer.Option(help="Threads for torch.", show_default="torch's own choice")]
-_Json = Annotated[Path | None, typer.Option(help="Write every run, round by round, to this file.")]
-_Plot = Annotated[
-    Path | None, typer.Option(help="Draw loss against rounds into this file (.png, .pdf, .svg, ...).")
-]
+_WRITE_EVERY: Final = 30.0  # seconds between records of a comparison under way
 
 
-@app.command()
-def compare(
-    problems: _Problems,
-    optimizer: _Optimizer = "adam",
-    lr: _Rate = None,
-    parallelism: _Parallelism = 5,
-    stride: _Stride = "auto",
-    history: _History = None,
-    rounds: _Rounds = 60,
-    seeds: _Seeds = 5,
-    dim: _Dimension = 10_000,
-    noise: _Noise = 0.0,
-    batch_size: _BatchSize = None,
-    settings: _Settings = None,
-    methods: _Methods = "vanilla,target,optex-paper,optex",
-    threads: _Threads = None,
-    json: _Json = None,
-    plot: _Plot = None,
-) -> None:
-    """Run methods on problems and print what each reached.
+@dataclass
+class Output:
+    """Where the runs go.
 
-    Acceleration: vanilla's rounds to the same loss over the method's rounds, so vanilla's is 1 and target's
-    is N where the loss falls steadily. Gradients of a round are evaluated in turn here, and the seconds say
-    so; the break-even is how slow a gradient must be for the method to pay where N of them at once take the
-    time of one.
+    Attributes:
+        json: the record, None for none; written every half minute, so that little is lost with the machine.
+        plot: the picture, None for none.
+        resume: whether runs that the record has are kept.
+        written: when the record was written last.
     """
+
+    json: Path | None
+    plot: Path | None
+    resume: bool
+    written: float = field(default_factory=time.monotonic)
+
+    def check(self) -> None:
+        """Refuse, before anything is run, what could not be written.
+
+        Raises:
+            ValueError: the file or the format; or nothing to resume from was named.
+        """
+        if self.plot is not None:
+            check_plot_path(self.plot)
+        check_file("json", self.json)
+        check_file("plot", self.plot)
+        if self.resume and self.json is None:
+            raise ValueError("resume: needs the file that has the runs; name it with --json")
+
+    def keep(self, meta: dict[str, Any], runs: Sequence[Run], *, now: bool = False) -> None:
+        """Write the record, if it is asked for and time for it."""
+        if self.json is not None and runs and (now or time.monotonic() - self.written > _WRITE_EVERY):
+            write_json(self.json, meta, runs)
+            self.written = time.monotonic()
+
+
+def run(output: Output, threads: int, **choices: Any) -> None:
+    """Make the runs, print their table, write the record and the picture that were asked for."""
     try:
-        comparison = Comparison(
-            problems=tuple(problems),
-            methods=tuple(name.strip() for name in methods.split(",") if name.strip()),
-            optimizer=optimizer,
-            lr=lr,
-            parallelism=parallelism,
-            stride=_read_stride(stride),
-            history_size=history,
-            rounds=rounds,
-            seeds=seeds,
-            dim=dim,
-            noise=noise,
-            batch_size=batch_size,
-            problem_options=read_settings(problems, settings or []),
-        )
-        _check_before_running(comparison, threads, json, plot)
-    except (ValueError, ImportError, FileNotFoundError) as error:
-        refuse(error)
-    if threads is not None:
+        comparison = _comparison(**choices)
+        check_integer(None, "threads", threads)
+        output.check()
+        comparison.check()
         torch.set_num_threads(threads)
-    _run_and_report(comparison, json, plot)
+        meta = {**describe(comparison), "command": ["optex", *sys.argv[1:]]}
+        kept = read_runs(output.json, comparison) if output.resume and output.json is not None else []
+        runs, notes, whole = _run_all(comparison, kept, output, meta)
+        if runs:
+            print_result(comparison, meta, summarise(runs), notes)
+            output.keep(meta, runs, now=True)
+            if output.plot is not None:
+                write_plot(output.plot, plot_comparison(runs, meta["minimum"]))
+    except (ValueError, ImportError, OSError) as error:
+        refuse(error)
+    if not whole:
+        _say_how_to_go_on(len(runs), len(comparison.cases()), output)
+        raise typer.Exit(INTERRUPTED)
+
+
+def _comparison(
+    problems: Sequence[str], methods: str, stride: str, settings: Sequence[str], **others: Any
+) -> Comparison:
+    return Comparison(
+        problems=tuple(problems),
+        methods=tuple(name.strip() for name in methods.split(",") if name.strip()),
+        stride=_read_stride(stride),
+        problem_options=read_settings(problems, settings),
+        **others,
+    )
 
 
 def _read_stride(text: str) -> Any:
@@ -114,73 +113,36 @@ def _read_stride(text: str) -> Any:
         raise ValueError(f"stride: must be auto or a number of at least 1, got {text!r}") from None
 
 
-def _run_and_report(comparison: Comparison, json: Path | None, plot: Path | None) -> None:
-    """Make the runs, print their table, write the record and the picture that were asked for."""
-    meta = describe(comparison)
-    runs, notes = _run_all(comparison)
-    print_result(comparison, meta, summarise(runs), notes)
-    try:
-        if json is not None:
-            write_json(json, {**meta, "command": ["optex", *sys.argv[1:]]}, runs)
-        if plot is not None:
-            write_plot(plot, plot_comparison(runs, meta["minimum"]))
-    except OSError as error:
-        refuse(error)
-
-
-def read_settings(problems: Sequence[str], settings: Sequence[str]) -> dict[str, Any]:
-    """``key=value`` for each, the value of the type that the problems say."""
-    types: dict[str, type] = {}
-    for name in problems:
-        types.update(PROBLEMS[name].options if name in PROBLEMS else {})
-    found: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, text = (part.strip() for part in setting.partition("="))
-        if not equals:
-            raise ValueError(f"set: {setting!r} must be KEY=VALUE")
-        if key in ("dim", "noise", "batch_size"):
-            raise ValueError(f"set: {key} has an option of its own, --{key.replace('_', '-')}")
-        found[key] = _value(key, text, types.get(key, str))
-    return found
-
-
-def _value(key: str, text: str, kind: type) -> Any:
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise ValueError(f"set: {key} must be true or false, got {text!r}")
-        return text.lower() == "true"
-    try:
-        return kind(text)
-    except ValueError as error:
-        raise ValueError(f"set: {key} must be of type {kind.__name__}, got {text!r}") from error
-
-
-def _check_before_running(
-    comparison: Comparison, threads: int | None, json: Path | None, plot: Path | None
-) -> None:
-    if threads is not None:
-        check_integer(None, "threads", threads)
-    if plot is not None:
-        check_plot_path(plot)
-    for name, path in (("json", json), ("plot", plot)):
-        if path is not None and path.is_dir():
-            raise ValueError(f"{name}: {path} is a folder; name a file in it")
-        if path is not None:
-            make_folder(name, path.parent)
-    comparison.check()
-
-
-def _run_all(comparison: Comparison) -> tuple[list[Run], list[str]]:
-    """All runs, and the warnings raised in them, each kind once with its count."""
+def _run_all(
+    comparison: Comparison, kept: Sequence[Run], output: Output, meta: dict[str, Any]
+) -> tuple[list[Run], list[str], bool]:
+    """The runs, the warnings raised in them, each kind once with its count, and whether all were made."""
+    cases, known = comparison.cases(), {run.case: run for run in kept}
     runs: list[Run] = []
-    with warnings.catch_warnings(record=True) as caught, progress_bar() as progress:
+    with warnings.catch_warnings(record=True) as caught, progress(len(cases), len(known)) as tell:
         warnings.simplefilter("always")
-        cases = comparison.cases()
-        task = progress.add_task("", total=len(cases))
-        for case in cases:
-            progress.update(task, description=f"{case.problem}, seed {case.seed}: {case.method}")
-            runs.append(run_case(comparison, case))
-            progress.advance(task)
+        try:
+            for case in cases:
+                if case in known:
+                    runs.append(known[case])
+                    continue
+                runs.append(run_case(comparison, case))
+                tell(f"{case.problem}, seed {case.seed}: {case.method}")
+                output.keep(meta, runs)
+        except KeyboardInterrupt:
+            # Runs of an earlier command that stand behind this place are not lost with it.
+            there = {run.case for run in runs}
+            runs += [run for case, run in known.items() if case not in there]
     counts = Counter(warning.category.__name__ for warning in caught)
     first = {warning.category.__name__: str(warning.message) for warning in reversed(caught)}
-    return runs, [f"{count} × {kind}, the first: {first[kind]}" for kind, count in counts.items()]
+    notes = [f"{count} × {kind}, the first: {first[kind]}" for kind, count in counts.items()]
+    return runs, notes, len(runs) == len(cases)
+
+
+def _say_how_to_go_on(made: int, planned: int, output: Output) -> None:
+    remedy = (
+        "the same command with --resume makes the others"
+        if made and output.json is not None
+        else "with --json FILE the runs that are finished are kept, and --resume makes the others"
+    )
+    typer.echo(f"optex: interrupted after {made} of {planned} runs; {remedy}", err=True)

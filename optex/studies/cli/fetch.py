@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
 
 import typer
 
-from optex.studies.cli.app import app, refuse
-from optex.studies.problems.data import DATA_SETS, fetch
+from optex.studies.cli.app import refuse
+from optex.studies.problems.data import fetch
 
-__all__ = ["fetch_data"]
+__all__ = ["run"]
 
 
-@app.command("fetch")
-def fetch_data(
-    names: Annotated[list[str], typer.Argument(metavar="NAME", help=f"Of {', '.join(DATA_SETS)}.")],
-) -> None:
-    """Download public data sets into the user's cache, and verify their checksums."""
+def run(names: Sequence[str]) -> None:
+    """Fetch each, and say where it is."""
     for name in names:
         try:
             paths = fetch(name)

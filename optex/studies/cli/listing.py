@@ -5,50 +5,49 @@ from __future__ import annotations
 import textwrap
 from functools import partial
 
-from rich.console import Console
-
 from optex.regularisers import REGULARISERS
 from optex.solvers import SOLVERS
 from optex.stepping import MODEL_OPTIMIZERS, OPTIMIZERS, default_rate
 from optex.studies.baselines import METHODS
-from optex.studies.cli.app import app
+from optex.studies.cli.app import Printer
 from optex.studies.problems import PROBLEMS, ProblemEntry
 from optex.studies.problems.data import find
 
-__all__ = ["list_names"]
+__all__ = ["run"]
 
 
-@app.command("list")
-def list_names() -> None:
-    """What can be compared: problems, methods, optimizers; and the family's solvers and regularisers."""
-    console = Console(highlight=False)
+def run() -> None:
+    """Print every name with a line of what it is."""
+    printer = Printer()
     groups = {
         "problems": {name: _problem_lines(entry) for name, entry in PROBLEMS.items()},
-        "methods": {name: entry.description for name, entry in METHODS.items()},
-        "optimizers": {name: _optimizer_line(name) for name in (*OPTIMIZERS, *MODEL_OPTIMIZERS)},
-        "solvers": SOLVERS,
-        "regularisers": REGULARISERS,
+        "methods": {name: [entry.description] for name, entry in METHODS.items()},
+        "optimizers": {name: [_optimizer_line(name)] for name in (*OPTIMIZERS, *MODEL_OPTIMIZERS)},
+        "solvers": {name: [text] for name, text in SOLVERS.items()},
+        "regularisers": {name: [text] for name, text in REGULARISERS.items()},
     }
     for i, (title, group) in enumerate(groups.items()):
         if not group:
             continue
-        console.print(("\n" if i else "") + title, style="bold")
+        printer.line(("\n" if i else "") + title, style="bold")
         width = max(map(len, group))
-        for name, text in group.items():
-            first, *others = text.splitlines()
-            console.print(f"  {name:{width}}  {first}", markup=False)
-            for line in others:
-                console.print(" " * (width + 4) + line, style="dim", markup=False)
+        for name, (text, *others) in group.items():
+            room = max(printer.width - width - 4, 30)
+            first, *rest = textwrap.wrap(text, room)
+            printer.line(f"  {name:{width}}  {first}", wrap=False)
+            for line in (*rest, *(part for other in others for part in textwrap.wrap(other, room))):
+                printer.line(" " * (width + 4) + line, style="dim", wrap=False)
+    printer.line("\n--set KEY=VALUE: once for each option to be changed; shown are the defaults", style="dim")
     if any(entry.data is not None and find(entry.data) is None for entry in PROBLEMS.values()):
-        console.print("\nno data yet: `optex fetch NAME` gets it", style="dim", markup=False)
+        printer.line("no data yet: `optex fetch NAME` gets it", style="dim")
 
 
-def _problem_lines(entry: ProblemEntry) -> str:
+def _problem_lines(entry: ProblemEntry) -> list[str]:
     """What it is, whether its data is missing, and what --set can choose."""
     missing = entry.data is not None and find(entry.data) is None
     others = [option for option in entry.options if option not in ("dim", "noise", "batch_size")]
-    chosen = textwrap.wrap(f"--set {', '.join(others)}", 50) if others else []
-    return "\n".join([entry.description + " (no data yet)" * missing, *chosen])
+    shown = " ".join(f"{option}={entry.shown(option)}" for option in others)
+    return [entry.description + " (no data yet)" * missing, *([f"--set {shown}"] if others else [])]
 
 
 def _optimizer_line(name: str) -> str:

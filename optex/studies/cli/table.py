@@ -4,38 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
+from typing import Any, Final
 
 from optex.studies.baselines import METHODS
+from optex.studies.cli.app import Printer
 from optex.studies.comparison import Comparison, Row
 from optex.studies.measures import Spread, Summary, largest_acceleration
 from optex.studies.problems import PROBLEMS
 
 __all__ = ["figures", "print_result", "rounds_cell"]
 
+_HEADERS: Final = (
+    *("method", "final loss", "as good\nat round", "acceleration", "gradients", "seconds", "pays\nabove"),
+)
+
 
 def print_result(
     comparison: Comparison, meta: dict[str, Any], rows: Sequence[Row], notes: Sequence[str]
 ) -> None:
     """A heading, a table for every problem, footnotes, and the warnings raised in the runs."""
-    console = Console(highlight=False)
+    printer = Printer()
     seeds = f"{comparison.seeds} seed" + "s" * (comparison.seeds > 1)
     history = "each method's own T0" if comparison.history_size is None else f"T0 = {comparison.history_size}"
-    console.print(
+    printer.line(
         f"{comparison.optimizer}, lr {comparison.learning_rate:g}, N = {comparison.parallelism}, {history}, "
         f"{comparison.rounds} rounds, {seeds}"
     )
     for problem in comparison.problems:
-        console.print()
-        console.print(_problem_line(comparison, meta, problem), style="bold")
-        gap = 2 if console.width >= 90 else 1
-        console.print(_table(comparison, [row for row in rows if row.problem == problem], gap))
-    console.print()
+        of_problem = [row for row in rows if row.problem == problem]
+        if not of_problem:  # interrupted before its first run
+            continue
+        printer.line()
+        printer.line(_problem_line(comparison, meta, problem), style="bold")
+        printer.table(_HEADERS, _cells(comparison, of_problem))
+    printer.line()
     for line in (*_footnotes(comparison, rows), *notes):
-        console.print(line, style="dim", markup=False)
+        printer.line(line, style="dim")
 
 
 def _problem_line(comparison: Comparison, meta: dict[str, Any], problem: str) -> str:
@@ -51,25 +55,20 @@ def _problem_line(comparison: Comparison, meta: dict[str, Any], problem: str) ->
     return ", ".join(parts)
 
 
-def _table(comparison: Comparison, rows: Sequence[Row], gap: int) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="dim")
-    table.add_column("method", no_wrap=True)
-    headers = ("final loss", "as good\nat round", "acceleration", "gradients", "seconds", "pays\nabove")
-    for header in headers:
-        table.add_column(header, justify="right", no_wrap=True)
+def _cells(comparison: Comparison, rows: Sequence[Row]) -> list[tuple[str, ...]]:
     ceiling = largest_acceleration(comparison.rounds, comparison.reach)
-    for row in rows:
-        summary = row.summary
-        table.add_row(
+    return [
+        (
             row.method,
-            _loss_cell(summary),
-            rounds_cell(summary),
-            _acceleration_cell(summary.acceleration, ceiling),
-            f"{summary.gradients:.0f}",
-            f"{summary.seconds:.2f}",
+            _loss_cell(row.summary),
+            rounds_cell(row.summary),
+            _acceleration_cell(row.summary.acceleration, ceiling),
+            f"{row.summary.gradients:.0f}",
+            f"{row.summary.seconds:.2f}",
             _duration(row.break_even_seconds),
         )
-    return table
+        for row in rows
+    ]
 
 
 def _loss_cell(summary: Summary) -> str:
@@ -119,8 +118,8 @@ def _footnotes(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
     lines = [
         f"as good at round: the first with a loss no higher than vanilla's after round {comparison.rounds}",
         "seconds: of a run on this machine, with the gradients of a round evaluated in turn",
-        "pays above: where N gradients at once take the time of one, the method pays if a",
-        "    gradient takes longer than this: overhead of a round / (acceleration - 1)",
+        "pays above: where N gradients at once take the time of one, the method pays if a gradient takes "
+        "longer than this: overhead of a round / (acceleration - 1)",
     ]
     summaries = [row.summary for row in rows]
     if any(0 < s.count < all_.seeds for all_ in summaries for s in (all_.final_loss, all_.rounds_to_vanilla)):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any, Final
 
 from optex.studies.problems.bayesian import BayesianLogistic
@@ -17,6 +18,7 @@ from optex.studies.problems.gaussian_process import GaussianProcessHyperparamete
 from optex.studies.problems.heat import HeatConduction
 from optex.studies.problems.images import CIFAR10, FashionMNIST
 from optex.studies.problems.interface import Problem
+from optex.studies.problems.networks import CLASSIFIERS
 from optex.studies.problems.synthetic import Ackley, Function, Quadratic, Rosenbrock, Sphere
 from optex.studies.problems.tabular import DigitsMLP, LogisticBreastCancer
 from optex.studies.problems.text import Shakespeare
@@ -59,6 +61,7 @@ class ProblemEntry:
         options: what can be chosen besides the seed, and of which type it is.
         data: the name among ``optex.studies.problems.data.DATA_SETS`` of what it needs; None where nothing.
         test_measure: what its ``test_error`` is, for the axis of a picture.
+        values: of the options that are words, which there are.
     """
 
     build: Callable[..., Problem]
@@ -66,6 +69,19 @@ class ProblemEntry:
     options: Mapping[str, type] = field(default_factory=dict)
     data: str | None = None
     test_measure: str = "test error"
+    values: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def shown(self, option: str) -> str:
+        """An option's default, behind it what else it can be; a word for what the problem itself chooses."""
+        settings = getattr(self.build, "defaults", None)
+        parameters = signature(self.build).parameters
+        default = parameters[option].default if option in parameters else getattr(settings, option)
+        values = tuple(self.values.get(option, ()))
+        if self.options[option] is bool:
+            values, default = ("true", "false"), str(default).lower()
+        if values:
+            return "|".join((default, *(value for value in values if value != default)) if default else values)
+        return f"<{self.options[option].__name__}>" if default is None else f"{default:g}"
 
 
 _FUNCTION_OPTIONS: Final = {"dim": int, "noise": float}
@@ -79,6 +95,7 @@ _IMAGE_OPTIONS: Final = {
     "test_size": int,
     "augment": bool,
 }
+_IMAGE_VALUES: Final = {"model": tuple(CLASSIFIERS)}
 _TEXT_OPTIONS: Final = {
     "layers": int,
     "heads": int,
@@ -126,15 +143,22 @@ PROBLEMS: Final[dict[str, ProblemEntry]] = {
         {"train_size": int, "held_size": int},
     ),
     "fashion-mnist": ProblemEntry(
-        FashionMNIST, "MLP or CNN on images of clothes", _IMAGE_OPTIONS, data="fashion-mnist"
+        FashionMNIST,
+        "MLP or CNN on images of clothes",
+        _IMAGE_OPTIONS,
+        data="fashion-mnist",
+        values=_IMAGE_VALUES,
     ),
-    "cifar10": ProblemEntry(CIFAR10, "residual MLP or ResNet on photographs", _IMAGE_OPTIONS, data="cifar10"),
+    "cifar10": ProblemEntry(
+        CIFAR10, "residual MLP or ResNet on photographs", _IMAGE_OPTIONS, data="cifar10", values=_IMAGE_VALUES
+    ),
     "shakespeare": ProblemEntry(
         Shakespeare,
         "transformer on the characters of plays",
         _TEXT_OPTIONS,
         data="shakespeare",
         test_measure="test loss",
+        values={"start": ("torch", "gpt2")},
     ),
     "cartpole": ProblemEntry(CartPole, "deep Q-learning: balance a pole", _CONTROL_OPTIONS),
     "acrobot": ProblemEntry(Acrobot, "deep Q-learning: swing a double pendulum up", _CONTROL_OPTIONS),

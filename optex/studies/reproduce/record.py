@@ -20,7 +20,7 @@ from torch import Tensor
 from optex.studies.baselines import Trace
 from optex.studies.comparison import describe
 from optex.studies.problems import Problem
-from optex.studies.records import significant
+from optex.studies.records import significant, write_whole
 from optex.studies.reproduce.studies import Choice, Figure, Section, make_figure
 
 __all__ = [
@@ -222,10 +222,7 @@ def write_record(path: Path, about: dict[str, Any], runs: Sequence[Record]) -> N
     """Write what was run, and a line for each run; the old file is replaced when the new one is complete."""
     lines = ",\n".join(json.dumps(run, separators=(",", ":"), allow_nan=False) for run in runs)
     whole = f'{{"meta": {json.dumps(about, allow_nan=False)},\n"runs": [\n{lines}\n]}}\n'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(whole)
-    unfinished.replace(path)
+    write_whole(path, whole)
 
 
 def read_record(path: Path, about: dict[str, Any]) -> tuple[dict[str, Any], list[Record]]:
