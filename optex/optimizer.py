@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -17,16 +17,18 @@ from optex.distributed import Ranks, lay_out
 from optex.errors import NonFiniteError, NonFiniteWarning, PlainStepWarning, warn
 from optex.estimators import CommitteeEstimator, Estimator, GradientHistory
 from optex.estimators.kernels import Kernel
-from optex.evaluators import Evaluator, SequentialEvaluator
+from optex.evaluators import Evaluator
 from optex.round import (
     Acceptance,
     PlannedStep,
     Predictor,
+    RoundLoop,
     RoundReport,
     Rounds,
     WithinTolerance,
     arguments,
     default_history_size,
+    described,
 )
 from optex.round.stride import Stride
 from optex.sources import ClosureSource, GradientSource, ObjectiveSource
@@ -65,7 +67,8 @@ class OptEx(OptimizerWrapper):
         history_size: T0, pairs of iterate and gradient to predict from; by default 16 up to N = 8, else 32.
         estimator: predicts gradients; ``CommitteeEstimator()`` by default.
         acceptance: which steps are kept; ``WithinTolerance()`` by default.
-        evaluator: how gradients are computed at once; ``SequentialEvaluator()`` by default.
+        evaluator: how gradients are computed at once; ``SequentialEvaluator()`` by default. ``"vectorized"`` is
+            ``VectorizedEvaluator(model)``, and needs ``model``.
         scheduler: a learning-rate scheduler of ``base`` that ticks once for every step taken, drafted steps
             included, so that each step has its own rate. One that is ticked outside sees rounds.
         model: the module whose persistent buffers (BatchNorm's running statistics) follow the steps taken; not
@@ -115,7 +118,7 @@ class OptEx(OptimizerWrapper):
         history_size: int | None = None,
         estimator: Estimator | None = None,
         acceptance: Acceptance | None = None,
-        evaluator: Evaluator | None = None,
+        evaluator: Evaluator | Literal["sequential", "vectorized"] | None = None,
         scheduler: LRScheduler | None = None,
         model: nn.Module | None = None,
         deterministic: bool = False,
@@ -131,7 +134,8 @@ class OptEx(OptimizerWrapper):
         self.parallelism = check_integer("OptEx", "parallelism", parallelism)
         size = default_history_size(parallelism) if history_size is None else history_size
         self.history_size = check_integer("OptEx", "history_size", size)
-        arguments.check_parts(base, estimator, acceptance, evaluator, scheduler, model)
+        computes = arguments.named_evaluator(evaluator, model)
+        arguments.check_parts(base, estimator, acceptance, computes, scheduler, model)
         arguments.check_choices(deterministic, gradient_hook, on_nonfinite)
         self.scheduler = scheduler
         self.model = model
@@ -144,14 +148,13 @@ class OptEx(OptimizerWrapper):
         self._verify = deterministic
         self._warned_of_plain_steps = False
         super().__init__(base)
-        evaluator = evaluator or SequentialEvaluator()
         acceptance = copy.deepcopy(acceptance) or WithinTolerance()
         largest = arguments.check_stride(stride, acceptance)
         self._flat = not arguments.is_exact(acceptance, parallelism, largest)
-        stepper = self._lay_out(evaluator, self._trainable())
+        stepper = self._lay_out(computes, self._trainable())
         predictor = self._predictor(copy.deepcopy(estimator) or CommitteeEstimator(), stepper)
         self._rounds = Rounds(
-            stepper, predictor, acceptance, evaluator, self.parallelism, Stride(largest), gradient_hook
+            stepper, predictor, acceptance, computes, self.parallelism, Stride(largest), gradient_hook
         )
 
     @classmethod
@@ -273,13 +276,12 @@ class OptEx(OptimizerWrapper):
         window = tuple(PlannedStep(None) for _ in range(self.parallelism))
         return self._round(ClosureSource(closure, self._is_deterministic), window)
 
-    def rounds(
-        self, batches: Iterable[Any], objective: Callable[[Any], Tensor] | GradientSource
-    ) -> Iterator[RoundReport]:
-        """Run rounds until ``batches`` is used up; a generator of one report a round.
+    def rounds(self, batches: Iterable[Any], objective: Callable[[Any], Tensor] | GradientSource) -> RoundLoop:
+        """Run rounds until ``batches`` is used up; an iterator of one report a round, with a length for tqdm.
 
         A step that is evaluated has one batch for good, in the order they come; steps between have none. At
-        their end the ones at hand are used; leaving the loop early keeps them for the next call.
+        their end the ones at hand are used; leaving the loop early keeps them for the next call. What
+        Accelerate's ``prepare`` made of the optimizer has it as ``prepared.optimizer.rounds``.
 
         Args:
             batches: one item for each step with a gradient; for a deterministic objective ``repeat(None, n)``.
@@ -292,6 +294,11 @@ class OptEx(OptimizerWrapper):
         Raises:
             NonFiniteError: as in ``step``. The batch of the step that failed is let go, the others are kept.
         """
+        return RoundLoop(self._reports(batches, objective), batches, self._rounds)
+
+    def _reports(
+        self, batches: Iterable[Any], objective: Callable[[Any], Tensor] | GradientSource
+    ) -> Generator[RoundReport, None, None]:
         iterator = iter(batches)
         while True:
             self._rounds.queue.draw(iterator, self._rounds.progress, self.parallelism)
@@ -328,12 +335,7 @@ class OptEx(OptimizerWrapper):
         moves = any(float(group.get("lr", 1.0)) != 0 for group in self.param_groups)
         if moves and not self._warned_of_plain_steps:
             self._warned_of_plain_steps = True
-            warn(
-                "OptEx.step was called without a closure: a plain step of the base optimizer with the "
-                "gradients that are there, and nothing is predicted. Use optimizer.rounds(batches, objective), "
-                "or optimizer.step(closure) with a closure that backpropagates and returns the loss.",
-                PlainStepWarning,
-            )
+            warn(arguments.PLAIN_STEP, PlainStepWarning)
         self._rounds.plain_step()
 
     # ------------------------------------------------------------------ layout
@@ -444,5 +446,4 @@ class OptEx(OptimizerWrapper):
         self._verify = self._verify and own is None
 
     def __repr__(self) -> str:
-        sizes = f"parallelism={self.parallelism}, history_size={self.history_size}"
-        return f"OptEx({sizes}, estimator={self.estimator}, base={self.base})"
+        return described(self)

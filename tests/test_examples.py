@@ -407,3 +407,23 @@ def test_accelerates_wrapper_has_the_optimizer_inside(accelerate_run):
     reports += optimizer.rounds([None] * 7, lambda _: theta.square().sum())
     assert sum(report.accepted for report in reports) == optimizer.steps_taken == 14
     assert reports[-1].loss < reports[0].loss
+
+
+def test_what_accelerate_prepares_has_rounds_inside():
+    pytest.importorskip("accelerate")
+    from accelerate import Accelerator
+
+    theta = torch.nn.Parameter(torch.ones(3))
+    prepared = Accelerator(cpu=True).prepare(optex.OptEx(torch.optim.SGD([theta], lr=0.1), parallelism=2))
+    reports = list(prepared.optimizer.rounds([None] * 8, lambda _: theta.square().sum()))
+    assert reports[-1].loss < reports[0].loss
+
+
+def test_what_lightning_wraps_has_rounds():
+    pytest.importorskip("lightning")
+    from lightning.pytorch.core.optimizer import LightningOptimizer
+
+    theta = torch.nn.Parameter(torch.ones(3))
+    wrapped = LightningOptimizer(optex.OptEx(torch.optim.SGD([theta], lr=0.1), parallelism=2))
+    reports = list(wrapped.rounds([None] * 8, lambda _: theta.square().sum()))
+    assert reports[-1].loss < reports[0].loss

@@ -21,6 +21,7 @@ from optex import (
     NotPositiveDefiniteError,
     OptEx,
     PlainStepWarning,
+    SequentialEvaluator,
     VectorizedEvaluator,
     WithinTolerance,
 )
@@ -913,3 +914,73 @@ def test_a_history_that_cannot_be_fitted_holds_the_last_gradient():
         list(failing.rounds(regression_batches(30), squared_error(model)))
     list(whole.rounds(regression_batches(30), squared_error(twin)))
     assert same(snapshot(model), snapshot(twin))
+
+
+class TestRoundsHaveALength:
+    def test_it_is_at_least_what_is_made_and_exact_at_the_end(self):
+        model = network()
+        optimizer = OptEx(torch.optim.SGD(model.parameters(), lr=0.05), parallelism=4)
+        rounds = optimizer.rounds(regression_batches(22), squared_error(model))
+        assert len(rounds) == 6  # 22 batches, four a round
+        lengths = [len(rounds) for _ in rounds]
+        made = len(lengths)
+        assert len(rounds) == made
+        assert sorted(lengths) == lengths
+        assert all(6 <= length <= made for length in lengths)
+
+    def test_batches_left_by_an_earlier_loop_count(self):
+        model = network()
+        base = torch.optim.SGD(model.parameters(), lr=0.05)
+        acceptance = WithinTolerance(0)  # one step a round: the others wait
+        optimizer = OptEx(base, parallelism=4, acceptance=acceptance)
+        first = optimizer.rounds(regression_batches(4), squared_error(model))
+        next(first)
+        first.close()
+        assert len(first) == 1
+        assert len(optimizer.rounds(regression_batches(5), squared_error(model))) == 2  # 3 + 5 batches
+
+    def test_without_a_length_of_the_batches_there_is_none(self):
+        model = network()
+        optimizer = OptEx(torch.optim.SGD(model.parameters(), lr=0.05))
+        rounds = optimizer.rounds(iter(regression_batches(8)), squared_error(model))
+        with pytest.raises(TypeError, match=r"rounds: batches are a \w+, which has no length; hand over"):
+            len(rounds)
+        assert len(list(rounds)) == len(rounds)
+
+
+class TestEvaluatorByName:
+    def test_vectorized_is_that_of_the_model(self):
+        losses = []
+        for by_name in (True, False):
+            model = network()
+            evaluator = "vectorized" if by_name else VectorizedEvaluator(model)
+            base = torch.optim.SGD(model.parameters(), lr=0.05)
+            optimizer = OptEx(base, parallelism=4, model=model, evaluator=evaluator)
+            losses.append([r.loss for r in optimizer.rounds(regression_batches(20), squared_error(model))])
+        assert losses[0] == losses[1]
+
+    def test_sequential_is_the_default(self):
+        model = network()
+        optimizer = OptEx(torch.optim.SGD(model.parameters(), lr=0.05), evaluator="sequential")
+        assert isinstance(optimizer.evaluator, SequentialEvaluator)
+
+    @pytest.mark.parametrize(("name", "message"), [("vectorized", "say which: model=model"), ("ray", "'ray'")])
+    def test_what_it_cannot_be_is_refused(self, name, message):
+        model = network()
+        with pytest.raises(ValueError, match=f"OptEx: evaluator .*{message}"):
+            OptEx(torch.optim.SGD(model.parameters(), lr=0.05), evaluator=name)
+
+
+def test_its_representation_is_a_few_lines():
+    model = network()
+    groups = [{"params": [p]} for p in model.parameters()]
+    groups[0]["lr"] = 0.5
+    optimizer = OptEx(torch.optim.SGD(groups, lr=0.05), parallelism=3)
+    list(optimizer.rounds(regression_batches(3), squared_error(model)))
+    lines = repr(optimizer).splitlines()
+    count = sum(p.numel() for p in model.parameters())
+    assert lines[0] == f"OptEx(SGD, lr 0.5 or 0.05, {len(groups)} tensors of {count} numbers"
+    assert lines[1].strip() == "parallelism=3, history_size=16, CommitteeEstimator of 6"
+    assert lines[2].strip().startswith("WithinTolerance(")
+    assert lines[3].strip() == "3 steps taken, 3 batches drawn)"
+    assert max(map(len, lines)) <= 80

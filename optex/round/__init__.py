@@ -1,6 +1,8 @@
 """A round, told in its order: draft, evaluate, remember, replay, keep."""
 
 from optex.round.acceptance import SELECTIONS, Acceptance, Last, LowestLoss, SmallestGradient, WithinTolerance
+from optex.round.describe import described
+from optex.round.loop import RoundLoop
 from optex.round.predictor import Predictor, default_history_size
 from optex.round.record import RoundRecord
 from optex.round.report import RoundReport
@@ -16,11 +18,13 @@ __all__ = [
     "PlannedStep",
     "Predictor",
     "Progress",
+    "RoundLoop",
     "RoundRecord",
     "RoundReport",
     "Rounds",
     "SmallestGradient",
     "WithinTolerance",
     "default_history_size",
+    "described",
     "read_stride",
 ]

@@ -44,6 +44,9 @@ class Acceptance(ABC):
 
     keeps_window: bool = False
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
     @property
     def strides(self) -> bool:
         """Whether it takes steps at which no gradient was evaluated."""
@@ -118,6 +121,9 @@ class Last(_Selection):
         if evaluate not in ("all", "last"):
             raise ValueError(f"Last: evaluate must be 'all' or 'last', got {evaluate!r}")
         self.evaluate = evaluate
+
+    def __repr__(self) -> str:
+        return f"Last({self.evaluate!r})"
 
     def evaluated(self, count: int) -> range:
         return range(count - 1, count) if self.evaluate == "last" else range(count)
@@ -206,6 +212,9 @@ class WithinTolerance(Acceptance):
         self.lookahead = lookahead
         self._kept: int | None = None  # steps of the last round
         self._length = 0.0  # of a step in the last round, where only its first was evaluated
+
+    def __repr__(self) -> str:
+        return f"WithinTolerance({self.tolerance:.3g}, adaptive={self.adaptive})"
 
     @property
     def strides(self) -> bool:

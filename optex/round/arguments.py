@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -12,21 +12,29 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from optex.checks import check_kind
 from optex.estimators import Estimator, SeparableEstimator
 from optex.estimators.kernels import Kernel
-from optex.evaluators import Evaluator, WrappingEvaluator
+from optex.evaluators import Evaluator, SequentialEvaluator, VectorizedEvaluator, WrappingEvaluator
 from optex.round.acceptance import SELECTIONS, Acceptance, Last, LowestLoss, WithinTolerance
 from optex.round.stride import read_stride
 from optex.sources import GradientSource, ObjectiveSource
 from optex.stepping import ObservesEvaluations
 
 __all__ = [
+    "PLAIN_STEP",
     "check_choices",
     "check_evaluator",
     "check_parts",
     "check_stride",
     "is_exact",
+    "named_evaluator",
     "published_parts",
     "source_of",
 ]
+
+PLAIN_STEP: Final = (
+    "OptEx.step was called without a closure: a plain step of the base optimizer with the gradients that are "
+    "there, and nothing is predicted. Use optimizer.rounds(batches, objective), or optimizer.step(closure) "
+    "with a closure that backpropagates and returns the loss."
+)
 
 
 def published_parts(
@@ -49,6 +57,28 @@ def published_parts(
         )
     estimator = SeparableEstimator(kernel, lengthscale, noise_variance, prior_mean="zero")
     return estimator, Last(evaluate) if selection == "last" else SELECTIONS[selection]()
+
+
+def named_evaluator(evaluator: Any, model: Any) -> Any:
+    """The evaluator of that name, made of the model where it needs one; anything else as it is.
+
+    Raises:
+        ValueError: there is none of that name, or no module to make it of.
+    """
+    if evaluator is None or evaluator == "sequential":
+        return SequentialEvaluator()
+    if not isinstance(evaluator, str):
+        return evaluator
+    if evaluator != "vectorized":
+        raise ValueError(
+            f"OptEx: evaluator must be 'sequential', 'vectorized' or an Evaluator, got {evaluator!r}"
+        )
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            "OptEx: evaluator 'vectorized' computes gradients through the module whose parameters they are of; "
+            "say which: model=model"
+        )
+    return VectorizedEvaluator(model)
 
 
 def check_parts(

@@ -81,6 +81,10 @@ class BatchQueue:
             self._drawn.popleft()
         return [PlannedStep(batch, number) for number, batch in self._drawn]
 
+    def at_hand(self, progress: Progress) -> int:
+        """How many batches are drawn, and of steps not taken yet."""
+        return len(progress.window) + len(self.waiting(progress))
+
     def next_number(self, progress: Progress) -> int:
         """How many batches were drawn in all."""
         return (
