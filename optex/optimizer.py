@@ -294,7 +294,8 @@ class OptEx(OptimizerWrapper):
         Raises:
             NonFiniteError: as in ``step``. The batch of the step that failed is let go, the others are kept.
         """
-        return RoundLoop(self._reports(batches, objective), batches, self._rounds)
+        own = arguments.unwrapped(self)
+        return RoundLoop(own._reports(batches, objective), batches, own._rounds)
 
     def _reports(
         self, batches: Iterable[Any], objective: Callable[[Any], Tensor] | GradientSource

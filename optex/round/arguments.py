@@ -28,6 +28,7 @@ __all__ = [
     "named_evaluator",
     "published_parts",
     "source_of",
+    "unwrapped",
 ]
 
 PLAIN_STEP: Final = (
@@ -35,6 +36,12 @@ PLAIN_STEP: Final = (
     "there, and nothing is predicted. Use optimizer.rounds(batches, objective), or optimizer.step(closure) "
     "with a closure that backpropagates and returns the loss."
 )
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer itself, of which Lightning's wrapper is a subclass whose ``step`` takes closures alone."""
+    inner = getattr(optimizer, "_optimizer", None)
+    return inner if isinstance(optimizer, type(inner)) else optimizer
 
 
 def published_parts(
