@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 .PHONY: demo test lint types tests clean
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.runs
 	$(BIN)/optex compare ackley rosenbrock logistic-breast-cancer \
 		--methods vanilla,target,optex-paper,optex-alone,optex --optimizer adam --lr 0.01 --parallelism 5 --rounds 60 --seeds 5 --threads 1 \
 		--json out/demo.json --plot out/demo.png
@@ -27,14 +27,22 @@ types: $(VENV)/.installed
 tests: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
 
-# torch first and by its exact version, so that no other package's requirement picks another build of it.
-$(VENV)/.installed: pyproject.toml constraints.txt
+# What the library and its command line need, and nothing of what tests and examples do. torch first and by its exact
+# version, so that no other package's requirement picks another build of it.
+$(VENV)/.runs: pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11, 1))" \
 		|| { echo "optex needs Python 3.11.1 or later; name one with: make PYTHON=python3.12"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) install "$$(grep '^torch==' constraints.txt)"
-	$(PIP) install -c constraints.txt -e ".[studies,test]"
-	touch $@
+	@echo "installing into $(VENV): torch"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install "$$(grep '^torch==' constraints.txt)"
+	@echo "installing into $(VENV): optex and its command line"
+	@$(PIP) install -c constraints.txt -e ".[studies]"
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.runs
+	@echo "installing into $(VENV): what tests and examples need"
+	@$(PIP) install -c constraints.txt -e ".[studies,test]"
+	@touch $@
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
