@@ -1,13 +1,14 @@
 # Two commands do all the set-up on a bare machine:
 #   make demo    create .venv, install, run the main job: a table and a picture
 #   make test    create .venv, install, lint, type-check, test, run the examples of the docs
+#   make package build wheel and source distribution, install each into an environment of its own, try it
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test lint types tests clean
+.PHONY: demo test lint types tests package clean
 
 demo: $(VENV)/.runs
 	$(BIN)/optex compare ackley rosenbrock logistic-breast-cancer \
@@ -26,6 +27,18 @@ types: $(VENV)/.installed
 # By file: the examples of a page build on each other.
 tests: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+# The library alone, as a user gets it: an archive that forgot a file, or a dependency not declared, fails here.
+package: $(VENV)/.runs
+	rm -rf dist build/package
+	$(PIP) install build
+	$(BIN)/python -m build -q --outdir dist .
+	for archive in dist/*.whl dist/*.tar.gz; do \
+		rm -rf build/package && $(PYTHON) -m venv build/package || exit 1; \
+		build/package/bin/python -m pip --disable-pip-version-check -q install "$$(grep '^torch==' constraints.txt)" || exit 1; \
+		build/package/bin/python -m pip --disable-pip-version-check -q install -c constraints.txt "$$archive" || exit 1; \
+		(cd build && package/bin/python ../benchmarks/first_run.py) || exit 1; \
+	done
 
 # What the library and its command line need, and nothing of what tests and examples do. torch first and by its exact
 # version, so that no other package's requirement picks another build of it.

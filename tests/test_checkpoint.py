@@ -483,8 +483,8 @@ PLAIN = {"epoch": 3, "name": "a", "rates": [0.1, None, True], "pair": (1, torch.
 
 def test_plain_content_is_read_without_running_code(tmp_path):
     model, optimizer = walked()
-    checkpoint.save(tmp_path, optimizer, PLAIN, weights_only=True)
-    extra, point, other = loaded(tmp_path, weights_only=True)
+    checkpoint.save(tmp_path, optimizer, PLAIN)
+    extra, point, other = loaded(tmp_path)
     assert torch.equal(extra.pop("pair")[1], torch.arange(3))
     assert extra == {key: value for key, value in PLAIN.items() if key != "pair"}
     assert torch.equal(point, flat(model))
@@ -494,16 +494,14 @@ def test_plain_content_is_read_without_running_code(tmp_path):
 @pytest.mark.parametrize("extra", [np.ones(2), Path("here"), Evil()], ids=["NumPy", "a path", "code"])
 def test_other_content_is_refused_where_code_must_not_run(tmp_path, extra):
     _, optimizer = walked()
-    with pytest.raises(ValueError, match=r"checkpoint.save: with weights_only=True, extra and batches must be"):
-        checkpoint.save(tmp_path, optimizer, extra, weights_only=True)
+    with pytest.raises(ValueError, match=r"checkpoint.save: extra and batches must be"):
+        checkpoint.save(tmp_path, optimizer, extra)
     assert names(tmp_path) == []
-    checkpoint.save(tmp_path, optimizer, extra)
+    checkpoint.save(tmp_path, optimizer, extra, weights_only=False)
     model, other = built(seed=1)
     before = flat(model)
-    with pytest.raises(
-        ValueError, match=r"holds more than weights_only=True reads.*saved with weights_only=True"
-    ):
-        checkpoint.load(tmp_path, other, weights_only=True)
+    with pytest.raises(ValueError, match=r"holds more than is read without running code.*weights_only=False"):
+        checkpoint.load(tmp_path, other)
     assert not Evil.ran
     assert torch.equal(flat(model), before)
     assert other.steps_taken == 0
@@ -516,7 +514,7 @@ def test_batches_are_checked_as_well(tmp_path):
     next(optimizer.rounds(batches, lambda batch: inner(tuple(map(torch.from_numpy, batch)))))
     assert len(optimizer.state_dict()["optex"]["window"]) > 0
     with pytest.raises(ValueError, match="extra and batches must be"):
-        checkpoint.save(tmp_path, optimizer, weights_only=True)
+        checkpoint.save(tmp_path, optimizer)
 
 
 # ---------------------------------------------------------------- several ranks
@@ -535,7 +533,7 @@ def on_two_ranks(rank, directory):
     """Save, save again, fail in every phase, be stopped, be damaged; what was found on this rank."""
     said = {}
     model, optimizer = walked(2, DistributedEvaluator())
-    folder = checkpoint.save(directory, optimizer, PLAIN, weights_only=True)
+    folder = checkpoint.save(directory, optimizer, PLAIN)
     said["files"] = names(folder)
     said["folder"] = folder.name
     for name, chosen, owner, function in FAILING_RANKS:
@@ -544,7 +542,7 @@ def on_two_ranks(rank, directory):
         said[f"{name} left"] = names(directory)
     checkpoint.save(directory, optimizer, "again")
     walk(model, optimizer, 1)
-    newest = checkpoint.save(directory, optimizer, "damaged", weights_only=True)
+    newest = checkpoint.save(directory, optimizer, "damaged")
     if rank == 0:
         spoil(next(newest.glob("__1_*")))
     torch.distributed.barrier()
@@ -602,7 +600,7 @@ def test_two_ranks(tmp_path):
 
 def save_split(rank, directory):
     _, optimizer = walked(2, DistributedEvaluator())
-    checkpoint.save(directory, optimizer, PLAIN, weights_only=True)
+    checkpoint.save(directory, optimizer, PLAIN)
 
 
 class Running:
@@ -612,7 +610,7 @@ class Running:
 
 def test_slices_are_read_without_running_code(tmp_path):
     run_ranks(save_split, 2, tmp_path)
-    extra, point, _ = loaded(tmp_path, weights_only=True)
+    extra, point, _ = loaded(tmp_path)
     assert extra["epoch"] == 3
     assert torch.equal(point, loaded(tmp_path)[1])
     folder = checkpoint.latest(tmp_path)
@@ -622,6 +620,6 @@ def test_slices_are_read_without_running_code(tmp_path):
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     files = [name for name in names(folder) if name != "manifest.json"]
     folders.write_manifest(folder, folders.checked_in(folder, files))
-    with pytest.raises(ValueError, match=r"holds more than weights_only=True reads \(.*builtins\.setattr"):
-        loaded(tmp_path, weights_only=True)
+    with pytest.raises(ValueError, match=r"holds more than is read without running code \(.*builtins\.setattr"):
+        loaded(tmp_path)
     assert not Evil.ran

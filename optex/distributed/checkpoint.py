@@ -65,7 +65,7 @@ def save(
     *,
     keep: int = 2,
     overwrite: bool = False,
-    weights_only: bool = False,
+    weights_only: bool = True,
 ) -> Path:
     """Write parameters, base state, history, window and schedule into a new folder of ``directory``.
 
@@ -80,18 +80,18 @@ def save(
     Args:
         directory: on storage that all ranks see.
         optimizer: what to save; the model's parameters it trains are saved with it, its buffers are not.
-        extra: anything picklable to keep beside it, as an epoch; the first rank's.
+        extra: what to keep beside it, as an epoch or the model's buffers; the first rank's.
         keep: how many of the newest checkpoints stay, at least 1.
         overwrite: delete checkpoints of later steps, which another run left here, when this one is complete.
-        weights_only: make sure that ``load(..., weights_only=True)`` can read it; see there what ``extra`` and
-            batches may then be.
+        weights_only: make sure that ``load`` can read it without unpickling; see there what ``extra`` and
+            batches may be. With False they may be anything picklable, and ``load`` has to be told so, too.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: ``keep`` is less than 1; the directory has checkpoints of later steps; ``weights_only`` is
-            asked for, and ``extra`` or a batch of the window is something else.
+        ValueError: ``keep`` is less than 1; the directory has checkpoints of later steps; ``weights_only`` was
+            not given up, and ``extra`` or a batch of the window is something else.
         OSError: it could not be written.
         RuntimeError: another rank failed.
     """
@@ -162,8 +162,8 @@ def _write_rest(path: Path, content: dict[str, Any], weights_only: bool) -> None
             torch.load(path, weights_only=True, map_location="cpu", mmap=True)
         except pickle.UnpicklingError as error:
             raise ValueError(
-                "checkpoint.save: with weights_only=True, extra and batches must be tensors, numbers, strings "
-                f"and lists, tuples and dicts of them ({_first_line(error)}); pass them so, or save without it"
+                "checkpoint.save: extra and batches must be tensors, numbers, strings and lists, tuples and "
+                f"dicts of them ({_first_line(error)}); pass them so, or save and load with weights_only=False"
             ) from error
 
 
@@ -181,7 +181,7 @@ def _commit(directory: Path, step: int, keep: int, overwrite: bool) -> Path:
 # ---------------------------------------------------------------------- loading
 
 
-def load(directory: Path | str, optimizer: Resumable, *, weights_only: bool = False) -> Any:
+def load(directory: Path | str, optimizer: Resumable, *, weights_only: bool = True) -> Any:
     """Go on from the newest checkpoint of ``directory`` that is complete and intact, on any number of ranks.
 
     Every rank calls it, with an optimizer built as the saved one was, over the same parameters and with the
@@ -193,9 +193,9 @@ def load(directory: Path | str, optimizer: Resumable, *, weights_only: bool = Fa
         optimizer: takes over what was saved.
         weights_only: read nothing that can run code, as ``torch.load(..., weights_only=True)``. ``extra`` and
             the batches may then be tensors, numbers, strings, None, lists, tuples and dicts of them, and what
-            ``torch.serialization.add_safe_globals`` was told; NumPy's arrays are not among them.
-            ``save(..., weights_only=True)`` makes sure of it. Without it a checkpoint is unpickled, which can
-            run code: load only what you trust. Checksums tell damage, not intent.
+            ``torch.serialization.add_safe_globals`` was told; NumPy's arrays are not among them. ``save`` makes
+            sure of it. With False a checkpoint is unpickled, which can run code: load only what you trust.
+            Checksums tell damage, not intent.
 
     Returns:
         The ``extra`` that was saved.
@@ -278,8 +278,8 @@ def _weights_alone(folder: Path, weights_only: bool) -> Iterator[None]:
         if not weights_only:
             raise
         raise ValueError(
-            f"checkpoint.load: {folder} holds more than weights_only=True reads ({_first_line(error)}); it has "
-            "to be saved with weights_only=True, or, if you trust it, loaded without"
+            f"checkpoint.load: {folder} holds more than is read without running code ({_first_line(error)}); "
+            "if you trust it, load it with weights_only=False"
         ) from error
 
 
