@@ -261,6 +261,17 @@ class TestCoordinateSource:
         with pytest.raises(error, match=match):
             optex.CoordinateSource(*arguments, **options)
 
+    def test_refuses_to_swap_in_a_module_that_is_there_twice(self):
+        layer = nn.Linear(6, 6)
+        model = optex.BlockLoss([layer, nn.Tanh(), layer], lambda out, _: out.square().mean()).double()
+        with pytest.raises(TypeError, match=r"module 'blocks\.2' is registered twice"):
+            optex.CoordinateSource(model, model.parameters(), vectorized=True)
+        (batch,), found = regression_batches(1), []
+        for reuse in (False, True):
+            source = optex.CoordinateSource(model, model.parameters(), reuse=reuse)
+            found.append(answer(source, batch)[1])
+        close(*found, 1e-12)
+
     def test_refuses_threads(self):
         with ThreadPoolExecutor(1) as threads, pytest.raises(TypeError, match="pass a ProcessPoolExecutor"):
             optex.CoordinateSource(len, [parameter(1.0)], executor=threads)
