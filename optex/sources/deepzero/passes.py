@@ -294,13 +294,13 @@ def _names_of(module: nn.Module | None, parameters: Sequence[Tensor]) -> list[st
             f"{_OWNER}: vectorized=True, and a parameter is not the objective's own; pass its own, or "
             "vectorized=False"
         )
-    # torch.func.functional_call puts parameters back by name, and would leave the shifted ones in such a module.
+    # torch.func.functional_call puts parameters back by name, and would leave shifted ones in such a module.
     seen: set[int] = set()
     for name, part in module.named_modules(remove_duplicate=False):
         if id(part) in seen and next(part.parameters(recurse=False), None) is not None:
             raise TypeError(
-                f"{_OWNER}: vectorized=True, and the module {name!r} is registered twice, which torch.func cannot "
-                "swap; register it once, tie weights by assigning the parameter, or pass vectorized=False"
+                f"{_OWNER}: vectorized=True, and module {name!r} is registered twice, which torch.func "
+                "cannot swap; register it once, tie weights by assigning them, or pass vectorized=False"
             )
         seen.add(id(part))
     return [known[id(p)] for p in parameters]
