@@ -17,7 +17,7 @@ from optex.studies.problems.interface import Problem, seeded_generator
 
 __all__ = ["TwoMoons", "two_moons"]
 
-_TRAIN: Final = 400
+_TRAIN: Final = 200
 _HELD_OUT: Final = 1000
 _SCATTER: Final = 0.2
 _WIDTH: Final = 16
@@ -42,7 +42,7 @@ def two_moons(count: int, scatter: float, seed: int) -> tuple[Tensor, Tensor]:  
 class TwoMoons(Problem):
     """A 2-16-16-2 tanh network on two half moons, d = 354: the gradient by :class:`~optex.CoordinateSource`.
 
-    400 points to train on, all in every batch; 1,000 held out. The same points for every seed.
+    200 points to train on, all in every batch; 1,000 held out. The same points for every seed.
 
     Args:
         seed: of the start, uniform in ±1/√fan-in as for ``torch.nn.Linear``.
@@ -52,8 +52,8 @@ class TwoMoons(Problem):
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)
-        self.inputs: Tensor  # [400, 2]
-        self.labels: Tensor  # [400]
+        self.inputs: Tensor  # [200, 2]
+        self.labels: Tensor  # [200]
         inputs, labels = two_moons(_TRAIN, _SCATTER, seed=0)
         self.register_buffer("inputs", inputs, persistent=False)
         self.register_buffer("labels", labels, persistent=False)
@@ -66,12 +66,12 @@ class TwoMoons(Problem):
     def forward(self, batch: None) -> Tensor:
         return self.objective(batch)
 
-    def _points(self, batch: None) -> Tensor:  # [400, 2]
+    def _points(self, batch: None) -> Tensor:  # [200, 2]
         return self.inputs
 
     def _cross_entropy(
         self,
-        scores: Tensor,  # [400, 2]
+        scores: Tensor,  # [200, 2]
         batch: None,
     ) -> Tensor:  # []
         return functional.cross_entropy(scores, self.labels)
