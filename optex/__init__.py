@@ -44,7 +44,10 @@ from optex.optimizer import OptEx
 from optex.round import Acceptance, Last, LowestLoss, RoundReport, SmallestGradient, WithinTolerance
 from optex.sources import (
     AccumulatingSource,
+    BlockLoss,
     ConsensusSource,
+    CoordinateSource,
+    DynamicMask,
     GradientSource,
     InexactBilevelSource,
     LowerLevelError,
@@ -53,6 +56,7 @@ from optex.sources import (
     PerSampleSource,
     SmoothBilevel,
     SPSASource,
+    zo_grasp_ratios,
 )
 
 __version__ = version("optex")
@@ -60,11 +64,14 @@ __all__ = [
     "Acceptance",
     "AccumulatingSource",
     "Advice",
+    "BlockLoss",
     "CommitteeEstimator",
     "ConsensusSource",
     "ConvergenceWarning",
+    "CoordinateSource",
     "CurlFreeEstimator",
     "DistributedEvaluator",
+    "DynamicMask",
     "Estimator",
     "Evaluation",
     "EvaluationRequest",
@@ -113,4 +120,5 @@ __all__ = [
     "minimize_gns",
     "scipy_method",
     "solve_bilevel",
+    "zo_grasp_ratios",
 ]

@@ -16,6 +16,8 @@ from torch.optim import Optimizer
 
 from optex import (
     ConsensusSource,
+    CoordinateSource,
+    DynamicMask,
     GradientSource,
     InexactBilevelSource,
     PenaltyHypergradient,
@@ -23,7 +25,8 @@ from optex import (
     SPSASource,
 )
 from optex.optimizers import MFAC, MKOR, NAG, SCALE, AdaGradNorm, AdaHessian, HeavyBall, TripleMomentum
-from tests.references import consensus, spsa
+from tests.models import regression_batches
+from tests.references import consensus, deepzero, spsa
 from tests.references.maid import dense_quadratic
 from tests.references.penalty_bilevel import QuadraticBilevel
 
@@ -163,6 +166,30 @@ def _exact_spsa(source, parameters):
     return list((source.objective.hessian @ x).split([2, 1]))
 
 
+def _coordinates(*, vectorized=False):
+    def make():
+        model = deepzero.block_loss(0.0 if vectorized else 0.3)
+        parameters = list(model.parameters())
+        mask = DynamicMask(parameters, 0.5)
+        source = CoordinateSource(model, parameters, mask=mask, vectorized=vectorized, central=vectorized)
+        return source, parameters, regression_batches
+
+    return make
+
+
+def _coordinates_of_a_bowl():
+    hessian = torch.tensor([[1.0, 0.3, 0.0], [0.3, 0.8, 0.2], [0.0, 0.2, 1.2]], dtype=torch.float64)
+    start = torch.tensor([2.0, -1.0, 1.0], dtype=torch.float64)
+    parameters = [nn.Parameter(start[:2].clone()), nn.Parameter(start[2:].clone())]
+    source = CoordinateSource(spsa.Bowl(hessian, parameters), parameters, deterministic=True)
+    return source, parameters, lambda count: [None] * count
+
+
+def _exact_coordinates(source, parameters):
+    x, hessian = torch.cat([p.detach() for p in parameters]), source.passes.objective.hessian
+    return list((hessian @ x + 0.5 * source.mu * hessian.diagonal()).split([2, 1]))
+
+
 def _penalty(*, rate=None, sigma=0.01, sampled=False):
     def make():
         problem = QuadraticBilevel()
@@ -204,6 +231,9 @@ SOURCES: dict[str, SourceRow] = {
         _consensus(vectorized=True), lr=0.1, exact=_exact_consensus, tolerance=0.03, answers=200
     ),
     "spsa": SourceRow(_spsa, exact=_exact_spsa, tolerance=0.05, answers=400),
+    "coordinates": SourceRow(_coordinates_of_a_bowl, lr=0.1, exact=_exact_coordinates, tolerance=1e-9),
+    "coordinates-masked": SourceRow(_coordinates()),
+    "coordinates-vectorized": SourceRow(_coordinates(vectorized=True)),
     "penalty-bilevel": SourceRow(_penalty(), lr=0.3, exact=_exact_penalty),
     "penalty-bilevel-gradient-steps": SourceRow(_penalty(rate=0.3), lr=0.3, exact=_exact_penalty),
     "penalty-bilevel-sampled": SourceRow(

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from optex.draws import generator_states, set_generator_states
+
 __all__ = ["RandomDraws", "generator_states", "seeded_states", "set_generator_states"]
 
 
@@ -92,19 +94,6 @@ class RandomDraws:
 
 def _equal(left: list[Tensor], right: list[Tensor]) -> bool:
     return len(left) == len(right) and all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
-
-
-def generator_states() -> list[Tensor]:
-    """Where torch's generators stand: the CPU's, then every CUDA device's if CUDA is in use."""
-    states = [torch.get_rng_state()]
-    return states + torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else states
-
-
-def set_generator_states(states: list[Tensor]) -> None:
-    """Put them back there; CUDA's only where there are as many devices."""
-    torch.set_rng_state(states[0].cpu())
-    if len(states) > 1 and torch.cuda.is_available() and torch.cuda.device_count() == len(states) - 1:
-        torch.cuda.set_rng_state_all([state.cpu() for state in states[1:]])
 
 
 def seeded_states(entropy: Sequence[int]) -> list[Tensor]:

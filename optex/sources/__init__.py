@@ -2,6 +2,7 @@
 
 from optex.sources.closure import ClosureSource
 from optex.sources.consensus import ConsensusSource
+from optex.sources.deepzero import BlockLoss, CoordinateSource, DynamicMask, zo_grasp_ratios
 from optex.sources.inexact_bilevel import InexactBilevelSource, LowerLevelError, SmoothBilevel
 from optex.sources.interface import GradientSource
 from optex.sources.objective import AccumulatingSource, LossModule, ObjectiveSource, backpropagate
@@ -11,8 +12,11 @@ from optex.sources.spsa import SPSASource
 
 __all__ = [
     "AccumulatingSource",
+    "BlockLoss",
     "ClosureSource",
     "ConsensusSource",
+    "CoordinateSource",
+    "DynamicMask",
     "GradientSource",
     "InexactBilevelSource",
     "LossModule",
@@ -23,4 +27,5 @@ __all__ = [
     "SPSASource",
     "SmoothBilevel",
     "backpropagate",
+    "zo_grasp_ratios",
 ]

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from optex.checks import check_integer, check_number
+from optex.draws import generator_states, set_generator_states
 from optex.optimizers.mezo.directions import (
     direction,
     finite_loss,
     fresh_seed,
-    generator_states,
-    set_generator_states,
 )
 from optex.sources.interface import GradientSource
 

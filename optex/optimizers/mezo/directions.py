@@ -16,8 +16,6 @@ __all__ = [
     "direction",
     "finite_loss",
     "fresh_seed",
-    "generator_states",
-    "set_generator_states",
     "update_",
 ]
 
@@ -111,16 +109,3 @@ def finite_loss(owner: str, loss: Any, where: str, remedy: str) -> float:
     if not math.isfinite(value):
         raise NonFiniteError(f"{owner}: the loss is {value} {where}; {remedy}")
     return value
-
-
-def generator_states() -> list[Tensor]:
-    """Where torch's generators stand: the CPU's, then every CUDA device's if CUDA is in use."""
-    states = [torch.get_rng_state()]
-    return states + torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else states
-
-
-def set_generator_states(states: list[Tensor]) -> None:
-    """Put them back there: both passes of a query draw the same dropout."""
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state_all(states[1:])

@@ -10,12 +10,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from optex.checks import check_integer, check_number
+from optex.draws import generator_states, set_generator_states
 from optex.optimizers.mezo.directions import (
     check_seed,
     direction,
     finite_loss,
-    generator_states,
-    set_generator_states,
     update_,
 )
 

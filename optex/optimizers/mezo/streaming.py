@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from optex.checks import check_number
+from optex.draws import generator_states, set_generator_states
 from optex.optimizers.mezo.directions import (
     check_seed,
     direction,
     finite_loss,
-    generator_states,
-    set_generator_states,
     update_,
 )
 from optex.optimizers.mezo.storage import open_store

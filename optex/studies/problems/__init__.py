@@ -18,6 +18,7 @@ from optex.studies.problems.gaussian_process import GaussianProcessHyperparamete
 from optex.studies.problems.heat import HeatConduction
 from optex.studies.problems.images import CIFAR10, FashionMNIST
 from optex.studies.problems.interface import Problem
+from optex.studies.problems.moons import TwoMoons
 from optex.studies.problems.networks import CLASSIFIERS
 from optex.studies.problems.synthetic import Ackley, Function, Quadratic, Rosenbrock, Sphere
 from optex.studies.problems.tabular import DigitsMLP, LogisticBreastCancer
@@ -47,6 +48,7 @@ __all__ = [
     "Rosenbrock",
     "Shakespeare",
     "Sphere",
+    "TwoMoons",
     "make_problem",
 ]
 
@@ -142,6 +144,7 @@ PROBLEMS: Final[dict[str, ProblemEntry]] = {
         "L2 weight of each class on 8 × 8 digits, by hypergradients",
         {"train_size": int, "held_size": int},
     ),
+    "two-moons": ProblemEntry(TwoMoons, "2-16-16-2 network on two half moons, a coordinate at a time"),
     "fashion-mnist": ProblemEntry(
         FashionMNIST,
         "MLP or CNN on images of clothes",
