@@ -38,7 +38,15 @@ from optex.evaluators import (
     VectorizedEvaluator,
     WorkersEvaluator,
 )
-from optex.minimize import cbo_minimize, maid, minimize, minimize_gns, scipy_method, solve_bilevel
+from optex.minimize import (
+    cbo_minimize,
+    maid,
+    minimize,
+    minimize_gns,
+    reweight_sources,
+    scipy_method,
+    solve_bilevel,
+)
 from optex.optimizer import OptEx
 from optex.round import Acceptance, Last, LowestLoss, RoundReport, SmallestGradient, WithinTolerance
 from optex.sources import (
@@ -115,6 +123,7 @@ __all__ = [
     "maid",
     "minimize",
     "minimize_gns",
+    "reweight_sources",
     "scipy_method",
     "solve_bilevel",
 ]

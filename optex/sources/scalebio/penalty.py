@@ -120,8 +120,8 @@ class MinimaxPenaltySource(GradientSource):
         self.scale = 1 / self.alpha if scale is None else check_positive(_OWNER, "scale", scale, "or None")
         check_kind(_OWNER, "layers", layers, LayerSampler, "a LayerSampler or None")
         self.layers = layers
-        for network in (self.model, self.rival) if layers is not None else ():
-            layers.blocks(network)
+        if layers is not None:
+            layers.blocks(model)
         self.deterministic = deterministic
         self.evaluations = 3.0
         self.module = nn.ModuleList([weights, model, self.rival])
@@ -186,7 +186,7 @@ class MinimaxPenaltySource(GradientSource):
         return batch
 
     def _trained(self, network: nn.Module, number: int | None, copy: int) -> list[Tensor]:
-        parameters = [p for p in network.parameters() if p.requires_grad]
+        parameters: list[Tensor] = [p for p in network.parameters() if p.requires_grad]
         if self.layers is None or number is None:
             return parameters
         frozen = {id(p) for p in self.layers.frozen_parameters(network, number, copy)}
@@ -227,8 +227,9 @@ class MinimaxPenaltySource(GradientSource):
                     culprits.append(f"training is {value:g} for source {name!r} at {place}")
         text = "; ".join(culprits) or "the penalty is not finite"
         warn(
-            f"{_OWNER}: at finite parameters {text}. This point counts as lost. Lower the rates, or look at that data; the mean of no "
-            "samples is NaN, too: return samples' losses with their sources, and an empty one counts as absent.",
+            f"{_OWNER}: at finite parameters {text}. This point counts as lost. Lower the rates, or look at "
+            "that data. The mean of no samples is NaN, too: return samples' losses with their sources, and an empty "
+            "source counts as absent.",
             NonFiniteWarning,
         )
 
