@@ -228,8 +228,8 @@ class MinimaxPenaltySource(GradientSource):
         text = "; ".join(culprits) or "the penalty is not finite"
         warn(
             f"{_OWNER}: at finite parameters {text}. This point counts as lost. Lower the rates, or look at "
-            "that data. The mean of no samples is NaN, too: return samples' losses with their sources, and an empty "
-            "source counts as absent.",
+            "that data. The mean of no samples is NaN, too: return samples' losses with their sources, and an "
+            "empty source counts as absent.",
             NonFiniteWarning,
         )
 
