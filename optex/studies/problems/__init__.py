@@ -17,6 +17,7 @@ from optex.studies.problems.gaussian_process import GaussianProcessHyperparamete
 from optex.studies.problems.heat import HeatConduction
 from optex.studies.problems.images import CIFAR10, FashionMNIST
 from optex.studies.problems.interface import Problem
+from optex.studies.problems.source_weights import SourceMixture
 from optex.studies.problems.synthetic import Ackley, Function, Quadratic, Rosenbrock, Sphere
 from optex.studies.problems.tabular import DigitsMLP, LogisticBreastCancer
 from optex.studies.problems.text import Shakespeare
@@ -44,6 +45,7 @@ __all__ = [
     "Quadratic",
     "Rosenbrock",
     "Shakespeare",
+    "SourceMixture",
     "Sphere",
     "make_problem",
 ]
@@ -124,6 +126,9 @@ PROBLEMS: Final[dict[str, ProblemEntry]] = {
         DigitsRegularisation,
         "L2 weight of each class on 8 × 8 digits, by hypergradients",
         {"train_size": int, "held_size": int},
+    ),
+    "source-weights": ProblemEntry(
+        SourceMixture, "weights of four data sources, two of them noise, by a minimax penalty", {"alpha": float}
     ),
     "fashion-mnist": ProblemEntry(
         FashionMNIST, "MLP or CNN on images of clothes", _IMAGE_OPTIONS, data="fashion-mnist"
