@@ -42,7 +42,7 @@ def reweight_sources(
     alpha: float = 10.0,
     tau: float = 1.0,
     outer: int = 1,
-    gradients: int = 1000,
+    batches: int = 1000,
     lr: float = 1e-5,
     lr_weights: float = 1e-2,
     weight_decay: float = 5e-4,
@@ -71,7 +71,7 @@ def reweight_sources(
         alpha: α, positive: the hypergradient's bias is of the order of 1 / α.
         tau: τ, at least 1.
         outer: outer iterations.
-        gradients: in each of them; a gradient takes a batch.
+        batches: used in each of them, one for a gradient.
         lr: of w and u. The default suits the fine-tuning of a pretrained language model by AdamW; a network
             from scratch needs one of the order that trains it.
         lr_weights: of p.
@@ -94,8 +94,8 @@ def reweight_sources(
         has seen the validation rows, and ``rival``, u, trained on the mixture alone; ``fun``, u's mean loss on
         the validation rows, and ``model_fun``, w's; ``penalty``, Φ at the last round's start; ``path`` [nit +
         1, K], the weights after each round; ``alpha``, the last; ``nit`` (rounds), ``nstep`` (steps), ``njev``
-        (gradients of Φ, three of losses each), ``success``, ``status``, ``message``. Status 0: all gradients
-        were taken; 2: numbers that are not finite, all is as before that round; 3: workers do not answer; 99:
+        (gradients of Φ, three of losses each; a step that a round did not keep has more than one), ``success``, ``status``, ``message``. Status 0: all batches
+        were used; 2: numbers that are not finite, all is as before that round; 3: workers do not answer; 99:
         stopped by ``callback``.
 
     Raises:
@@ -112,12 +112,12 @@ def reweight_sources(
     ...     torch.nn.Linear(5, 1),
     ...     lambda network, rows: (network(rows[0])[:, 0] - rows[1]).square(),
     ...     {"clean": (x[0], y[0]), "noise": (x[1], y[1])}, (x[2], y[2]),
-    ...     lr=0.05, lr_weights=0.05, gradients=300,
+    ...     lr=0.05, lr_weights=0.05, batches=300,
     ... )
     >>> result.success, result.weights["clean"] > 0.95
     (True, True)
     """
-    settings = _Settings(alpha, tau, outer, gradients, stride, layers)
+    settings = _Settings(alpha, tau, outer, batches, stride, layers)
     mixture = _Mixture(_read_sources(sources), _read_rows("validation", validation), batch_size, seed)
     if not callable(loss):
         raise TypeError(f"{_OWNER}: loss must be a function of (network, rows), got {type(loss).__name__}")
@@ -152,13 +152,13 @@ def reweight_sources(
 class _Settings:
     """The constants of a run, checked."""
 
-    def __init__(self, alpha: Any, tau: Any, outer: Any, gradients: Any, stride: Any, layers: Any) -> None:
+    def __init__(self, alpha: Any, tau: Any, outer: Any, batches: Any, stride: Any, layers: Any) -> None:
         self.alpha = check_positive(
             _OWNER, "alpha", alpha, "the hypergradient's bias is of the order of 1 / alpha: try 10"
         )
         self.tau = check_number(_OWNER, "tau", tau, least=1.0)
         self.outer = check_integer(_OWNER, "outer", outer)
-        self.gradients = check_integer(_OWNER, "gradients", gradients)
+        self.batches = check_integer(_OWNER, "batches", batches)
         self.stride = stride
         if layers is not None and stride != 1:
             raise ValueError(
@@ -322,12 +322,12 @@ class _Run:
             optimizer = OptEx(
                 self._base, parallelism=parallelism, stride=settings.stride, evaluator=evaluator, shard=False
             )
-            ended = self._iteration(optimizer, itertools.islice(batches, settings.gradients))
+            ended = self._iteration(optimizer, itertools.islice(batches, settings.batches))
             if ended is not None:
                 return ended
             for group in self._base.param_groups:
                 group["lr"] /= settings.tau
-        return self._result(0, "All gradients were taken.")
+        return self._result(0, "All batches were used.")
 
     def _iteration(self, optimizer: OptEx, batches: Iterator[Any]) -> OptimizeResult | None:
         source = self._source.at(self._alpha)
