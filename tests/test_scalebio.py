@@ -598,7 +598,7 @@ class TestSourceMixture:
     def test_half_of_the_sources_are_noise(self):
         problem = SourceMixture(0)
         problem.settle()
-        least = problem.lower(problem.rival)
+        least = problem.lower(problem.rival).detach()
         assert float(least[2:].min()) > 3 * float(least[:2].max())
 
     def test_alpha(self):

@@ -94,9 +94,9 @@ def reweight_sources(
         has seen the validation rows, and ``rival``, u, trained on the mixture alone; ``fun``, u's mean loss on
         the validation rows, and ``model_fun``, w's; ``penalty``, Φ at the last round's start; ``path`` [nit +
         1, K], the weights after each round; ``alpha``, the last; ``nit`` (rounds), ``nstep`` (steps), ``njev``
-        (gradients of Φ, three of losses each; a step that a round did not keep has more than one), ``success``, ``status``, ``message``. Status 0: all batches
-        were used; 2: numbers that are not finite, all is as before that round; 3: workers do not answer; 99:
-        stopped by ``callback``.
+        (gradients of Φ, three of losses each; a step that its round did not keep has more than one),
+        ``success``, ``status``, ``message``. Status 0: all batches were used; 2: numbers that are not finite,
+        all is as before that round; 3: workers do not answer; 99: stopped by ``callback``.
 
     Raises:
         TypeError, ValueError: an argument cannot work; the message says which and what would.
@@ -112,7 +112,7 @@ def reweight_sources(
     ...     torch.nn.Linear(5, 1),
     ...     lambda network, rows: (network(rows[0])[:, 0] - rows[1]).square(),
     ...     {"clean": (x[0], y[0]), "noise": (x[1], y[1])}, (x[2], y[2]),
-    ...     lr=0.05, lr_weights=0.05, batches=300,
+    ...     lr=0.05, lr_weights=0.1, batches=100,
     ... )
     >>> result.success, result.weights["clean"] > 0.95
     (True, True)
