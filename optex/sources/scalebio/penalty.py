@@ -44,8 +44,8 @@ class MinimaxPenaltySource(GradientSource):
 
     **Absent sources.** A batch may lack a source. L2 is then Σ q_k l_k / Σ q_k over the present ones, so that
     the batch's weights sum to one, and the logit of an absent source has gradient 0. Were its loss taken as 0,
-    its weight would grow whenever it is absent. Batches that have all sources are better: a ratio of sums is
-    biased.
+    as in the released code, the losses of the others would move it. Batches that have all sources are better: a
+    ratio of sums is biased.
 
     Args:
         validation: ``validation(network, batch)``, L1: a scalar.
