@@ -1,4 +1,4 @@
-"""The documentation: `make docs`. The source directory is the repository's root, so that pages link as files do."""
+"""The documentation: `make docs`. Its source is the repository's root, so that pages link as files do."""
 
 from __future__ import annotations
 
@@ -28,7 +28,14 @@ extensions = [
     "sphinx_gallery.gen_gallery",
 ]
 root_doc = "docs/index"
-include_patterns = ["docs/**", "results/**", "examples/README.md", "README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+include_patterns = [
+    "docs/**",
+    "results/**",
+    "examples/README.md",
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+]
 include_patterns += ["SECURITY.md", "CODE_OF_CONDUCT.md"]
 exclude_patterns = ["docs/gallery/*", "results/**/*.json"]
 source_suffix = {".md": "markdown", ".rst": "restructuredtext"}

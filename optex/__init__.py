@@ -39,7 +39,15 @@ from optex.evaluators import (
     VectorizedEvaluator,
     WorkersEvaluator,
 )
-from optex.minimize import cbo_minimize, maid, minimize, minimize_gns, scipy_method, solve_bilevel
+from optex.minimize import (
+    cbo_minimize,
+    maid,
+    minimize,
+    minimize_gns,
+    reweight_sources,
+    scipy_method,
+    solve_bilevel,
+)
 from optex.optimizer import OptEx
 from optex.round import Acceptance, Last, LowestLoss, RoundReport, SmallestGradient, WithinTolerance
 from optex.sources import (
@@ -50,11 +58,14 @@ from optex.sources import (
     DynamicMask,
     GradientSource,
     InexactBilevelSource,
+    LayerSampler,
     LowerLevelError,
+    MinimaxPenaltySource,
     ObjectiveSource,
     PenaltyHypergradient,
     PerSampleSource,
     SmoothBilevel,
+    SourceWeights,
     SPSASource,
     zo_grasp_ratios,
 )
@@ -83,12 +94,14 @@ __all__ = [
     "JitterWarning",
     "Kernel",
     "Last",
+    "LayerSampler",
     "LowerLevelError",
     "LowerLevelWarning",
     "LowestLoss",
     "Matern12",
     "Matern32",
     "Matern52",
+    "MinimaxPenaltySource",
     "NonFiniteError",
     "NonFiniteWarning",
     "NotDeterministicWarning",
@@ -109,6 +122,7 @@ __all__ = [
     "SequentialEvaluator",
     "SmallestGradient",
     "SmoothBilevel",
+    "SourceWeights",
     "VectorizedEvaluator",
     "WithinTolerance",
     "WorkerLostError",
@@ -118,6 +132,7 @@ __all__ = [
     "maid",
     "minimize",
     "minimize_gns",
+    "reweight_sources",
     "scipy_method",
     "solve_bilevel",
     "zo_grasp_ratios",

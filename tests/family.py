@@ -20,13 +20,16 @@ from optex import (
     DynamicMask,
     GradientSource,
     InexactBilevelSource,
+    LayerSampler,
+    MinimaxPenaltySource,
     PenaltyHypergradient,
     SmoothBilevel,
+    SourceWeights,
     SPSASource,
 )
 from optex.optimizers import MFAC, MKOR, NAG, SCALE, AdaGradNorm, AdaHessian, HeavyBall, TripleMomentum
 from tests.models import regression_batches
-from tests.references import consensus, deepzero, spsa
+from tests.references import consensus, deepzero, scalebio, spsa
 from tests.references.maid import dense_quadratic
 from tests.references.penalty_bilevel import QuadraticBilevel
 
@@ -225,6 +228,40 @@ def _inexact_bilevel() -> tuple[GradientSource, list[torch.Tensor], Callable[[in
     return source, [theta], lambda count: [None] * count
 
 
+def _exact_scalebio(source, parameters):
+    losses = scalebio.Regression().losses()
+    _, along = scalebio.field(losses, parameters[0], source.model, source.rival, source.alpha)
+    return along
+
+
+def _scalebio(*, sampled=False, layers=None):
+    def make():
+        problem = scalebio.Regression()
+        network, rival = scalebio.line(seed=1), scalebio.line(seed=2)
+        if layers is not None:
+            network, rival = scalebio.Tower(seed=1), scalebio.Tower(seed=2)
+        weights = SourceWeights(3, dtype=torch.float64)
+        with torch.no_grad():
+            weights.logits.copy_(torch.tensor([0.5, 0.0, -0.5]))
+        source = MinimaxPenaltySource(
+            problem.upper,
+            problem.samples if sampled else problem.lower,
+            weights,
+            network,
+            rival,
+            layers=layers,
+            deterministic=not sampled and layers is None,
+        )
+
+        def batches(count):
+            found = problem.batches(count) if sampled else [None] * count
+            return found if layers is None else list(layers.numbered(found))
+
+        return source, source.parameters, batches
+
+    return make
+
+
 SOURCES: dict[str, SourceRow] = {
     "consensus": SourceRow(_consensus(vectorized=False), lr=0.1),
     "consensus-vectorized": SourceRow(
@@ -244,6 +281,9 @@ SOURCES: dict[str, SourceRow] = {
         lr=0.005,
         exact=lambda source, parameters: [_QUADRATIC.gradient(parameters[0].detach())],
     ),
+    "scalebio": SourceRow(_scalebio(), exact=_exact_scalebio),
+    "scalebio-sampled": SourceRow(_scalebio(sampled=True), exact=_exact_scalebio, tolerance=0.03, answers=200),
+    "scalebio-layers": SourceRow(_scalebio(layers=LayerSampler("blocks", interval=2)), lr=0.01),
 }
 
 

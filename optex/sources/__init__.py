@@ -8,6 +8,7 @@ from optex.sources.interface import GradientSource
 from optex.sources.objective import AccumulatingSource, LossModule, ObjectiveSource, backpropagate
 from optex.sources.penalty_bilevel import PenaltyHypergradient
 from optex.sources.per_sample import PerSampleSource
+from optex.sources.scalebio import LayerSampler, MinimaxPenaltySource, SourceWeights
 from optex.sources.spsa import SPSASource
 
 __all__ = [
@@ -19,13 +20,16 @@ __all__ = [
     "DynamicMask",
     "GradientSource",
     "InexactBilevelSource",
+    "LayerSampler",
     "LossModule",
     "LowerLevelError",
+    "MinimaxPenaltySource",
     "ObjectiveSource",
     "PenaltyHypergradient",
     "PerSampleSource",
     "SPSASource",
     "SmoothBilevel",
+    "SourceWeights",
     "backpropagate",
     "zo_grasp_ratios",
 ]

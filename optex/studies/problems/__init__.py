@@ -20,6 +20,7 @@ from optex.studies.problems.images import CIFAR10, FashionMNIST
 from optex.studies.problems.interface import Problem
 from optex.studies.problems.moons import TwoMoons
 from optex.studies.problems.networks import CLASSIFIERS
+from optex.studies.problems.source_weights import SourceMixture
 from optex.studies.problems.synthetic import Ackley, Function, Quadratic, Rosenbrock, Sphere
 from optex.studies.problems.tabular import DigitsMLP, LogisticBreastCancer
 from optex.studies.problems.text import Shakespeare
@@ -47,6 +48,7 @@ __all__ = [
     "Quadratic",
     "Rosenbrock",
     "Shakespeare",
+    "SourceMixture",
     "Sphere",
     "TwoMoons",
     "make_problem",
@@ -145,6 +147,9 @@ PROBLEMS: Final[dict[str, ProblemEntry]] = {
         {"train_size": int, "held_size": int},
     ),
     "two-moons": ProblemEntry(TwoMoons, "2-16-16-2 network on two half moons, a coordinate at a time"),
+    "source-weights": ProblemEntry(
+        SourceMixture, "weights of four data sources, two of them noise, by a minimax penalty", {"alpha": float}
+    ),
     "fashion-mnist": ProblemEntry(
         FashionMNIST,
         "MLP or CNN on images of clothes",
