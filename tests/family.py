@@ -14,13 +14,18 @@ from torch.optim import Optimizer
 
 from optex import (
     ConsensusSource,
+    GaussianPolicy,
     GradientSource,
+    GymnasiumEnvironment,
     InexactBilevelSource,
+    LinearQuadratic,
     PenaltyHypergradient,
     SmoothBilevel,
+    SoftmaxPolicy,
     SPSASource,
+    TrajectorySource,
 )
-from optex.optimizers import MFAC, MKOR, NAG, SCALE, AdaGradNorm, AdaHessian, HeavyBall, TripleMomentum
+from optex.optimizers import MFAC, MKOR, NAG, NIGT, SCALE, AdaGradNorm, AdaHessian, HeavyBall, TripleMomentum
 from tests.references import consensus, spsa
 from tests.references.maid import dense_quadratic
 from tests.references.penalty_bilevel import QuadraticBilevel
@@ -73,6 +78,10 @@ FAMILY: dict[str, Member] = {
     "heavy-ball": Member(
         lambda model: HeavyBall(model.parameters(), L=10.0, mu=0.1),
         lambda groups: HeavyBall(groups, L=10.0, mu=0.1),
+    ),
+    "n-igt": Member(
+        lambda model: NIGT(model.parameters(), lr=0.5, rest="extrapolated"),
+        lambda groups: NIGT(groups, lr=0.5, rest="extrapolated"),
     ),
     # Its m × m system is solved by LAPACK, outside of what torch compiles.
     "m-fac": Member(
@@ -196,6 +205,30 @@ def _inexact_bilevel() -> tuple[GradientSource, list[torch.Tensor], Callable[[in
     return source, [theta], lambda count: [None] * count
 
 
+def _policy(*, baseline=False):
+    def make():
+        policy = GaussianPolicy(1, 1, hidden=(), deviation=0.5, dtype=torch.float64)
+        with torch.no_grad():
+            policy.mean[0].weight.fill_(-0.2)
+            policy.mean[0].bias.fill_(0.3)
+        source = TrajectorySource(policy, LinearQuadratic(), 40, baseline=baseline)
+        return source, source.parameters, lambda count: [None] * count
+
+    return make
+
+
+def _exact_policy(source, parameters):
+    points = [p.detach().clone().requires_grad_() for p in parameters]
+    exact = source.environment.expected_return(*points, deviation=0.5, discount=source.discount)
+    return list(torch.autograd.grad(-exact, points))
+
+
+def _cart_pole():
+    torch.manual_seed(0)
+    source = TrajectorySource(SoftmaxPolicy(4, 2, (4,)), GymnasiumEnvironment("CartPole-v1", horizon=15), 4)
+    return source, source.parameters, lambda count: [None] * count
+
+
 SOURCES: dict[str, SourceRow] = {
     "consensus": SourceRow(_consensus(vectorized=False), lr=0.1),
     "consensus-vectorized": SourceRow(
@@ -212,4 +245,9 @@ SOURCES: dict[str, SourceRow] = {
         lr=0.005,
         exact=lambda source, parameters: [_QUADRATIC.gradient(parameters[0].detach())],
     ),
+    "policy": SourceRow(_policy(), lr=0.01, exact=_exact_policy, tolerance=0.1, answers=200),
+    "policy-baseline": SourceRow(
+        _policy(baseline=True), lr=0.01, exact=_exact_policy, tolerance=0.05, answers=200
+    ),
+    "policy-cart-pole": SourceRow(_cart_pole),
 }

@@ -7,14 +7,28 @@ from optex.sources.interface import GradientSource
 from optex.sources.objective import AccumulatingSource, LossModule, ObjectiveSource, backpropagate
 from optex.sources.penalty_bilevel import PenaltyHypergradient
 from optex.sources.per_sample import PerSampleSource
+from optex.sources.policy import (
+    Environment,
+    Episodes,
+    GaussianPolicy,
+    GymnasiumEnvironment,
+    LinearQuadratic,
+    SoftmaxPolicy,
+    TrajectorySource,
+)
 from optex.sources.spsa import SPSASource
 
 __all__ = [
     "AccumulatingSource",
     "ClosureSource",
     "ConsensusSource",
+    "Environment",
+    "Episodes",
+    "GaussianPolicy",
     "GradientSource",
+    "GymnasiumEnvironment",
     "InexactBilevelSource",
+    "LinearQuadratic",
     "LossModule",
     "LowerLevelError",
     "ObjectiveSource",
@@ -22,5 +36,7 @@ __all__ = [
     "PerSampleSource",
     "SPSASource",
     "SmoothBilevel",
+    "SoftmaxPolicy",
+    "TrajectorySource",
     "backpropagate",
 ]
