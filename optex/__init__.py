@@ -38,7 +38,15 @@ from optex.evaluators import (
     VectorizedEvaluator,
     WorkersEvaluator,
 )
-from optex.minimize import cbo_minimize, maid, minimize, minimize_gns, scipy_method, solve_bilevel
+from optex.minimize import (
+    cbo_minimize,
+    maid,
+    minimize,
+    minimize_gns,
+    policy_gradient,
+    scipy_method,
+    solve_bilevel,
+)
 from optex.optimizer import OptEx
 from optex.round import Acceptance, Last, LowestLoss, RoundReport, SmallestGradient, WithinTolerance
 from optex.sources import (
@@ -123,6 +131,7 @@ __all__ = [
     "maid",
     "minimize",
     "minimize_gns",
+    "policy_gradient",
     "scipy_method",
     "solve_bilevel",
 ]

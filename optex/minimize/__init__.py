@@ -5,5 +5,14 @@ from optex.minimize.consensus import cbo_minimize
 from optex.minimize.function import minimize, scipy_method
 from optex.minimize.gns import minimize_gns
 from optex.minimize.maid import maid
+from optex.minimize.policy import policy_gradient
 
-__all__ = ["cbo_minimize", "maid", "minimize", "minimize_gns", "scipy_method", "solve_bilevel"]
+__all__ = [
+    "cbo_minimize",
+    "maid",
+    "minimize",
+    "minimize_gns",
+    "policy_gradient",
+    "scipy_method",
+    "solve_bilevel",
+]

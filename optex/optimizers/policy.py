@@ -355,7 +355,7 @@ class HARPG(_Recursive):
 
     @contextmanager
     def between(self) -> Iterator[list[Tensor]]:
-        """The parameters are at θ̂ inside, with b drawn anew, and back after; gives θ_t - θ_{t-1}, a parameter each.
+        """The parameters are at θ̂ inside, with a new b, and back after; gives θ_t - θ_{t-1}, a parameter each.
 
         Before the second step all of that is 0, and a product is not needed.
         """
@@ -385,13 +385,13 @@ class HARPG(_Recursive):
         started = any(self.state.get(p) for _, parameters, _ in groups for p in parameters)
         if started and self._products is None:
             raise ValueError(
-                "HARPG: step() needs the product with the Hessian besides the gradient; compute it within `with "
-                "optimizer.between() as step:` and hand it to optimizer.correct(). Nothing was changed"
+                "HARPG: step() needs the product with the Hessian besides the gradient; compute it within "
+                "`with optimizer.between() as step:` and hand it to optimizer.correct(). Nothing was changed"
             )
         if self._products is not None and not all_finite(list(self._products.values())):
             raise NonFiniteError(
-                "HARPG: the product with the Hessian is not finite; parameters and state are those of before the "
-                "step. Lower the rate"
+                "HARPG: the product with the Hessian is not finite; parameters and state are those of before "
+                "the step. Lower the rate"
             )
         super()._prepare(groups)
 

@@ -84,8 +84,8 @@ REFUSED: Final[dict[type[Optimizer], str]] = {
     "predict; optex.minimize_gns evaluates several of its trials at once",
     torch.optim.LBFGS: "it evaluates its closure several times a step, so there is no single next gradient to "
     "predict",
-    optimizers.HARPG: "a step needs a product with the Hessian at a random point between the last two iterates, "
-    "and only gradients are predicted; hand rounds a TrajectorySource and SGD or NIGT(rest='extrapolated') instead",
+    optimizers.HARPG: "a step needs a product with the Hessian at a random point between the last two "
+    "iterates, and only gradients are predicted; NIGT(params, rest='extrapolated') can be the base",
     optimizers.MeZO: "it evaluates its closure twice a direction, at shifted parameters, so no gradient is "
     "there to predict; hand rounds an SPSASource(objective, parameters, queries=16) and SGD instead",
     torch.optim.SparseAdam: "it takes sparse gradients only, and the history is dense",

@@ -62,9 +62,12 @@ class GaussianPolicy(nn.Module):
         sizes = (observations, *hidden, actions)
         self.mean = _Network("GaussianPolicy", sizes, bias=bias, dtype=dtype)
         logarithm = math.log(check_positive("GaussianPolicy", "deviation", deviation))
-        self.log_deviation = nn.Parameter(
-            torch.full((actions,), logarithm, dtype=dtype), requires_grad=learn_deviation
-        )
+        start = torch.full((actions,), logarithm, dtype=dtype)
+        self.log_deviation: Tensor  # [a]
+        if learn_deviation:
+            self.log_deviation = nn.Parameter(start)
+        else:
+            self.register_buffer("log_deviation", start)
 
     def forward(
         self,
@@ -111,7 +114,7 @@ class SoftmaxPolicy(nn.Module):
 
 
 def policy_for(environment: Environment, **options: Any) -> nn.Module:
-    """A policy that fits: ``SoftmaxPolicy`` for discrete actions, else ``GaussianPolicy``; with these options."""
+    """A policy that fits: ``SoftmaxPolicy`` for discrete actions, else ``GaussianPolicy``."""
     kind = SoftmaxPolicy if environment.discrete else GaussianPolicy
     return kind(environment.observation_size, environment.action_size, **options)
 

@@ -64,7 +64,7 @@ class TrajectorySource(GradientSource):
     >>> _ = torch.manual_seed(0)
     >>> policy = optex.GaussianPolicy(1, 1, hidden=(), deviation=0.5)
     >>> source = optex.TrajectorySource(policy, optex.LinearQuadratic(), trajectories=50, baseline=True)
-    >>> optimizer = optex.OptEx(torch.optim.SGD(policy.parameters(), lr=0.02), parallelism=4)
+    >>> optimizer = optex.OptEx(torch.optim.SGD(policy.parameters(), lr=0.005), parallelism=4)
     >>> for report in optimizer.rounds([None] * 60, source):
     ...     pass
     >>> bool(-0.8 < policy.mean[0].weight < -0.3)
@@ -83,17 +83,18 @@ class TrajectorySource(GradientSource):
     ) -> None:
         if not isinstance(policy, nn.Module):
             raise TypeError(
-                f"TrajectorySource: policy must be a torch.nn.Module that answers a distribution of actions, got "
-                f"{type(policy).__name__}; optex.GaussianPolicy or optex.SoftmaxPolicy, for one"
+                f"TrajectorySource: policy must be a torch.nn.Module that answers a distribution of actions, "
+                f"got {type(policy).__name__}; optex.GaussianPolicy or optex.SoftmaxPolicy, for one"
             )
         if not isinstance(environment, Environment):
             raise TypeError(
-                f"TrajectorySource: environment must be an optex.Environment, got {type(environment).__name__}; "
-                "optex.GymnasiumEnvironment(name) has those of Gymnasium"
+                f"TrajectorySource: environment must be an optex.Environment, got "
+                f"{type(environment).__name__}; optex.GymnasiumEnvironment(name) has those of Gymnasium"
             )
         if estimator not in ("gpomdp", "reinforce"):
             raise ValueError(f"TrajectorySource: estimator must be 'gpomdp' or 'reinforce', got {estimator!r}")
-        self.policy, self.environment, self.estimator = policy, environment, estimator
+        self.policy, self.environment = policy, environment
+        self.estimator: Literal["gpomdp", "reinforce"] = estimator
         self.baseline = bool(baseline)
         self.trajectories = check_integer("TrajectorySource", "trajectories", trajectories)
         if self.baseline and self.trajectories < 2:
@@ -172,8 +173,8 @@ class TrajectorySource(GradientSource):
     def _sampled(self) -> tuple[Trajectories, Tensor]:  # and weights [T, n]
         if not all(bool(p.isfinite().all()) for p in self.parameters):
             raise NonFiniteError(
-                "TrajectorySource: the policy's parameters are not finite; lower the rate, and start again from "
-                "ones that are"
+                "TrajectorySource: the policy's parameters are not finite; lower the rate, and start again "
+                "from ones that are"
             )
         generator = torch.Generator().manual_seed(int(torch.randint(1 << 62, ())))
         like = self.parameters[0]

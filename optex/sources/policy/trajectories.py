@@ -57,10 +57,8 @@ class Trajectories:
     ) -> Tensor:  # [T, n]
         """What ∇ log π(a_t | s_t) is weighted with, for the gradient of the discounted return."""
         found = self.discounted(discount)
-        if estimator == "gpomdp":
-            worth = found.flip(0).cumsum(0).flip(0)
-        else:
-            worth = found.sum(0).expand_as(found)
+        to_go = estimator == "gpomdp"
+        worth = found.flip(0).cumsum(0).flip(0) if to_go else found.sum(0).expand_as(found)
         if baseline:
             # Of the others, so that it does not depend on the trajectory's own actions: without bias.
             count = found.shape[1]
@@ -103,7 +101,7 @@ def roll_out(
     found = Trajectories(torch.stack(seen), torch.stack(done), torch.stack(earned), torch.stack(alive))
     if not bool(found.rewards.isfinite().all() & found.observations.isfinite().all()):
         raise NonFiniteError(
-            "TrajectorySource: observations or rewards are not finite: the policy has left where the environment "
-            "is defined. Parameters are as before; lower the rate, or start from a policy that is stable"
+            "TrajectorySource: observations or rewards are not finite: the policy has left where the "
+            "environment is defined. Parameters are as before; lower the rate, or start from a stable policy"
         )
     return found

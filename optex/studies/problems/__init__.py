@@ -17,6 +17,7 @@ from optex.studies.problems.gaussian_process import GaussianProcessHyperparamete
 from optex.studies.problems.heat import HeatConduction
 from optex.studies.problems.images import CIFAR10, FashionMNIST
 from optex.studies.problems.interface import Problem
+from optex.studies.problems.lq_policy import LinearQuadraticPolicy
 from optex.studies.problems.synthetic import Ackley, Function, Quadratic, Rosenbrock, Sphere
 from optex.studies.problems.tabular import DigitsMLP, LogisticBreastCancer
 from optex.studies.problems.text import Shakespeare
@@ -37,6 +38,7 @@ __all__ = [
     "Function",
     "GaussianProcessHyperparameters",
     "HeatConduction",
+    "LinearQuadraticPolicy",
     "LogisticBreastCancer",
     "MountainCar",
     "Problem",
@@ -135,6 +137,9 @@ PROBLEMS: Final[dict[str, ProblemEntry]] = {
         _TEXT_OPTIONS,
         data="shakespeare",
         test_measure="test loss",
+    ),
+    "lq-policy": ProblemEntry(
+        LinearQuadraticPolicy, "policy of a linear system, by its trajectories", {"trajectories": int}
     ),
     "cartpole": ProblemEntry(CartPole, "deep Q-learning: balance a pole", _CONTROL_OPTIONS),
     "acrobot": ProblemEntry(Acrobot, "deep Q-learning: swing a double pendulum up", _CONTROL_OPTIONS),
