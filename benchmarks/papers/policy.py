@@ -1,6 +1,6 @@
 """N-PG-IGT and (N-)HARPG (Fatkhullin, Barakat, Kireeva, He, ICML 2023, arXiv 2302.01734).
 
-All on the linear system s' = 0.9 s + 0.5 a + 0.1 n with costs s² + a², 20 steps, and actions ~ N(k s + c, 0.25):
+All on the linear system s' = 0.9 s + 0.5 a + 0.1 n with costs s² + a², 20 steps, actions ~ N(k s + c, 0.25):
 its return, and the best one, are known exactly. Gymnasium's tasks: ``benchmarks/policy_returns.py``.
 """
 
@@ -216,12 +216,12 @@ def rounds(
     return found + [math.nan] * (count + 1 - len(found))
 
 
-def sgd(lr: float) -> Make:
+def sgd(lr: float) -> Callable[[Any], torch.optim.Optimizer]:
     """Vanilla policy gradient."""
     return lambda parameters: torch.optim.SGD(parameters, lr=lr)
 
 
-def n_igt(lr: float) -> Make:
+def n_igt(lr: float) -> Callable[[Any], torch.optim.Optimizer]:
     """N-PG-IGT's rule, which rests where its gradients are needed."""
     return lambda parameters: NIGT(parameters, lr, rest="extrapolated")
 

@@ -41,7 +41,8 @@ class LinearQuadraticPolicy(Problem):
         super().__init__(seed)
         self.trajectories = check_integer("LinearQuadraticPolicy", "trajectories", trajectories, least=2)
         self.system = LinearQuadratic()
-        self.policy = GaussianPolicy(1, 1, hidden=(), deviation=_DEVIATION, dtype=torch.float64)
+        with torch.random.fork_rng(devices=[]):  # layers draw a start of their own, which reset() replaces
+            self.policy = GaussianPolicy(1, 1, hidden=(), deviation=_DEVIATION, dtype=torch.float64)
         self.reset()
 
     @property
