@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -32,16 +32,19 @@ BATCH, BUDGET = 10, 4000  # trajectories a gradient, and in all
 ROUNDS = 60  # of vanilla policy gradient, against OptEx
 COLOURS = {
     "N-PG-IGT": "#0072b2",
+    "N-PG-IGT, baseline": "#56b4e9",
     "vanilla PG": "#000000",
     "REINFORCE, baseline, Adam": "#e69f00",
-    "HARPG": "#cc79a7",
-    "N-HARPG": "#009e73",
+    "HARPG, baseline": "#cc79a7",
+    "N-HARPG, baseline": "#009e73",
 }
+RIGHT = {"SGD": "#000000", "N-PG-IGT": "#0072b2"}
 RIVALS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
-    "vanilla PG": ({"method": "pg"}, (1e-3, 3e-3, 1e-2)),
+    "N-PG-IGT, baseline": ({"method": "n-pg-igt", "baseline": True}, (0.1, 0.2, 0.4)),
+    "vanilla PG": ({"method": "pg"}, (3e-4, 1e-3, 3e-3)),
     "REINFORCE, baseline, Adam": ({"method": "reinforce", "optimizer": "adam"}, (3e-3, 1e-2, 3e-2)),
-    "HARPG": ({"method": "harpg", "baseline": True}, (3e-3, 1e-2, 3e-2)),
-    "N-HARPG": ({"method": "n-harpg", "baseline": True}, (0.05, 0.2, 0.8)),
+    "HARPG, baseline": ({"method": "harpg", "baseline": True}, (3e-3, 1e-2, 3e-2)),
+    "N-HARPG, baseline": ({"method": "n-harpg", "baseline": True}, (0.05, 0.2, 0.8)),
 }
 
 
@@ -172,18 +175,20 @@ def _vanilla_checked() -> tuple[str, bool]:
     return f"{diverged} of 10 runs end worse than they began, or not finite", diverged == 10
 
 
+def compared(names: tuple[str, ...]) -> tuple[str, list[float]]:
+    """Median gaps at the best of three rates, the first of them N-PG-IGT's."""
+    found = [(name, tuned(name), float(np.median(many(name, tuned(name), 5)))) for name in names]
+    return "; ".join(f"{name} {gap:.4f} (rate {lr:g})" for name, lr, gap in found), [gap for *_, gap in found]
+
+
 def _rivals_checked() -> tuple[str, bool]:
-    ours = float(np.median(many("N-PG-IGT", 0.2, 10)))
-    found = {name: (tuned(name), float(np.median(many(name, tuned(name), 5)))) for name in list(RIVALS)[:2]}
-    text = "; ".join(f"{name} {gap:.4f} (rate {lr:g})" for name, (lr, gap) in found.items())
-    return f"{ours:.4f}; {text}", ours <= min(gap for _, gap in found.values())
+    text, ends = compared(("N-PG-IGT, baseline", "vanilla PG", "REINFORCE, baseline, Adam"))
+    return text, ends[0] <= min(ends)
 
 
 def _recursion_checked() -> tuple[str, bool]:
-    ours = float(np.median(many("N-PG-IGT", 0.2, 10)))
-    found = {name: (tuned(name), float(np.median(many(name, tuned(name), 5)))) for name in ("HARPG", "N-HARPG")}
-    text = "; ".join(f"{name} {gap:.3f} (rate {lr:g})" for name, (lr, gap) in found.items())
-    return text, min(gap for _, gap in found.values()) <= ours
+    text, ends = compared(("N-PG-IGT, baseline", "HARPG, baseline", "N-HARPG, baseline"))
+    return text, min(ends) < ends[0]
 
 
 # ------------------------------------------------------------------ under OptEx
@@ -203,21 +208,23 @@ def rounds(
                 return problem.evaluate() - problem.minimum
         return problem.evaluate() - problem.minimum
 
-    found = [gap()]
-    if not parallelism:
-        for _ in range(count):
+    def plain() -> Iterator[None]:
+        while True:
             source.gradient(None)
             base.step()
-            found.append(gap())
-        return found
-    work = optex.OptEx(base, parallelism=parallelism).rounds(itertools.repeat(None), source)
+            yield
+
+    work = plain()
+    if parallelism:
+        work = optex.OptEx(base, parallelism=parallelism).rounds(itertools.repeat(None), source)
+    found = [gap()]
     with contextlib.suppress(optex.NonFiniteError):
         found.extend(gap() for _ in itertools.islice(work, count))
     return found + [math.nan] * (count + 1 - len(found))
 
 
 def sgd(lr: float) -> Callable[[Any], torch.optim.Optimizer]:
-    """Vanilla policy gradient."""
+    """Plain steps along the policy gradient, with the problem's baseline."""
     return lambda parameters: torch.optim.SGD(parameters, lr=lr)
 
 
@@ -226,19 +233,16 @@ def n_igt(lr: float) -> Callable[[Any], torch.optim.Optimizer]:
     return lambda parameters: NIGT(parameters, lr, rest="extrapolated")
 
 
-BASES = {"vanilla PG": (sgd, (1e-3, 2e-3, 5e-3, 1e-2)), "N-PG-IGT": (n_igt, (0.1, 0.2, 0.4))}
+BASES = {"SGD": (sgd, (3e-4, 1e-3, 2e-3, 5e-3)), "N-PG-IGT": (n_igt, (0.1, 0.2, 0.4))}
 
 
 @cache
 def base_rate(name: str) -> float:
-    """Of the base alone: the least gap, averaged over the run's last third, of a start of its own."""
+    """Of the base alone: the least mean gap of the last third of its rounds, over three starts of their own."""
     make, rates = BASES[name]
 
     def late(lr: float) -> float:
-        try:
-            gap = float(np.mean(rounds(make(lr), 100, ROUNDS, 0)[-ROUNDS // 3 :]))
-        except ArithmeticError:
-            return math.inf
+        gap = float(np.mean([rounds(make(lr), seed, ROUNDS, 0)[-ROUNDS // 3 :] for seed in (100, 101, 102)]))
         return gap if math.isfinite(gap) else math.inf
 
     return min(rates, key=late)
@@ -283,19 +287,19 @@ CHECKS = [
     ),
     Check("vanilla policy gradient at the same rate", "diverges", _vanilla_checked),
     Check(
-        "the same gap, median: vanilla PG and REINFORCE at the best of three rates",
+        "the same gap, median of 5 seeds, each at the best of three rates, against rivals",
         "N-PG-IGT's is no larger",
         _rivals_checked,
     ),
     Check(
-        "the same gap, median: HARPG and N-HARPG at the best of three rates",
-        "the better one's is no larger than N-PG-IGT's; they have two batches a step, and half the steps",
+        "the same, against the Hessian's recursion",
+        "one of the two ends lower, with half the steps, of two batches each",
         _recursion_checked,
     ),
     Check(
-        "OptEx, N = 4, vanilla PG at its best rate: share of its rounds to its gap",
+        "OptEx, N = 4, policy gradient by SGD at its best rate: share of its rounds to its gap",
         "median at most 0.7 (5 starts)",
-        lambda: _optex_checked("vanilla PG"),
+        lambda: _optex_checked("SGD"),
     ),
     Check(
         "the same with N-PG-IGT's rule as base",
