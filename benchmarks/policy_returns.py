@@ -54,7 +54,7 @@ class Task:
 TASKS = {
     "CartPole-v1": Task(25_000, 10, (1e-3, 3e-3, 1e-2)),
     "Pendulum-v1": Task(25_000, 5, (1e-5, 3e-5, 1e-4)),
-    "Acrobot-v1": Task(20_000, 2, (3e-4, 1e-3, 3e-3)),
+    "Acrobot-v1": Task(12_000, 2, (3e-4, 1e-3, 3e-3)),
 }
 NORMALIZED, ADAM = (0.1, 0.3, 1.0), (3e-3, 1e-2, 3e-2)
 STYLES = {
