@@ -272,8 +272,8 @@ def _optex_checked(name: str) -> tuple[str, bool]:
     alone, ours = np.nanmedian(late, 0)
     middle = float(np.median(shares))
     return (
-        f"median {middle:.2f} ({', '.join(words)} of {ROUNDS} rounds, rate {base_rate(name):g}); gap in the last "
-        f"ten rounds {ours:.3f}, of {7 * ROUNDS // 10}, against {alone:.3f}",
+        f"median {middle:.2f} ({', '.join(words)} of {ROUNDS} rounds, rate {base_rate(name):g}); gap in the "
+        f"last ten rounds {ours:.3f}, of {7 * ROUNDS // 10}, against {alone:.3f}",
         middle <= 0.7,
     )
 
