@@ -18,16 +18,21 @@ from optex import (
     ConsensusSource,
     CoordinateSource,
     DynamicMask,
+    GaussianPolicy,
     GradientSource,
+    GymnasiumEnvironment,
     InexactBilevelSource,
     LayerSampler,
+    LinearQuadratic,
     MinimaxPenaltySource,
     PenaltyHypergradient,
     SmoothBilevel,
+    SoftmaxPolicy,
     SourceWeights,
     SPSASource,
+    TrajectorySource,
 )
-from optex.optimizers import MFAC, MKOR, NAG, SCALE, AdaGradNorm, AdaHessian, HeavyBall, TripleMomentum
+from optex.optimizers import MFAC, MKOR, NAG, NIGT, SCALE, AdaGradNorm, AdaHessian, HeavyBall, TripleMomentum
 from tests.models import regression_batches
 from tests.references import consensus, deepzero, scalebio, spsa
 from tests.references.maid import dense_quadratic
@@ -109,6 +114,10 @@ FAMILY: dict[str, Member] = {
     "mkor": Member(lambda model: MKOR.with_sgd(model, 0.05, interval=3), compiles=False),
     "mkor-exact": Member(lambda model: MKOR.with_sgd(model, 0.05, variant="exact", interval=2), compiles=False),
     "mkor-h": Member(lambda model: MKOR.with_sgd(model, 0.05, hybrid=True, interval=3), compiles=False),
+    "n-igt": Member(
+        lambda model: NIGT(model.parameters(), lr=0.5, rest="extrapolated"),
+        lambda groups: NIGT(groups, lr=0.5, rest="extrapolated"),
+    ),
 }
 
 
@@ -262,6 +271,30 @@ def _scalebio(*, sampled=False, layers=None):
     return make
 
 
+def _cart_pole():
+    torch.manual_seed(0)
+    source = TrajectorySource(SoftmaxPolicy(4, 2, (4,)), GymnasiumEnvironment("CartPole-v1", horizon=15), 4)
+    return source, source.parameters, lambda count: [None] * count
+
+
+def _exact_policy(source, parameters):
+    points = [p.detach().clone().requires_grad_() for p in parameters]
+    exact = source.environment.expected_return(*points, deviation=0.5, discount=source.discount)
+    return list(torch.autograd.grad(-exact, points))
+
+
+def _policy(*, baseline=False):
+    def make():
+        policy = GaussianPolicy(1, 1, hidden=(), deviation=0.5, dtype=torch.float64)
+        with torch.no_grad():
+            policy.mean[0].weight.fill_(-0.2)
+            policy.mean[0].bias.fill_(0.3)
+        source = TrajectorySource(policy, LinearQuadratic(), 40, baseline=baseline)
+        return source, source.parameters, lambda count: [None] * count
+
+    return make
+
+
 SOURCES: dict[str, SourceRow] = {
     "consensus": SourceRow(_consensus(vectorized=False), lr=0.1),
     "consensus-vectorized": SourceRow(
@@ -284,6 +317,11 @@ SOURCES: dict[str, SourceRow] = {
     "scalebio": SourceRow(_scalebio(), exact=_exact_scalebio),
     "scalebio-sampled": SourceRow(_scalebio(sampled=True), exact=_exact_scalebio, tolerance=0.03, answers=200),
     "scalebio-layers": SourceRow(_scalebio(layers=LayerSampler("blocks", interval=2)), lr=0.01),
+    "policy": SourceRow(_policy(), lr=0.01, exact=_exact_policy, tolerance=0.1, answers=200),
+    "policy-baseline": SourceRow(
+        _policy(baseline=True), lr=0.01, exact=_exact_policy, tolerance=0.05, answers=200
+    ),
+    "policy-cart-pole": SourceRow(_cart_pole),
 }
 
 

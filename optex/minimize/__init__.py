@@ -5,6 +5,7 @@ from optex.minimize.consensus import cbo_minimize
 from optex.minimize.function import minimize, scipy_method
 from optex.minimize.gns import minimize_gns
 from optex.minimize.maid import maid
+from optex.minimize.policy import policy_gradient
 from optex.minimize.reweight import reweight_sources
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "maid",
     "minimize",
     "minimize_gns",
+    "policy_gradient",
     "reweight_sources",
     "scipy_method",
     "solve_bilevel",

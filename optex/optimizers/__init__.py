@@ -18,6 +18,7 @@ from optex.optimizers.gns import (
 from optex.optimizers.mezo import BlockStreamer, MeZO, Traffic, language_model_blocks
 from optex.optimizers.mfac import MFAC
 from optex.optimizers.mkor import MKOR
+from optex.optimizers.policy import HARPG, NIGT
 from optex.optimizers.scale import SCALE, scale_param_groups
 from optex.optimizers.step_rule import StepRule
 
@@ -28,12 +29,14 @@ __all__ = [
     "Curvature",
     "DenseCurvature",
     "GNS",
+    "HARPG",
     "HeavyBall",
     "MFAC",
     "MKOR",
     "MeZO",
     "Metric",
     "NAG",
+    "NIGT",
     "NoCurvature",
     "ProductCurvature",
     "RankOneCurvature",

@@ -8,6 +8,15 @@ from optex.sources.interface import GradientSource
 from optex.sources.objective import AccumulatingSource, LossModule, ObjectiveSource, backpropagate
 from optex.sources.penalty_bilevel import PenaltyHypergradient
 from optex.sources.per_sample import PerSampleSource
+from optex.sources.policy import (
+    Environment,
+    Episodes,
+    GaussianPolicy,
+    GymnasiumEnvironment,
+    LinearQuadratic,
+    SoftmaxPolicy,
+    TrajectorySource,
+)
 from optex.sources.scalebio import LayerSampler, MinimaxPenaltySource, SourceWeights
 from optex.sources.spsa import SPSASource
 
@@ -18,9 +27,14 @@ __all__ = [
     "ConsensusSource",
     "CoordinateSource",
     "DynamicMask",
+    "Environment",
+    "Episodes",
+    "GaussianPolicy",
     "GradientSource",
+    "GymnasiumEnvironment",
     "InexactBilevelSource",
     "LayerSampler",
+    "LinearQuadratic",
     "LossModule",
     "LowerLevelError",
     "MinimaxPenaltySource",
@@ -29,7 +43,9 @@ __all__ = [
     "PerSampleSource",
     "SPSASource",
     "SmoothBilevel",
+    "SoftmaxPolicy",
     "SourceWeights",
+    "TrajectorySource",
     "backpropagate",
     "zo_grasp_ratios",
 ]

@@ -46,6 +46,7 @@ OPTIMIZERS: Final[dict[str, Callable[..., Optimizer]]] = {
     "heavy-ball": optimizers.HeavyBall,
     "adagrad-norm": optimizers.AdaGradNorm,
     "adahessian": optimizers.AdaHessian,
+    "n-igt": partial(optimizers.NIGT, rest="extrapolated"),
     "m-fac": partial(optimizers.MFAC, window_size=64),  # 1024 gradients would be most of a short run
 }
 if hasattr(torch.optim, "Muon"):  # torch 2.9 and later; two-dimensional parameters only
@@ -83,6 +84,8 @@ REFUSED: Final[dict[type[Optimizer], str]] = {
     "predict; optex.minimize_gns evaluates several of its trials at once",
     torch.optim.LBFGS: "it evaluates its closure several times a step, so there is no single next gradient to "
     "predict",
+    optimizers.HARPG: "a step needs a product with the Hessian at a random point between the last two "
+    "iterates, and only gradients are predicted; NIGT(params, rest='extrapolated') can be the base",
     optimizers.MeZO: "it evaluates its closure twice a direction, at shifted parameters, so no gradient is "
     "there to predict; hand rounds an SPSASource(objective, parameters, queries=16) and SGD instead",
     torch.optim.SparseAdam: "it takes sparse gradients only, and the history is dense",
@@ -131,6 +134,7 @@ _RATES: Final[dict[str, float]] = {
     "nag": 0.05,
     "triple-momentum": 0.05,
     "heavy-ball": 0.02,
+    "n-igt": 0.1,
     "adahessian": 0.15,
     "mkor": 0.05,
     "mkor-h": 0.05,

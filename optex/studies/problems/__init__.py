@@ -18,6 +18,7 @@ from optex.studies.problems.gaussian_process import GaussianProcessHyperparamete
 from optex.studies.problems.heat import HeatConduction
 from optex.studies.problems.images import CIFAR10, FashionMNIST
 from optex.studies.problems.interface import Problem
+from optex.studies.problems.lq_policy import LinearQuadraticPolicy
 from optex.studies.problems.moons import TwoMoons
 from optex.studies.problems.networks import CLASSIFIERS
 from optex.studies.problems.source_weights import SourceMixture
@@ -41,6 +42,7 @@ __all__ = [
     "Function",
     "GaussianProcessHyperparameters",
     "HeatConduction",
+    "LinearQuadraticPolicy",
     "LogisticBreastCancer",
     "MountainCar",
     "Problem",
@@ -167,6 +169,9 @@ PROBLEMS: Final[dict[str, ProblemEntry]] = {
         data="shakespeare",
         test_measure="test loss",
         values={"start": ("torch", "gpt2")},
+    ),
+    "lq-policy": ProblemEntry(
+        LinearQuadraticPolicy, "policy of a linear system, by its trajectories", {"trajectories": int}
     ),
     "cartpole": ProblemEntry(CartPole, "deep Q-learning: balance a pole", _CONTROL_OPTIONS),
     "acrobot": ProblemEntry(Acrobot, "deep Q-learning: swing a double pendulum up", _CONTROL_OPTIONS),
