@@ -38,20 +38,34 @@ from optex.evaluators import (
     VectorizedEvaluator,
     WorkersEvaluator,
 )
-from optex.minimize import cbo_minimize, maid, minimize, minimize_gns, scipy_method, solve_bilevel
+from optex.minimize import (
+    cbo_minimize,
+    federated_minimize,
+    maid,
+    minimize,
+    minimize_gns,
+    scipy_method,
+    solve_bilevel,
+)
 from optex.optimizer import OptEx
 from optex.round import Acceptance, Last, LowestLoss, RoundReport, SmallestGradient, WithinTolerance
 from optex.sources import (
     AccumulatingSource,
     ConsensusSource,
+    GaussianMechanism,
     GradientSource,
     InexactBilevelSource,
     LowerLevelError,
     ObjectiveSource,
     PenaltyHypergradient,
     PerSampleSource,
+    Sketch,
+    SketchedSource,
+    SketchState,
     SmoothBilevel,
     SPSASource,
+    leakage_attack,
+    sketched_hook,
 )
 
 __version__ = version("optex")
@@ -68,6 +82,7 @@ __all__ = [
     "Evaluation",
     "EvaluationRequest",
     "Evaluator",
+    "GaussianMechanism",
     "GradientHistory",
     "GradientSource",
     "HoldLast",
@@ -98,6 +113,9 @@ __all__ = [
     "SPSASource",
     "SeparableEstimator",
     "SequentialEvaluator",
+    "Sketch",
+    "SketchState",
+    "SketchedSource",
     "SmallestGradient",
     "SmoothBilevel",
     "VectorizedEvaluator",
@@ -106,9 +124,12 @@ __all__ = [
     "WorkersEvaluator",
     "advise",
     "cbo_minimize",
+    "federated_minimize",
+    "leakage_attack",
     "maid",
     "minimize",
     "minimize_gns",
     "scipy_method",
+    "sketched_hook",
     "solve_bilevel",
 ]

@@ -16,7 +16,10 @@ from optex import (
     ConsensusSource,
     GradientSource,
     InexactBilevelSource,
+    ObjectiveSource,
     PenaltyHypergradient,
+    Sketch,
+    SketchedSource,
     SmoothBilevel,
     SPSASource,
 )
@@ -196,11 +199,34 @@ def _inexact_bilevel() -> tuple[GradientSource, list[torch.Tensor], Callable[[in
     return source, [theta], lambda count: [None] * count
 
 
+def _sketched(kind, *, fixed=False):
+    hessian = torch.tensor([[1.0, 0.3, 0.0], [0.3, 0.8, 0.2], [0.0, 0.2, 1.2]], dtype=torch.float64)
+
+    def make():
+        start = torch.tensor([2.0, -1.0, 1.0], dtype=torch.float64)
+        parameters = [nn.Parameter(start[:2].clone()), nn.Parameter(start[2:].clone())]
+        exact = ObjectiveSource(spsa.Bowl(hessian, parameters), deterministic=fixed)
+        source = SketchedSource(exact, Sketch(kind, 2, seed=1), parameters, fixed=fixed)
+        return source, parameters, lambda count: [torch.zeros((), dtype=torch.float64)] * count
+
+    return make
+
+
+def _exact_sketched(source, parameters):
+    x = torch.cat([p.detach() for p in parameters])
+    return list((source.source.objective.hessian @ x).split([2, 1]))
+
+
 SOURCES: dict[str, SourceRow] = {
     "consensus": SourceRow(_consensus(vectorized=False), lr=0.1),
     "consensus-vectorized": SourceRow(
         _consensus(vectorized=True), lr=0.1, exact=_exact_consensus, tolerance=0.03, answers=200
     ),
+    **{
+        f"sketched-{kind}": SourceRow(_sketched(kind), exact=_exact_sketched, tolerance=0.1, answers=1000)
+        for kind in ("gaussian", "srht", "count", "ams")
+    },
+    "sketched-fixed": SourceRow(_sketched("gaussian", fixed=True)),
     "spsa": SourceRow(_spsa, exact=_exact_spsa, tolerance=0.05, answers=400),
     "penalty-bilevel": SourceRow(_penalty(), lr=0.3, exact=_exact_penalty),
     "penalty-bilevel-gradient-steps": SourceRow(_penalty(rate=0.3), lr=0.3, exact=_exact_penalty),

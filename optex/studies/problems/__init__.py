@@ -17,6 +17,7 @@ from optex.studies.problems.gaussian_process import GaussianProcessHyperparamete
 from optex.studies.problems.heat import HeatConduction
 from optex.studies.problems.images import CIFAR10, FashionMNIST
 from optex.studies.problems.interface import Problem
+from optex.studies.problems.sketched import LogisticSketched
 from optex.studies.problems.synthetic import Ackley, Function, Quadratic, Rosenbrock, Sphere
 from optex.studies.problems.tabular import DigitsMLP, LogisticBreastCancer
 from optex.studies.problems.text import Shakespeare
@@ -38,6 +39,7 @@ __all__ = [
     "GaussianProcessHyperparameters",
     "HeatConduction",
     "LogisticBreastCancer",
+    "LogisticSketched",
     "MountainCar",
     "Problem",
     "ProblemEntry",
@@ -101,6 +103,11 @@ PROBLEMS: Final[dict[str, ProblemEntry]] = {
     ),
     "bayesian-logistic": ProblemEntry(
         BayesianLogistic, "variational inference of it, sampled gradients", {"samples": int}
+    ),
+    "logistic-sketched": ProblemEntry(
+        LogisticSketched,
+        "the logistic regression, gradients through random sketches",
+        {"sketch_size": int, "kind": str},
     ),
     "gp-hyperparameters": ProblemEntry(
         GaussianProcessHyperparameters, "marginal likelihood of a Gaussian process", {"rows": int}
