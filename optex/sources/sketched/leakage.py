@@ -94,7 +94,15 @@ def leakage_attack(
         return ((seen - observed) / length).square().sum()
 
     best, history = (math.inf, data.detach().clone()), []
-    optimizer = torch.optim.LBFGS([data], lr=lr, max_iter=20, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [data],
+        lr=lr,
+        max_iter=20,
+        line_search_fn="strong_wolfe",
+        # torch's own would end it where the mismatch is 1e-5.
+        tolerance_grad=1e-14,
+        tolerance_change=1e-16,
+    )
 
     def closure() -> Tensor:  # []
         nonlocal best
