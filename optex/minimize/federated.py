@@ -91,11 +91,11 @@ def federated_minimize(
 
     Returns:
         ``scipy.optimize.OptimizeResult``: ``x``; ``fun`` and ``jac``, mean of all clients there, on all data;
-        ``losses``, before each round, on the first sample; ``uploaded`` and ``downloaded``, bytes of one client's
-        messages in this call; ``rho``, the zero-concentrated privacy spent since round 0 (None without
-        ``privacy``; its ``epsilon`` makes it an ε); ``nit``, ``nlost`` (answers that did not come), ``success``,
-        ``status``, ``message``. Status 0: within gtol; 1: maxiter reached; 2: numbers that are not finite, ``x``
-        is of before that round; 3: workers do not answer; 99: stopped by ``callback``.
+        ``losses``, before each round, on the first sample; ``uploaded`` and ``downloaded``, bytes of one
+        client's messages in this call; ``rho``, the zero-concentrated privacy spent since round 0 (None without
+        ``privacy``, whose ``epsilon`` has the ε of so many rounds); ``nit``, ``nlost`` (answers that did not
+        come), ``success``, ``status``, ``message``. Status 0: within gtol; 1: maxiter reached; 2: numbers that
+        are not finite, ``x`` is of before that round; 3: workers do not answer; 99: stopped by ``callback``.
 
     Raises:
         TypeError, ValueError: an argument cannot work, or ``fun`` answers in a form that cannot.

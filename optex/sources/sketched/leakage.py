@@ -49,8 +49,8 @@ def leakage_attack(
     them about as well as the gradient does. Noise before the sketch (:class:`GaussianMechanism`) does hide.
 
     Args:
-        gradient: ``gradient(data)``, the flat gradient [d] that a client with these data would send, computed by
-            ``torch.autograd.grad(..., create_graph=True)``.
+        gradient: ``gradient(data)``, the flat gradient [d] that a client with these data would send, computed
+            by ``torch.autograd.grad(..., create_graph=True)``.
         observed: y.
         start: where to begin, of the data's shape; several starts, several attacks.
         sketch, number: R and t, as the client has them; None: y is a gradient.

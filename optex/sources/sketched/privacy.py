@@ -21,8 +21,8 @@ class GaussianMechanism:
     """Vectors clipped to length C, plus N(0, (z C)² I): differentially private, and so is every sketch of them.
 
     What comes of it later, a sketch say, is no less private: noise goes in **before** R, which is no secret.
-    A release is ρ-zCDP with ``ρ = Δ² / (2 z²)``, Δ the sensitivity in units of C, and k of them are kρ-zCDP: their
-    Rényi divergence of order α is at most kρα. That is (ε, δ)-differential privacy with
+    A release is ρ-zCDP with ``ρ = Δ² / (2 z²)``, Δ the sensitivity in units of C, and k of them are kρ-zCDP:
+    their Rényi divergence of order α is at most kρα. That is (ε, δ)-differential privacy with
 
         ε = min over α > 1 of   k ρ α + log(1 - 1/α) - log(δ α) / (α - 1)
 

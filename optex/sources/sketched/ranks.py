@@ -1,4 +1,4 @@
-"""All-reduce of sketches: s numbers in place of a bucket, as a communication hook of DistributedDataParallel."""
+"""All-reduce of sketches: s numbers for a bucket, as a communication hook of DistributedDataParallel."""
 
 # No postponed annotations: DistributedDataParallel compares the hook's with the types themselves.
 from typing import Any

@@ -20,7 +20,8 @@ class Sketch:
     """Random matrices R_t [s, d], t = 0, 1, 2, …, with E[R_tᵀR_t] = I: ``sk`` is R_t g, ``desk`` is R_tᵀ y.
 
     R_t is a function of (kind, s, seed, t, d). Whoever knows these draws the same matrix, whatever the device
-    and the precision; it is never sent, and never written down as a whole. ``desk(sk(g))`` is g in the mean, and
+    and the precision; it is never sent, and never written down as a whole. ``desk(sk(g))`` is g in the mean,
+    and
 
         E‖RᵀR g‖² = (1 + ω) ‖g‖²
 
