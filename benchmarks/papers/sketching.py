@@ -437,7 +437,7 @@ def _rivals() -> tuple[str, bool]:
 # ------------------------------------------------------------------ under OptEx
 
 STEPS = 100
-OPTEX_RATES = (0.25, 0.5)
+OPTEX_RATES = (0.25, 0.5, 1.0, 2.0)
 
 
 def plain_logistic(rate: float, seed: int) -> list[float]:
