@@ -224,7 +224,7 @@ def leaked(size: int, multiplier: float = 0.0) -> list[float]:
             mechanism = optex.GaussianMechanism(float(flat.norm()), multiplier)
             flat = mechanism.release(flat, torch.Generator().manual_seed(1))
         start = torch.full_like(secret, 0.5)
-        answer = optex.leakage_attack(gradient, sketch.sk(flat), start, sketch=sketch, steps=40)
+        answer = optex.leakage_attack(gradient, sketch.sk(flat), start, sketch=sketch, steps=25)
         found.append(float((answer.data - secret).norm() / secret.norm()))
     return found
 
@@ -244,7 +244,7 @@ def _noise_hides() -> tuple[str, bool]:
 
 # ------------------------------------------------------------------ ten clients, a class each
 
-HIDDEN, ROUNDS, LOCAL, BATCH = 32, 100, 3, 32
+HIDDEN, ROUNDS, LOCAL, BATCH = 32, 60, 3, 32
 SHAPES = ((HIDDEN, 784), (HIDDEN,), (CLASSES, HIDDEN), (CLASSES,))
 LENGTHS = [math.prod(shape) for shape in SHAPES]
 NUMBERS = sum(LENGTHS)  # 25,450
@@ -437,7 +437,7 @@ def _rivals() -> tuple[str, bool]:
 # ------------------------------------------------------------------ under OptEx
 
 STEPS = 100
-OPTEX_RATES = (0.25, 0.5, 1.0, 2.0)
+OPTEX_RATES = (0.5, 1.0, 2.0)
 
 
 def plain_logistic(rate: float, seed: int) -> list[float]:
@@ -509,7 +509,7 @@ def held_sketches(held: int) -> list[float]:
     x = nn.Parameter(torch.ones(D, dtype=torch.float64))
     exact = optex.ObjectiveSource(lambda _: 0.5 * (CURVATURES * x * x).sum(), deterministic=True)
     losses = []
-    for block in range(800 // held):
+    for block in range(400 // held):
         source = optex.SketchedSource(exact, optex.Sketch("srht", S, seed=block), [x], fixed=True)
         # The largest eigenvalue of RᵀR is d/s for this kind.
         optimizer = optex.OptEx(torch.optim.SGD([x], lr=S / D), parallelism=4)
