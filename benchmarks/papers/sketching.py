@@ -250,10 +250,10 @@ LENGTHS = [math.prod(shape) for shape in SHAPES]
 NUMBERS = sum(LENGTHS)  # 25,450
 SENT = NUMBERS // 16
 RATES = {
-    "FedAvg": (0.1, 0.2, 0.4),
-    "sketch": (0.2, 0.5, 1.0),
-    "top-k": (0.1, 0.2, 0.4),
-    "8 bits": (0.1, 0.2, 0.4),
+    "FedAvg": (0.05, 0.1, 0.2),
+    "sketch": (0.5, 1.0, 2.0),
+    "top-k": (0.05, 0.1, 0.2),
+    "8 bits": (0.05, 0.1, 0.2),
 }
 Data = tuple[Tensor, Tensor]
 
