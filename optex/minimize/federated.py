@@ -102,7 +102,7 @@ def federated_minimize(
 
     Memory: 2 · clients · d numbers.
 
-    Source: Song, Wang, Yu, Zhang, ICML 2023, arXiv 2210.08371, with the four kinds of R of its appendix.
+    Source: Song, Wang, Yu, Zhang, ICML 2023, arXiv 2210.08371.
 
     >>> import numpy as np, optex
     >>> centres = [np.full(64, c) for c in (0.0, 1.0, 5.0)]
