@@ -35,7 +35,7 @@ from tests.references.sketching import exact_epsilon
 ROOM = "sources"
 D, S, DRAWS = 512, 32, 4000
 KINDS = ("gaussian", "srht", "count", "ams")
-# The notes have them without names; these are the kinds whose derived moments they are.
+# A prototype had them without names; these are the kinds whose derived moments they are.
 PROTOTYPE_MOMENTS = {"gaussian": 17.1, "count": 17.0, "srht": 15.93}
 
 
@@ -581,6 +581,8 @@ def draw(found: dict[str, Any]) -> Figure:
     sizes, errors = zip(*found["leaks"], strict=True)
     attack.loglog(sizes, errors, "o-", color=COLOURS[0], label="median of five digits")
     attack.axvline(PIXELS, color=COLOURS[-1], linestyle=":", label="pixels of a digit")
+    attack.set_xticks(sizes, [str(size) for size in sizes])
+    attack.minorticks_off()
     attack.set(title="the attack", xlabel="numbers sent, s", ylabel="relative error of the digit")
     for colour, (method, run) in zip(COLOURS, found["federation"].items(), strict=False):
         share = [run["up"] / 1e3 * (i + 1) / len(run["accuracy"]) for i in range(len(run["accuracy"]))]

@@ -68,7 +68,8 @@ def federated_minimize(
             otherwise. It may draw from torch's global generator.
         x0: where to start: an array of one dimension, or a tensor of any shape.
         clients: each one's data, in whatever form ``fun`` takes; all count alike.
-        lr: of a local step, positive. As one would choose it without a sketch.
+        lr: of a local step, positive. With ``server_lr=None`` begin with the one that is best without a sketch,
+            and try larger ones where batches or clients that differ are what keeps that small.
         jac: as in :func:`~optex.minimize`: None (autograd), True (fun returns f and gradient), a function.
         sketch: R. None sends vectors as they are.
         local_steps: K, at least 1. With clients that differ, K > 1 has another limit than the minimum.
