@@ -18,6 +18,9 @@ __all__ = ["LogisticSketched"]
 class LogisticSketched(Problem):
     """``LogisticBreastCancer``, whose gradient is ``RᵀR ∇F``: of its 31 numbers ``sketch_size`` are sent.
 
+    The objective itself is deterministic, its ``source`` is not: methods that differentiate by themselves (L-BFGS,
+    line search) see the gradient without a sketch.
+
     Args:
         seed: of the start.
         sketch_size: s, from 1 to 31.
@@ -52,6 +55,10 @@ class LogisticSketched(Problem):
 
     def reset(self) -> None:
         self.logistic.reset()
+
+    @property
+    def deterministic(self) -> bool:
+        return True
 
     @property
     def minimum(self) -> float:
