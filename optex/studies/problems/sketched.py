@@ -18,8 +18,8 @@ __all__ = ["LogisticSketched"]
 class LogisticSketched(Problem):
     """``LogisticBreastCancer``, whose gradient is ``RᵀR ∇F``: of its 31 numbers ``sketch_size`` are sent.
 
-    The objective itself is deterministic, its ``source`` is not: methods that differentiate by themselves (L-BFGS,
-    line search) see the gradient without a sketch.
+    The objective itself is deterministic, its ``source`` is not: methods that differentiate by themselves
+    (L-BFGS, line search) see the gradient without a sketch.
 
     Args:
         seed: of the start.
