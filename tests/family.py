@@ -25,7 +25,10 @@ from optex import (
     LayerSampler,
     LinearQuadratic,
     MinimaxPenaltySource,
+    ObjectiveSource,
     PenaltyHypergradient,
+    Sketch,
+    SketchedSource,
     SmoothBilevel,
     SoftmaxPolicy,
     SourceWeights,
@@ -295,6 +298,24 @@ def _policy(*, baseline=False):
     return make
 
 
+def _exact_sketched(source, parameters):
+    x = torch.cat([p.detach() for p in parameters])
+    return list((source.source.objective.hessian @ x).split([2, 1]))
+
+
+def _sketched(kind, *, fixed=False):
+    hessian = torch.tensor([[1.0, 0.3, 0.0], [0.3, 0.8, 0.2], [0.0, 0.2, 1.2]], dtype=torch.float64)
+
+    def make():
+        start = torch.tensor([2.0, -1.0, 1.0], dtype=torch.float64)
+        parameters = [nn.Parameter(start[:2].clone()), nn.Parameter(start[2:].clone())]
+        exact = ObjectiveSource(spsa.Bowl(hessian, parameters), deterministic=fixed)
+        source = SketchedSource(exact, Sketch(kind, 2, seed=1), parameters, fixed=fixed)
+        return source, parameters, lambda count: [torch.zeros((), dtype=torch.float64)] * count
+
+    return make
+
+
 SOURCES: dict[str, SourceRow] = {
     "consensus": SourceRow(_consensus(vectorized=False), lr=0.1),
     "consensus-vectorized": SourceRow(
@@ -322,6 +343,11 @@ SOURCES: dict[str, SourceRow] = {
         _policy(baseline=True), lr=0.01, exact=_exact_policy, tolerance=0.05, answers=200
     ),
     "policy-cart-pole": SourceRow(_cart_pole),
+    **{
+        f"sketched-{kind}": SourceRow(_sketched(kind), exact=_exact_sketched, tolerance=0.1, answers=1000)
+        for kind in ("gaussian", "srht", "count", "ams")
+    },
+    "sketched-fixed": SourceRow(_sketched("gaussian", fixed=True)),
 }
 
 

@@ -2,6 +2,7 @@
 
 from optex.minimize.bilevel import solve_bilevel
 from optex.minimize.consensus import cbo_minimize
+from optex.minimize.federated import federated_minimize
 from optex.minimize.function import minimize, scipy_method
 from optex.minimize.gns import minimize_gns
 from optex.minimize.maid import maid
@@ -10,6 +11,7 @@ from optex.minimize.reweight import reweight_sources
 
 __all__ = [
     "cbo_minimize",
+    "federated_minimize",
     "maid",
     "minimize",
     "minimize_gns",

@@ -18,6 +18,15 @@ from optex.sources.policy import (
     TrajectorySource,
 )
 from optex.sources.scalebio import LayerSampler, MinimaxPenaltySource, SourceWeights
+from optex.sources.sketched import (
+    GaussianMechanism,
+    Leakage,
+    Sketch,
+    SketchedSource,
+    SketchState,
+    leakage_attack,
+    sketched_hook,
+)
 from optex.sources.spsa import SPSASource
 
 __all__ = [
@@ -29,11 +38,13 @@ __all__ = [
     "DynamicMask",
     "Environment",
     "Episodes",
+    "GaussianMechanism",
     "GaussianPolicy",
     "GradientSource",
     "GymnasiumEnvironment",
     "InexactBilevelSource",
     "LayerSampler",
+    "Leakage",
     "LinearQuadratic",
     "LossModule",
     "LowerLevelError",
@@ -42,10 +53,15 @@ __all__ = [
     "PenaltyHypergradient",
     "PerSampleSource",
     "SPSASource",
+    "Sketch",
+    "SketchState",
+    "SketchedSource",
     "SmoothBilevel",
     "SoftmaxPolicy",
     "SourceWeights",
     "TrajectorySource",
     "backpropagate",
+    "leakage_attack",
+    "sketched_hook",
     "zo_grasp_ratios",
 ]

@@ -21,6 +21,7 @@ from optex.studies.problems.interface import Problem
 from optex.studies.problems.lq_policy import LinearQuadraticPolicy
 from optex.studies.problems.moons import TwoMoons
 from optex.studies.problems.networks import CLASSIFIERS
+from optex.studies.problems.sketched import LogisticSketched
 from optex.studies.problems.source_weights import SourceMixture
 from optex.studies.problems.synthetic import Ackley, Function, Quadratic, Rosenbrock, Sphere
 from optex.studies.problems.tabular import DigitsMLP, LogisticBreastCancer
@@ -44,6 +45,7 @@ __all__ = [
     "HeatConduction",
     "LinearQuadraticPolicy",
     "LogisticBreastCancer",
+    "LogisticSketched",
     "MountainCar",
     "Problem",
     "ProblemEntry",
@@ -124,6 +126,11 @@ PROBLEMS: Final[dict[str, ProblemEntry]] = {
     ),
     "bayesian-logistic": ProblemEntry(
         BayesianLogistic, "variational inference of it, sampled gradients", {"samples": int}
+    ),
+    "logistic-sketched": ProblemEntry(
+        LogisticSketched,
+        "the logistic regression, gradients through random sketches",
+        {"sketch_size": int, "kind": str},
     ),
     "gp-hyperparameters": ProblemEntry(
         GaussianProcessHyperparameters, "marginal likelihood of a Gaussian process", {"rows": int}

@@ -1,0 +1,117 @@
+"""The gradient of any source as it comes out of a sketched channel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NoReturn, final
+
+import torch
+from torch import Tensor
+
+from optex.checks import check_kind
+from optex.sources.interface import GradientSource
+from optex.sources.sketched.sketch import Sketch
+
+__all__ = ["SketchedSource"]
+
+
+@final
+class SketchedSource(GradientSource):
+    """``RᵀR g`` for the gradient g of another source: what is left of g after s numbers were sent.
+
+    R is drawn anew for every gradient, its number t by torch's global generator: ``E RᵀR g = g``, with the
+    noise ``E‖RᵀR g - g‖² = ω ‖g‖²`` (:class:`Sketch` has ω). That, and the noise that the other source tells,
+    is the noise told. Where a gradient's noise is relative to its own length it vanishes at a minimum, and
+    descent converges with steps of ``1 / ((1 + ω) L)``; at 1/L it diverges.
+
+    Args:
+        source: whose gradients.
+        sketch: how.
+        parameters: those that are optimised, d numbers in all; the whole gradient is one vector.
+        fixed: R_0 for every gradient. Descent then never leaves the s dimensions of the rows of R_0, and the
+            answer is no estimate of the gradient; gradients of a history are s numbers each, not d.
+
+    Raises:
+        TypeError, ValueError: an argument cannot work, or there are fewer than s parameters.
+
+    >>> import torch, optex
+    >>> _ = torch.manual_seed(0)
+    >>> x = torch.nn.Parameter(torch.ones(64))
+    >>> plain = optex.ObjectiveSource(lambda _: 0.5 * x.square().sum(), deterministic=True)
+    >>> source = optex.SketchedSource(plain, optex.Sketch("count", 16), [x])
+    >>> optimizer = torch.optim.SGD([x], lr=1 / source.sketch.second_moment(64))
+    >>> for _ in range(100):
+    ...     optimizer.zero_grad()
+    ...     loss, variance = source.gradient(None)
+    ...     optimizer.step()
+    >>> bool(loss < 1e-4)
+    True
+
+    Source: Song, Wang, Yu, Zhang, ICML 2023, arXiv 2210.08371.
+    """
+
+    def __init__(
+        self, source: GradientSource, sketch: Sketch, parameters: Iterable[Tensor], *, fixed: bool = False
+    ) -> None:
+        if not isinstance(source, GradientSource):
+            raise TypeError(
+                f"SketchedSource: source must be a GradientSource, got {type(source).__name__}; wrap an "
+                "objective in ObjectiveSource"
+            )
+        if not isinstance(sketch, Sketch):
+            raise TypeError(f"SketchedSource: sketch must be a Sketch, got {type(sketch).__name__}")
+        if isinstance(parameters, Tensor):
+            raise TypeError("SketchedSource: parameters must be a list of tensors; pass [tensor]")
+        check_kind("SketchedSource", "fixed", fixed, bool, "True or False")
+        self.source, self.sketch, self.fixed = source, sketch, bool(fixed)
+        self.parameters = list(parameters)
+        for p in self.parameters:
+            if not isinstance(p, Tensor) or not p.is_floating_point():
+                came = f"a tensor of {p.dtype}" if isinstance(p, Tensor) else type(p).__name__
+                raise TypeError(f"SketchedSource: parameters must be floating-point tensors, got {came}")
+        dimension = sum(p.numel() for p in self.parameters)
+        if not dimension:
+            raise ValueError("SketchedSource: the parameters hold no number; there is no gradient to sketch")
+        self._moment = sketch.second_moment(dimension)
+        self.deterministic = source.deterministic and self.fixed
+        self.evaluations = source.evaluations
+        self.module = source.module
+
+    def gradient(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        loss, noise = self.source.gradient(batch)
+        found = [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in self.parameters]
+        flat = torch.cat([gradient.reshape(-1) for gradient in found])  # [d], of the widest dtype
+        # Behind the other source's own draws, which are then those of a run without a sketch.
+        number = 0 if self.fixed else int(torch.randint(1 << 62, ()))
+        back = self.sketch.desk(self.sketch.sk(flat, number), len(flat), number)
+        for p, piece in zip(self.parameters, back.split([p.numel() for p in self.parameters]), strict=True):
+            p.grad = piece.view_as(p).to(p.dtype, copy=True)
+        return loss, self._noise(noise, flat)
+
+    def _noise(
+        self,
+        inner: Tensor | None,  # []
+        flat: Tensor,  # [d]
+    ) -> Tensor | None:  # []
+        if inner is None and self.source.deterministic:
+            inner = torch.zeros((), dtype=flat.dtype, device=flat.device)
+        if inner is None:
+            return None
+        # A fixed R is part of what is optimised, not noise; noise that goes through it grows to (1 + ω) times.
+        if self.fixed:
+            return inner * self._moment
+        # Given g, ω ‖g‖² / d a component; and g's own noise beside it.
+        return inner + (self._moment - 1) * flat.square().mean()
+
+    def replica(self) -> tuple[GradientSource, list[Tensor]] | None:
+        made = self.source.replica()
+        if made is None:
+            return None
+        source, parameters = made
+        return SketchedSource(source, self.sketch, parameters, fixed=self.fixed), parameters
+
+    def with_graph(self) -> NoReturn:
+        raise ValueError(
+            "SketchedSource: a sketched gradient is no derivative, and is not differentiated again; use a base "
+            "optimizer that needs nothing beside the gradient"
+        )
