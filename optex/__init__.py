@@ -42,6 +42,7 @@ from optex.evaluators import (
 from optex.minimize import cbo_minimize, maid, minimize, minimize_gns, scipy_method, solve_bilevel
 from optex.optimizer import OptEx
 from optex.round import Acceptance, Last, LowestLoss, RoundReport, SmallestGradient, WithinTolerance
+from optex.solvers import BanditTuner, sor, ssor_pcg
 from optex.sources import (
     AccumulatingSource,
     ConsensusSource,
@@ -60,6 +61,7 @@ __all__ = [
     "Acceptance",
     "AccumulatingSource",
     "Advice",
+    "BanditTuner",
     "CommitteeEstimator",
     "ConsensusSource",
     "ConvergenceWarning",
@@ -113,4 +115,6 @@ __all__ = [
     "minimize_gns",
     "scipy_method",
     "solve_bilevel",
+    "sor",
+    "ssor_pcg",
 ]
