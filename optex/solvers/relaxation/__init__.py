@@ -1,7 +1,7 @@
 """Learning to relax: SOR, CG preconditioned by SSOR, and bandits that choose ω from what solves cost.
 
-Khodak, Chow, Balcan, Talwalkar: *Learning to Relax: Setting Solver Parameters Across a Sequence of Linear System
-Instances*, ICLR 2024, arXiv 2310.02246.
+Khodak, Chow, Balcan, Talwalkar: *Learning to Relax: Setting Solver Parameters Across a Sequence of Linear
+System Instances*, ICLR 2024, arXiv 2310.02246.
 """
 
 from optex.solvers.relaxation.bandit import BanditTuner

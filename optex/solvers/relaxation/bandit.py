@@ -25,19 +25,20 @@ _METHODS: Final = ("tsallis-inf", "chebcb")
 class BanditTuner:
     """Chooses a setting for each of a sequence of problems, from what earlier choices cost.
 
-    ``suggest`` a value, run with it, ``observe`` the cost: iterations, seconds, gradients, whatever is to be small
-    and not negative. ``"tsallis-inf"`` comes to cost little more than the best single value of the grid does, with no
-    assumption on the problems. ``"chebcb"`` is told a number with each problem, its context, and learns which value is
-    best at which context; costs have to be smooth in it.
+    ``suggest`` a value, run with it, ``observe`` the cost: iterations, seconds, gradients, whatever is to be
+    small and not negative. ``"tsallis-inf"`` comes to cost little more than the best single value of the grid
+    does, with no assumption on the problems. ``"chebcb"`` is told a number with each problem, its context, and
+    learns which value is best at which context; costs have to be smooth in it.
 
     Args:
         grid: values to choose from, at least two, increasing; ``suggest`` returns them as they are here.
         method: as above; the paper has both.
-        contexts: of ChebCB, the interval (low, high) in which contexts are; what lies outside counts as its end.
+        contexts: of ChebCB, the interval (low, high) in which contexts are; what lies outside counts as its
+            end.
         features: of ChebCB, m ≥ 1: Chebyshev polynomials of degrees below m.
         least: a cost below which none is; 1 for iterations. It is taken off all costs.
-        seed: of the choices: an integer, or a ``numpy.random.Generator``, which then is drawn from. None takes one
-            from torch's global generator.
+        seed: of the choices: an integer, or a ``numpy.random.Generator``, which then is drawn from. None takes
+            one from torch's global generator.
 
     Raises:
         TypeError, ValueError: an argument cannot work.
@@ -100,8 +101,8 @@ class BanditTuner:
         """
         if self._pending is not None:
             raise RuntimeError(
-                f"{_OWNER}.suggest: what {self._grid[self._pending[0]]!r} cost, the last suggestion, is not known yet; "
-                "call observe, or forget if it was not used"
+                f"{_OWNER}.suggest: what {self._grid[self._pending[0]]!r} cost, the last suggestion, is not "
+                "known yet; call observe, or forget if it was not used"
             )
         context = self._read(context)
         chances = self._learner.probabilities(context)
@@ -115,8 +116,9 @@ class BanditTuner:
 
         Args:
             cost: not below ``least``.
-            failed: the run stopped at a limit, or broke down. Its cost, which may then be left out, says little: it
-                counts as much as the worst run that did not fail, and leaves the scale of costs as it is.
+            failed: the run stopped at a limit, or broke down. Its cost, which may then be left out, says
+                little: it counts as much as the worst run that did not fail, and leaves the scale of costs as
+                it is.
 
         Raises:
             RuntimeError: nothing was suggested.
@@ -169,7 +171,9 @@ class BanditTuner:
         for name, value in self._settings.items():
             saved = saved_entry(_OWNER, settings, name)
             if (tuple(saved) if isinstance(saved, list) and name == "contexts" else saved) != value:
-                raise ValueError(f"{_OWNER}: saved {name} is {saved!r}, this tuner's {value!r}; make one like that")
+                raise ValueError(
+                    f"{_OWNER}: saved {name} is {saved!r}, this tuner's {value!r}; make one like that"
+                )
         learner = self._learner.restored(_OWNER, saved_entry(_OWNER, state, "learner"))
         pending = self._restored_pending(saved_entry(_OWNER, state, "pending"))
         try:

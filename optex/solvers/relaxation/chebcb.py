@@ -19,26 +19,26 @@ __all__ = ["ChebCB"]
 class ChebCB(Learner):
     """Least squares on Chebyshev polynomials, and inverse gap weighting.
 
-    The cost of action i at context c, z = c mapped to [-1, 1], is f_i(c) = Σ_{j<m} θ_ij T_j(z), fitted to what i has
-    cost with |θ_i0| ≤ K and |θ_ij| ≤ 2 R / j, K the largest cost so far and R its distance to the least, which is
-    what bounds the coefficients of a function whose slope is at most R over the interval's length. With i* the least
-    of f_i(c) at this context
+    The cost of action i at context c, z = c mapped to [-1, 1], is f_i(c) = Σ_{j<m} θ_ij T_j(z), fitted to what
+    i has cost, with |θ_i0| ≤ K and |θ_ij| ≤ 2 R / j: K is the largest cost so far and R its distance to the
+    least, and these bound the coefficients of a function whose slope is at most R over the interval's length.
+    With i* the least of f_i(c) at this context
 
         p_i = 1 / (d + η (f_i(c) - f_i*(c)))  for i ≠ i*,       p_i* = 1 - Σ p_i
         η = 2 t √(d t / (E + 2 α² t)),          α = (π + 2/π log(2 m + 1)) R / (2 (m + 1))
 
-    for d actions at time t; E is how much worse the costs were predicted than the fits of all predict them now. Fits
-    are in costs' own unit, in which η is in its inverse: choices do not depend on the unit at all.
+    for d actions at time t; E is how much worse the costs were predicted than the fits of all predict them now.
+    Fits are in costs' own unit, in which η is in its inverse: choices do not depend on the unit at all.
 
-    Source: Khodak et al., Algorithm 4 and its published constants; inverse gap weighting: Foster and Rakhlin, *Beyond
+    Source: Khodak et al., with the constants of their code; inverse gap weighting: Foster and Rakhlin, *Beyond
     UCB*, ICML 2020.
     """
 
     def __init__(self, actions: int, contexts: tuple[float, float], features: int) -> None:
         self._contexts, self._features = contexts, features
         self._theta = np.zeros((actions, features))
-        # Of each action, the triangular factor of rows (T_j(z), cost, failed): all that least squares need of them,
-        # in memory that does not grow; a failure's cost may still be raised.
+        # Of each action, the triangular factor of rows (T_j(z), cost, failed): all that least squares need of
+        # them, in memory that does not grow; a failure's cost may still be raised.
         self._factors = np.zeros((actions, features + 2, features + 2))
         self._spread = np.zeros(actions)  # Σ (cost - f)² of each fit
         self._played = np.zeros(actions)

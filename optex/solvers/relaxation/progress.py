@@ -48,6 +48,7 @@ class Progress:
         self.goal = tolerance * self._scale
         self._epsilon = torch.finfo(system.dtype).eps
         self._best, self._best_norm, self._best_at = system.start, math.inf, 0
+        self._ceiling = self._scale / self._epsilon
         self.norms: list[float] = []
 
     @property
@@ -61,22 +62,22 @@ class Progress:
         norm: float,  # ‖b - A x‖
     ) -> Status | None:
         """Note an iterate, the start the first of them; why to stop here, or None."""
+        # In the order of what is likely: on small systems this takes as long as the arithmetic.
+        taken = len(self.norms)
         self.norms.append(norm)
-        taken = len(self.norms) - 1
-        if not math.isfinite(norm):
-            return Status.NON_FINITE
         if norm < self._best_norm:
             self._best, self._best_norm, self._best_at = x, norm, taken
-        if norm <= self.goal:
-            return Status.CONVERGED
+            if norm <= self.goal:
+                return Status.CONVERGED
+            if taken == 0:
+                self._ceiling = max(self._scale, norm) / self._epsilon
+        elif not norm <= self._ceiling:
+            return Status.BREAKDOWN if math.isfinite(norm) else Status.NON_FINITE
+        elif taken - self._best_at >= _PATIENCE and self._at_rounding(x, norm):
+            return Status.STALLED
         if self._callback is not None and taken and self._stopped(x, norm, taken):
             return Status.STOPPED
-        if norm * self._epsilon > max(self._scale, self.norms[0]):
-            return Status.BREAKDOWN
-        if taken == self._limit:
-            return Status.LIMIT
-        stalled = taken - self._best_at >= _PATIENCE and self._at_rounding(x, norm)
-        return Status.STALLED if stalled else None
+        return Status.LIMIT if taken >= self._limit else None
 
     def result(self, status: Status, message: str = "") -> OptimizeResult:
         """The run's, with the best iterate, and its residual measured."""

@@ -39,26 +39,27 @@ def sor(
     ω in (0, 2) where A is symmetric positive definite (Ostrowski, Reich); how fast depends on ω very much.
 
     Args:
-        A: [n, n], without a zero on its diagonal: SciPy sparse, a NumPy array, or a tensor, dense or sparse. A dense
-            tensor on an accelerator stays there; a sparse one is solved in main memory.
+        A: [n, n], without a zero on its diagonal: SciPy sparse, a NumPy array, or a tensor, dense or sparse. A
+            dense tensor on an accelerator stays there; a sparse one is solved in main memory.
         b: [n]. With A it decides the dtype: float32 where both are, else float64.
         omega: ω, in (0, 2).
         x0: [n], where to start; zero by default.
         tol: on the residual, relative to b's norm.
         maxiter: most iterations, at least 1.
-        callback: called after every iteration with ``x``, ``residual_norm`` and ``nit``; ends the run by returning
-            True or raising ``StopIteration``.
+        callback: called after every iteration with ``x``, ``residual_norm`` and ``nit``; ends the run by
+            returning True or raising ``StopIteration``.
 
     Returns:
-        ``scipy.optimize.OptimizeResult``: ``x`` [n] in b's form (that of the least residual, where the tolerance was
-        not reached), ``residual_norm`` of it, ``residual_norms`` of the start and all iterates, ``nit``, ``success``,
-        ``status`` (:class:`optex.solvers.Status`; BREAKDOWN where it diverges), ``message``.
+        ``scipy.optimize.OptimizeResult``: ``x`` [n] in b's form (that of the least residual, where the
+        tolerance was not reached), ``residual_norm`` of it, ``residual_norms`` of the start and all iterates,
+        ``nit``, ``success``, ``status`` (:class:`optex.solvers.Status`; BREAKDOWN where it diverges),
+        ``message``.
 
     Raises:
         TypeError, ValueError: an argument cannot work; the message says why.
 
-    Source: Khodak, Chow, Balcan, Talwalkar, arXiv 2310.02246, Algorithm 1 (there relative to the first residual, which
-    is b where x0 is zero); Young, *Iterative Solution of Large Linear Systems*, 1971.
+    Source: Khodak, Chow, Balcan, Talwalkar, arXiv 2310.02246 (there relative to the first residual, which is b
+    where x0 is zero); Young, *Iterative Solution of Large Linear Systems*, 1971.
 
     >>> import numpy as np
     >>> A = np.array([[4.0, -1.0, 0.0], [-1.0, 4.0, -1.0], [0.0, -1.0, 4.0]])
@@ -72,12 +73,12 @@ def sor(
     if progress.trivial:
         return progress.zero()
     matrix, right, x = system.matrix, system.right, system.start
-    solve = matrix.triangle(omega).solve
+    solve, product, norm = matrix.triangle(omega).solve, matrix.product, matrix.norm
     with np.errstate(over="ignore", invalid="ignore"):  # a diverging run overflows, and says so by its status
-        residual = right - matrix.product(x)
-        while (status := progress.ended(x, matrix.norm(residual))) is None:
+        residual = right - product(x)
+        while (status := progress.ended(x, norm(residual))) is None:
             x = x + solve(residual)
-            residual = right - matrix.product(x)
+            residual = right - product(x)
     diverged = "The residual grows without bound: relaxation with this omega does not converge for this A."
     return progress.result(status, diverged * (status == Status.BREAKDOWN))
 
@@ -87,8 +88,8 @@ def optimal_omega(A: Any) -> float:
 
         ω* = 2 / (1 + √(1 - β²)) = 1 + (β / (1 + √(1 - β²)))²,     β = ρ(I - D⁻¹ A)
 
-    For other symmetric matrices it is a guess. β takes many products with A: for one system this costs more than it
-    saves.
+    For other symmetric matrices it is a guess. β takes many products with A: for one system this costs more
+    than it saves.
 
     Args:
         A: [n, n], symmetric, with a positive diagonal; as ``sor`` takes it.
@@ -107,8 +108,8 @@ def optimal_omega(A: Any) -> float:
     radius = _jacobi_radius(read_matrix("optimal_omega", A, symmetric=True))
     if not radius < 1:
         raise NotPositiveDefiniteError(
-            f"optimal_omega: Jacobi's iteration has spectral radius {radius:.6g}, not below 1, so that the formula has "
-            "no meaning; A is not positive definite, or not consistently ordered"
+            f"optimal_omega: Jacobi's iteration has spectral radius {radius:.6g}, not below 1, so that the "
+            "formula has no meaning; A is not positive definite, or not consistently ordered"
         )
     return 2 / (1 + math.sqrt(1 - radius**2))
 

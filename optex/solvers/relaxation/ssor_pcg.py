@@ -35,8 +35,8 @@ def ssor_pcg(
     ``sor``.
 
     Args:
-        A: [n, n], symmetric, with a positive diagonal; SciPy sparse, a NumPy array, or a tensor, dense or sparse. A
-            dense tensor on an accelerator stays there; a sparse one is solved in main memory.
+        A: [n, n], symmetric, with a positive diagonal; SciPy sparse, a NumPy array, or a tensor, dense or
+            sparse. A dense tensor on an accelerator stays there; a sparse one is solved in main memory.
         b: [n]. With A it decides the dtype: float32 where both are, else float64.
         omega: ω, in (0, 2).
         x0: [n], where to start; zero by default.
@@ -49,10 +49,10 @@ def ssor_pcg(
 
     Raises:
         TypeError, ValueError: an argument cannot work; the message says why.
-        NotPositiveDefiniteError: A is not positive definite: its diagonal is not, or a direction p with p·A p ≤ 0 was
-            met.
+        NotPositiveDefiniteError: A is not positive definite: its diagonal is not, or a direction p with p·A p ≤
+            0 was met.
 
-    Source: Khodak, Chow, Balcan, Talwalkar, arXiv 2310.02246, section 2; Axelsson, *A class of iterative methods for
+    Source: Khodak, Chow, Balcan, Talwalkar, arXiv 2310.02246; Axelsson, *A class of iterative methods for
     finite element equations*, 1976.
 
     >>> import numpy as np
@@ -95,8 +95,9 @@ def _iterate(system: System, progress: Progress, precondition: Callable[[Array],
             return Status.BREAKDOWN
         if curvature <= 0:
             raise NotPositiveDefiniteError(
-                f"ssor_pcg: A must be positive definite, but p·A p = {curvature:.3g} along a direction p, in iteration "
-                f"{len(progress.norms)}; use a solver for indefinite matrices, such as scipy.sparse.linalg.minres"
+                f"ssor_pcg: A must be positive definite, but p·A p = {curvature:.3g} along a direction p, in "
+                f"iteration {len(progress.norms)}; use a solver for indefinite matrices, such as "
+                "scipy.sparse.linalg.minres"
             )
         x = x + (energy / curvature) * direction
         residual = residual - (energy / curvature) * image

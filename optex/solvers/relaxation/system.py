@@ -123,8 +123,8 @@ class SparseMatrix(_HostMatrix):
         values[rows == across[below]] /= values.dtype.type(omega)
         starts = np.concatenate([[0], np.cumsum(below)])[columns.indptr].astype(rows.dtype)
         lower = scipy.sparse.csc_array((values, rows, starts), shape=(size, size))
-        # In its own order and with its own pivots a triangle is its factor: nothing fills in. Solves with it run in
-        # compiled code, a hundredth of the time of spsolve_triangular at n = 100 and a sixth at n = 100,000.
+        # In its own order and with its own pivots a triangle is its factor: nothing fills in. Solves with it
+        # run in compiled code, a hundredth of spsolve_triangular's time at n = 100, a sixth at 100,000.
         factor = splu(lower, permc_spec="NATURAL", diag_pivot_thresh=0.0, options={"Equil": False})
         return Triangle(factor.solve, lambda r: factor.solve(r, "T"))
 
@@ -248,8 +248,8 @@ def read_matrix(owner: str, A: Any, dtype: torch.dtype | None = None, *, symmetr
     if not bool(diagonal.all()):
         row = int(torch.as_tensor(diagonal == 0).nonzero()[0])
         raise ValueError(
-            f"{owner}: A has a zero on its diagonal, at row {row}, and relaxation divides by it; order the rows so "
-            "that none is, or use another solver"
+            f"{owner}: A has a zero on its diagonal, at row {row}, and relaxation divides by it; order the "
+            "rows so that none is, or use another solver"
         )
     if symmetric:
         _check_symmetric(owner, matrix, diagonal)
@@ -260,14 +260,14 @@ def _check_symmetric(owner: str, matrix: Matrix, diagonal: Array) -> None:
     apart, largest = matrix.asymmetry()
     if apart > _ASYMMETRY * largest:
         raise ValueError(
-            f"{owner}: A must be symmetric, but entries of A - Aᵀ are as large as {apart:.3g}; symmetrise it, or use "
-            "sor, or a solver for other matrices"
+            f"{owner}: A must be symmetric, but entries of A - Aᵀ are as large as {apart:.3g}; symmetrise it, "
+            "or use sor, or a solver for other matrices"
         )
     if bool((diagonal < 0).any()):
         row = int(torch.as_tensor(diagonal < 0).nonzero()[0])
         raise NotPositiveDefiniteError(
-            f"{owner}: A must be positive definite, but its diagonal has {float(diagonal[row]):.3g} at row {row}; "
-            "solve with -A and -b if it is negative definite"
+            f"{owner}: A must be positive definite, but its diagonal has {float(diagonal[row]):.3g} at row "
+            f"{row}; solve with -A and -b if it is negative definite"
         )
 
 
@@ -296,12 +296,14 @@ def _common_dtype(owner: str, *values: Any) -> torch.dtype:
     for value in values:
         if not (scipy.sparse.issparse(value) or isinstance(value, (Tensor, np.ndarray, list, tuple))):
             raise TypeError(
-                f"{owner}: A and b must be SciPy sparse, NumPy arrays or tensors, got {type(value).__name__}; a "
-                "product alone has no diagonal to relax with"
+                f"{owner}: A and b must be SciPy sparse, NumPy arrays or tensors, got {type(value).__name__}; "
+                "a product alone has no diagonal to relax with"
             )
         dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
         if isinstance(dtype, torch.dtype):
-            dtype = np.dtype(np.float16) if dtype == torch.bfloat16 else torch.empty(0, dtype=dtype).numpy().dtype
+            dtype = (
+                np.dtype(np.float16) if dtype == torch.bfloat16 else torch.empty(0, dtype=dtype).numpy().dtype
+            )
         dtype = np.dtype(np.float64) if dtype.kind in "iub" else dtype
         if dtype not in _DTYPES:
             raise TypeError(f"{owner}: A and b must be real, of float32 or float64, got {dtype}; convert them")

@@ -1,4 +1,4 @@
-"""Tsallis-INF: a bandit without contexts, whose regret is optimal against adversaries and in chance's favour."""
+"""Tsallis-INF: a bandit without contexts, good against adversaries and against chance alike."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class TsallisINF(Learner):
 
         p_i = 4 / (η (k_i / s - x))²,   Σ p_i = 1 by Newton's method on x,   η = 2 / √t
 
-    k_i is the sum of cost / p_i over the times that i was chosen, an unbiased estimate of what i would have cost all
-    along, and s the mean cost so far, so that costs may have any unit.
+    k_i is the sum of cost / p_i over the times that i was chosen, an unbiased estimate of what i would have
+    cost all along, and s the mean cost so far, so that costs may have any unit.
 
-    Source: Zimmert and Seldin, *Tsallis-INF*, JMLR 2021; Khodak et al., Algorithm 2.
+    Source: Zimmert and Seldin, *Tsallis-INF*, JMLR 2021; Khodak et al..
     """
 
     def __init__(self, actions: int) -> None:
@@ -39,8 +39,8 @@ class TsallisINF(Learner):
     def probabilities(self, context: float | None) -> NDArray[np.float64]:
         losses = self._losses()
         rate = 2 / math.sqrt(self._time)
-        # From here on p of the best is 1, so that the sum is 1 at least, convex and growing in x: Newton's steps come
-        # down from this side and never pass a pole.
+        # From here on p of the best is 1, so that the sum is 1 at least, convex and growing in x: Newton's
+        # steps come down from this side and never pass a pole.
         x = losses.min() - 2 / rate
         for _ in range(_NEWTON):
             chances = 4 / (rate * (losses - x)) ** 2
