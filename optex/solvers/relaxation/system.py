@@ -93,7 +93,7 @@ class _HostMatrix(Matrix):
     """What lies in main memory, for NumPy, BLAS and SciPy."""
 
     def __init__(self, dtype: Any) -> None:
-        self._norm = get_blas_funcs("nrm2", dtype=dtype)
+        self._norm: Any = get_blas_funcs("nrm2", dtype=dtype)
 
     def norm(self, x: Array) -> float:
         return self._norm(x)
@@ -103,7 +103,7 @@ class SparseMatrix(_HostMatrix):
     """Columns compressed, entries sorted."""
 
     def __init__(self, matrix: Any) -> None:
-        columns = scipy.sparse.csc_array(matrix)
+        columns: Any = scipy.sparse.csc_array(matrix)  # SciPy's types say too little of their attributes
         if not columns.has_canonical_format:
             columns = columns.copy()
             columns.sum_duplicates()
@@ -151,7 +151,7 @@ class DenseMatrix(_HostMatrix):
     def triangle(self, omega: float) -> Triangle:
         lower = np.array(self._matrix, order="F")  # BLAS reads nothing above the diagonal
         np.fill_diagonal(lower, self.diagonal / self.diagonal.dtype.type(omega))
-        solve = get_blas_funcs("trsv", (lower,))
+        solve: Any = get_blas_funcs("trsv", (lower,))
         return Triangle(lambda r: solve(lower, r, lower=1), lambda r: solve(lower, r, lower=1, trans=1))
 
     def asymmetry(self) -> tuple[float, float]:
@@ -299,7 +299,7 @@ def _common_dtype(owner: str, *values: Any) -> torch.dtype:
                 f"{owner}: A and b must be SciPy sparse, NumPy arrays or tensors, got {type(value).__name__}; "
                 "a product alone has no diagonal to relax with"
             )
-        dtype = value.dtype if hasattr(value, "dtype") else np.asarray(value).dtype
+        dtype: Any = np.asarray(value).dtype if isinstance(value, (list, tuple)) else value.dtype
         if isinstance(dtype, torch.dtype):
             dtype = (
                 np.dtype(np.float16) if dtype == torch.bfloat16 else torch.empty(0, dtype=dtype).numpy().dtype
