@@ -7,7 +7,7 @@ __all__ = ["SOLVERS", "BanditTuner", "Status", "optimal_omega", "outcome", "sor"
 
 # What `optex list` says of each.
 SOLVERS: dict[str, str] = {
-    "sor": "successive over-relaxation: one triangular solve an iteration (Young; arXiv 2310.02246)",
-    "ssor-pcg": "conjugate gradients preconditioned by symmetric relaxation (arXiv 2310.02246)",
-    "bandit-tuner": "learns a setting, ω or any other, from what runs with it cost (arXiv 2310.02246)",
+    "sor": "successive over-relaxation (Young; arXiv 2310.02246)",
+    "ssor-pcg": "CG preconditioned by symmetric relaxation (arXiv 2310.02246)",
+    "bandit-tuner": "learns a setting from what runs cost (arXiv 2310.02246)",
 }

@@ -31,8 +31,8 @@ def ssor_pcg(
 
         P = (D + ω L) D⁻¹ (D + ω L)ᵀ / (ω (2 - ω))        (SSOR)
 
-    with D the diagonal of A and L what is below it; until ‖b - A x‖ ≤ tol ‖b‖. ω matters less than it does for
-    ``sor``.
+    with D the diagonal of A and L what is below it; until ‖b - A x‖ ≤ tol ‖b‖. ω matters less than it does
+    for ``sor``.
 
     Args:
         A: [n, n], symmetric, with a positive diagonal; SciPy sparse, a NumPy array, or a tensor, dense or
