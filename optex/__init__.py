@@ -52,6 +52,7 @@ from optex.minimize import (
 )
 from optex.optimizer import OptEx
 from optex.round import Acceptance, Last, LowestLoss, RoundReport, SmallestGradient, WithinTolerance
+from optex.solvers import BanditTuner, sor, ssor_pcg
 from optex.sources import (
     AccumulatingSource,
     BlockLoss,
@@ -90,6 +91,7 @@ __all__ = [
     "Acceptance",
     "AccumulatingSource",
     "Advice",
+    "BanditTuner",
     "BlockLoss",
     "CommitteeEstimator",
     "ConsensusSource",
@@ -165,5 +167,7 @@ __all__ = [
     "scipy_method",
     "sketched_hook",
     "solve_bilevel",
+    "sor",
+    "ssor_pcg",
     "zo_grasp_ratios",
 ]

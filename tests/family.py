@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import scipy.sparse
 import torch
 from scipy.optimize import OptimizeResult
 from torch import nn
@@ -36,10 +38,12 @@ from optex import (
     TrajectorySource,
 )
 from optex.optimizers import MFAC, MKOR, NAG, NIGT, SCALE, AdaGradNorm, AdaHessian, HeavyBall, TripleMomentum
+from optex.solvers import sor, ssor_pcg
 from tests.models import regression_batches
 from tests.references import consensus, deepzero, scalebio, spsa
 from tests.references.maid import dense_quadratic
 from tests.references.penalty_bilevel import QuadraticBilevel
+from tests.references.relaxation import laplacian, relaxed
 
 __all__ = ["FAMILY", "SOLVERS", "SOURCES", "Member", "SolverRow", "SourceRow"]
 
@@ -374,4 +378,23 @@ class SolverRow:
     iterates: bool = True
 
 
-SOLVERS: dict[str, SolverRow] = {}
+def _laplacian(form: Callable[[np.ndarray], Any], right: Callable[[np.ndarray], Any] = np.array):
+    A = laplacian(6) + 0.1 * np.eye(36)
+    return lambda: {"A": form(A), "b": right(A @ _RELAXED), "omega": 1.5}
+
+
+SOLVERS: dict[str, SolverRow] = {
+    "sor": SolverRow(_laplacian(np.array), sor, lambda result: relaxed(result, _RELAXED)),
+    "sor-sparse": SolverRow(_laplacian(scipy.sparse.csr_array), sor, lambda result: relaxed(result, _RELAXED)),
+    "sor-torch-sparse": SolverRow(
+        _laplacian(lambda A: torch.tensor(A).to_sparse(), torch.tensor),
+        sor,
+        lambda result: relaxed(result, _RELAXED),
+    ),
+    "ssor-pcg": SolverRow(
+        _laplacian(scipy.sparse.csr_array), ssor_pcg, lambda result: relaxed(result, _RELAXED)
+    ),
+    "ssor-pcg-torch": SolverRow(
+        _laplacian(torch.tensor, torch.tensor), ssor_pcg, lambda result: relaxed(result, _RELAXED)
+    ),
+}
