@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from scipy.optimize import OptimizeResult
 from torch import nn
@@ -23,6 +24,8 @@ from optex import (
     SPSASource,
 )
 from optex.optimizers import MFAC, MKOR, NAG, SCALE, AdaGradNorm, AdaHessian, HeavyBall, TripleMomentum
+from optex.solvers import dcdm
+from optex.studies.poisson import Poisson, obstacles
 from tests.references import consensus, spsa
 from tests.references.maid import dense_quadratic
 from tests.references.penalty_bilevel import QuadraticBilevel
@@ -240,4 +243,31 @@ class SolverRow:
     iterates: bool = True
 
 
-SOLVERS: dict[str, SolverRow] = {}
+def _poisson_system() -> tuple[Any, Any]:
+    problem = Poisson(obstacles((8, 8), 1, 0))
+    return problem.matrix, problem.random_right_hand_side(0)
+
+
+def _left_over(result: OptimizeResult) -> float:
+    A, b = _poisson_system()
+    return float(np.linalg.norm(A @ np.asarray(result.x).ravel() - b.ravel()) / np.linalg.norm(b))
+
+
+def _dcdm(*, operator: bool = False) -> Callable[[], dict[str, Any]]:
+    def make() -> dict[str, Any]:
+        A, b = _poisson_system()
+        if operator:
+            return {
+                "A": lambda v: torch.from_numpy(A @ v.numpy().ravel()).view(8, 8),
+                "b": torch.from_numpy(b),
+                "direction": lambda r: r + 0.2 * r.abs(),
+            }
+        return {"A": A, "b": b, "direction": lambda r: r.copy()}
+
+    return make
+
+
+SOLVERS: dict[str, SolverRow] = {
+    "dcdm": SolverRow(_dcdm(), dcdm, _left_over, tolerance=1e-4, function="direction"),
+    "dcdm-operator": SolverRow(_dcdm(operator=True), dcdm, _left_over, tolerance=1e-4, function="A"),
+}
