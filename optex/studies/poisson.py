@@ -20,8 +20,8 @@ _OWNER = "Poisson"
 class Poisson:
     """-Δx = b for the cells outside the obstacles, times the square of a cell's width.
 
-    The grid's rim has x = 0 beyond it. An obstacle's wall lets nothing through (Neumann), as for the pressure of
-    a fluid; its own cells have rows and columns of zeros: A is singular, and definite on the other cells.
+    Beyond the grid's rim x is 0. An obstacle's wall lets nothing through (Neumann), as for the pressure of a
+    fluid; its own cells have rows and columns of zeros: A is singular, and definite on the other cells.
 
     Args:
         solid: [*grid], which cells are obstacle; cells that obstacles cut off from the rim are counted in.

@@ -21,9 +21,10 @@ __all__ = ["dcdm"]
 _OWNER: Final = "dcdm"
 _USELESS: Final = 1e-12  # of a direction's length, or of its cosine with the residual: beneath it is rounding
 _FLAT: Final = 1e-14  # of the largest qᵀAq / qᵀq that was seen
+_INDEFINITE: Final = 1e-8  # of the same: more than this beneath 0 is no rounding
 _PARALLEL: Final = 1e-10
 _SINGULAR: Final = (
-    "The residual r has rᵀAr = {curvature:.2g} with rᵀr = 1: A is not positive definite, or it is singular and"
+    "Along the residual qᵀAq = {curvature:.2g} with qᵀq = 1: A is not positive definite, or it is singular and"
     " b is not in its range (for a Neumann problem, subtract b's mean); x is the best iterate."
 )
 
@@ -285,7 +286,7 @@ class _Solve:
         elif not math.isnan(found):  # the model's direction is of no use
             self.fallbacks += not aligned
             found = self._conjugate(unit, unit)
-            if isinstance(found, float):
+            if isinstance(found, float) and abs(found) <= _INDEFINITE * self.steepest:
                 self.kept.clear()
                 found = self._conjugate(unit, unit)
         if isinstance(found, _Direction):
