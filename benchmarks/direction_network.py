@@ -5,7 +5,7 @@
 
 The data are combinations of Ritz vectors, as published (weight 9 on the low 55 %), the loss is ``DCDMLoss``.
 What differs from the published training, so that it takes minutes: Adam's rate goes up to ``--lr`` and down to
-0 (published: 1e-4 throughout), batches of 16 (10), 600 Ritz vectors (10,000), several layouts of obstacles (one).
+0 (published: 1e-4 throughout), batches of 16 (10), 600 Ritz vectors (10,000), several layouts (one).
 The weights go to ``--out``, which ``load`` reads.
 """
 
@@ -90,7 +90,9 @@ def masked(network: DirectionNetwork, problem: Poisson) -> Callable[[Array], Arr
     fluid = problem.fluid
 
     def direction(residual: Array) -> Array:  # [*grid] to [*grid]
-        return np.where(fluid, network(torch.from_numpy(residual).float()).double().numpy(), 0.0)
+        with torch.no_grad():
+            found = network(torch.from_numpy(residual).float()).double().numpy()
+        return np.where(fluid, found, 0.0)
 
     return direction
 

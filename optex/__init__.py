@@ -42,6 +42,7 @@ from optex.evaluators import (
 from optex.minimize import cbo_minimize, maid, minimize, minimize_gns, scipy_method, solve_bilevel
 from optex.optimizer import OptEx
 from optex.round import Acceptance, Last, LowestLoss, RoundReport, SmallestGradient, WithinTolerance
+from optex.solvers import dcdm
 from optex.sources import (
     AccumulatingSource,
     ConsensusSource,
@@ -108,6 +109,7 @@ __all__ = [
     "WorkersEvaluator",
     "advise",
     "cbo_minimize",
+    "dcdm",
     "maid",
     "minimize",
     "minimize_gns",

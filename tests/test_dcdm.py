@@ -1,6 +1,8 @@
 """Deep conjugate directions: the iteration, its fallbacks, the loss, Ritz vectors, the network."""
 
 import copy
+import importlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -536,3 +538,28 @@ def test_walls_let_nothing_through():
     enclosed[2:5, 2:5] = True
     enclosed[3, 3] = False
     assert Poisson(enclosed).solid[3, 3]
+
+
+# ---------------------------------------------------------------------- the training script
+
+
+def test_the_training_script_writes_a_network(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    script = importlib.import_module("direction_network")
+    before = torch.get_num_threads()
+    path = tmp_path / "made" / "weights.pt"
+    small = ["--layouts", "2", "--channels", "2", "--steps", "3", "--batch", "2"]
+    try:
+        script.main(["--grid", "8", "8", *small, "--out", str(path)])
+    finally:
+        torch.set_num_threads(before)
+    assert "layout 1000:" in capsys.readouterr().out
+    network = script.load(path)
+    assert not network.training
+    problem = script.layout((8, 8), 1003)
+    assert problem.solid.any()
+    direction = script.masked(network, problem)(problem.random_right_hand_side(0))
+    assert not direction[problem.solid].any()
+    again, _ = script.train([script.layout((8, 8), s) for s in range(2)], channels=2, steps=3, batch=2, lr=2e-3)
+    for one, two in zip(network.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, two)
