@@ -1,7 +1,7 @@
 """Trains a network of directions for Poisson's equation with obstacles, in minutes on one core.
 
     python benchmarks/direction_network.py --grid 32 32 --levels 2 --out out/directions-2d.pt
-    python benchmarks/direction_network.py --grid 16 16 16 --channels 8 --steps 300 --out out/directions-3d.pt
+    python benchmarks/direction_network.py --grid 12 12 12 --channels 8 --steps 400 --out out/directions-3d.pt
 
 The data are combinations of Ritz vectors, as published (weight 9 on the low 55 %), the loss is ``DCDMLoss``.
 What differs from the published training, so that it takes minutes: Adam's rate goes up to ``--lr`` and down to

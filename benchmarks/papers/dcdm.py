@@ -46,13 +46,9 @@ class Trained:
 def trained(name: str) -> Trained:
     """One of the three networks; all on the CPU with the threads that are set."""
     grid, layouts, settings = {
-        "plain": ((16, 16), 1, {"steps": 1000}),
-        "2-D": ((32, 32), 8, {"steps": 700, "levels": 2, "lr": 2e-3}),
-        "3-D": (
-            (16, 16, 16),
-            8,
-            {"steps": 600, "levels": 2, "channels": 8, "lr": 2e-3, "batch": 8, "vectors": 300},
-        ),
+        "plain": ((16, 16), 1, {"steps": 600, "lr": 2e-3}),
+        "2-D": ((32, 32), 8, {"steps": 600, "levels": 2, "lr": 2e-3}),
+        "3-D": ((12, 12, 12), 8, {"steps": 400, "channels": 8, "lr": 2e-3, "batch": 8, "vectors": 300}),
     }[name]
     started = time.perf_counter()
     problems = [layout(grid, seed, most=0 if layouts == 1 else 3) for seed in range(layouts)]
@@ -74,9 +70,9 @@ class Solved:
 
 
 def _timed(solve: Callable[[], Any], repeats: int = 3) -> tuple[float, Any]:
-    """The fastest of some runs."""
-    found = []
-    for _ in range(repeats):
+    """The fastest of some runs; one alone where they are long."""
+    found: list[float] = []
+    while len(found) < repeats and sum(found) < 1.0:
         started = time.perf_counter()
         answer = solve()
         found.append(time.perf_counter() - started)
@@ -173,7 +169,7 @@ RIVALS: Final = {
     "CG, algebraic multigrid (PyAMG)": multigrid,
     "sparse factors (SciPy)": direct,
 }
-FIELDS: Final = {"2-D": ((32, 32), (128, 128)), "3-D": ((16,) * 3, (32,) * 3)}
+FIELDS: Final = {"2-D": ((32, 32), (128, 128)), "3-D": ((12,) * 3, (24,) * 3)}
 
 
 @lru_cache
@@ -270,7 +266,7 @@ def _untrained() -> tuple[str, bool]:
     problem = layout((32, 32), 0, most=0)
     b = problem.random_right_hand_side(0)
     safe, trusting, plain = (
-        dcdm(problem.matrix, b, direction, patience=patience, maxiter=2000)
+        dcdm(problem.matrix, b, direction, patience=patience, maxiter=300)
         for direction, patience in (
             (masked(network, problem), 10),
             (masked(network, problem), None),
@@ -279,7 +275,7 @@ def _untrained() -> tuple[str, bool]:
     )
     figure = (
         f"{safe.nit} iterations, of them {safe.directions} by the network; trusting it "
-        f"{trusting.nit if trusting.success else 'not there after 2000'}; CG {plain.nit}"
+        f"{trusting.nit if trusting.success else 'not there after 300'}; CG {plain.nit}"
     )
     return figure, safe.success and safe.nit <= plain.nit + 20
 
@@ -370,7 +366,7 @@ def draw(found: dict[str, Any]) -> Figure:
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 3)
     names = ["DCDM", *RIVALS]
-    for panel, problem in zip(axes, ("2-D, 32 × 32", "3-D, 16 × 16 × 16"), strict=False):
+    for panel, problem in zip(axes, ("2-D, 32 × 32", "3-D, 12 × 12 × 12"), strict=False):
         for name, colour, style in zip(names, _COLOURS, _STYLES, strict=True):
             if name == "sparse factors (SciPy)":
                 continue
