@@ -383,6 +383,6 @@ def draw(found: dict[str, Any]) -> Figure:
             axes[2].loglog(
                 cells, taken, color=colour, linestyle=style, marker=marker, markersize=4, label=label
             )
-    axes[2].set(title="one solve, set-up counted (○ 2-D, □ 3-D)", xlabel="cells", ylabel="ms")
+    axes[2].set(title="one solve (○ 2-D, □ 3-D)", xlabel="cells", ylabel="ms, set-up counted")
     figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     return figure
