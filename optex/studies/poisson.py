@@ -34,7 +34,8 @@ class Poisson:
     solid: NDArray[np.bool_]
 
     def __post_init__(self) -> None:
-        labels, _ = scipy.ndimage.label(~self.solid)
+        labels = np.zeros(self.solid.shape, dtype=np.int32)
+        scipy.ndimage.label(~self.solid, output=labels)
         rim = np.zeros_like(self.solid)
         for axis in range(self.solid.ndim):
             np.moveaxis(rim, axis, 0)[[0, -1]] = True
