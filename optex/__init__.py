@@ -52,7 +52,7 @@ from optex.minimize import (
 )
 from optex.optimizer import OptEx
 from optex.round import Acceptance, Last, LowestLoss, RoundReport, SmallestGradient, WithinTolerance
-from optex.solvers import BanditTuner, sor, ssor_pcg
+from optex.solvers import BanditTuner, dcdm, sor, ssor_pcg
 from optex.sources import (
     AccumulatingSource,
     BlockLoss,
@@ -157,6 +157,7 @@ __all__ = [
     "WorkersEvaluator",
     "advise",
     "cbo_minimize",
+    "dcdm",
     "federated_minimize",
     "leakage_attack",
     "maid",

@@ -38,7 +38,8 @@ from optex import (
     TrajectorySource,
 )
 from optex.optimizers import MFAC, MKOR, NAG, NIGT, SCALE, AdaGradNorm, AdaHessian, HeavyBall, TripleMomentum
-from optex.solvers import sor, ssor_pcg
+from optex.solvers import dcdm, sor, ssor_pcg
+from optex.studies.poisson import Poisson, obstacles
 from tests.models import regression_batches
 from tests.references import consensus, deepzero, scalebio, spsa
 from tests.references.maid import dense_quadratic
@@ -383,6 +384,30 @@ def _laplacian(form: Callable[[np.ndarray], Any], right: Callable[[np.ndarray], 
     return lambda: {"A": form(A), "b": right(A @ _RELAXED), "omega": 1.5}
 
 
+def _dcdm(*, operator: bool = False) -> Callable[[], dict[str, Any]]:
+    def make() -> dict[str, Any]:
+        A, b = _poisson_system()
+        if operator:
+            return {
+                "A": lambda v: torch.from_numpy(A @ v.numpy().ravel()).view(8, 8),
+                "b": torch.from_numpy(b),
+                "direction": lambda r: r + 0.2 * r.abs(),
+            }
+        return {"A": A, "b": b, "direction": lambda r: r.copy()}
+
+    return make
+
+
+def _left_over(result: OptimizeResult) -> float:
+    A, b = _poisson_system()
+    return float(np.linalg.norm(A @ np.asarray(result.x).ravel() - b.ravel()) / np.linalg.norm(b))
+
+
+def _poisson_system() -> tuple[Any, Any]:
+    problem = Poisson(obstacles((8, 8), 1, 0))
+    return problem.matrix, problem.random_right_hand_side(0)
+
+
 SOLVERS: dict[str, SolverRow] = {
     "sor": SolverRow(_laplacian(np.array), sor, lambda result: relaxed(result, _RELAXED)),
     "sor-sparse": SolverRow(_laplacian(scipy.sparse.csr_array), sor, lambda result: relaxed(result, _RELAXED)),
@@ -397,4 +422,6 @@ SOLVERS: dict[str, SolverRow] = {
     "ssor-pcg-torch": SolverRow(
         _laplacian(torch.tensor, torch.tensor), ssor_pcg, lambda result: relaxed(result, _RELAXED)
     ),
+    "dcdm": SolverRow(_dcdm(), dcdm, _left_over, tolerance=1e-4, function="direction"),
+    "dcdm-operator": SolverRow(_dcdm(operator=True), dcdm, _left_over, tolerance=1e-4, function="A"),
 }
