@@ -42,6 +42,7 @@ from optex.evaluators import (
 from optex.minimize import cbo_minimize, maid, minimize, minimize_gns, scipy_method, solve_bilevel
 from optex.optimizer import OptEx
 from optex.round import Acceptance, Last, LowestLoss, RoundReport, SmallestGradient, WithinTolerance
+from optex.solvers import equality_method, minimize_equality
 from optex.sources import (
     AccumulatingSource,
     ConsensusSource,
@@ -108,8 +109,10 @@ __all__ = [
     "WorkersEvaluator",
     "advise",
     "cbo_minimize",
+    "equality_method",
     "maid",
     "minimize",
+    "minimize_equality",
     "minimize_gns",
     "scipy_method",
     "solve_bilevel",
