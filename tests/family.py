@@ -21,8 +21,10 @@ from optex import (
     PenaltyHypergradient,
     SmoothBilevel,
     SPSASource,
+    minimize_equality,
 )
 from optex.optimizers import MFAC, MKOR, NAG, SCALE, AdaGradNorm, AdaHessian, HeavyBall, TripleMomentum
+from optex.studies.problems.hock_schittkowski import PROBLEMS
 from tests.references import consensus, spsa
 from tests.references.maid import dense_quadratic
 from tests.references.penalty_bilevel import QuadraticBilevel
@@ -240,4 +242,34 @@ class SolverRow:
     iterates: bool = True
 
 
-SOLVERS: dict[str, SolverRow] = {}
+_HS40 = (2 ** (-1 / 3), 2**-0.5, 2 ** (-11 / 12), 2**-0.25)
+
+
+def _equality(linear_solver, name="HS7", solution=(0.0, 3**0.5), tolerance=1e-6):
+    problem = PROBLEMS[name]
+
+    def make():
+        return {
+            "f": problem.objective,
+            "c": problem.constraints,
+            "x0": torch.tensor(problem.start, dtype=torch.float64),
+            "linear_solver": linear_solver,
+            "seed": 0,
+        }
+
+    return SolverRow(
+        make,
+        minimize_equality,
+        error=lambda result: max(abs(a - b) for a, b in zip(result.x.tolist(), solution, strict=True)),
+        tolerance=tolerance,
+        function="f",
+    )
+
+
+SOLVERS: dict[str, SolverRow] = {
+    "equality-minres": _equality("minres"),
+    "equality-direct": _equality("direct"),
+    # Ends within the KKT residual of 1e-4, in few thousand sketches.
+    "equality-vectors": _equality("gv", "HS40", _HS40, tolerance=1e-4),
+    "equality-kaczmarz": _equality("rk", "HS40", _HS40, tolerance=1e-4),
+}

@@ -138,7 +138,14 @@ def minimize_equality(
 
 def _unweighted(hess: Any) -> Any:
     """f's Hessian with the weight that constraints' have."""
-    return (lambda x, weights: hess(x) * float(weights[0])) if callable(hess) else hess
+    if not callable(hess):
+        return hess
+
+    def weighted(x: Any, weights: Any) -> Any:
+        answer: Any = hess(x)
+        return answer * float(weights[0])
+
+    return weighted
 
 
 def _start(

@@ -83,7 +83,7 @@ class Direct(InnerSolve):
                 break
             self.iterations += 1
             try:
-                step = np.linalg.solve(self.matrix, self.residual)
+                step: Array = np.linalg.solve(self.matrix, self.residual).astype(np.float64, copy=False)
             except np.linalg.LinAlgError:
                 break
             if not self._correct(step):

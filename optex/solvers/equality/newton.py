@@ -262,21 +262,18 @@ class Newton:
         before = self._merit.value(here)
         # Close to a solution the merit's fall is beneath its rounding.
         slack = _SLACK * self._form.rounding * self._merit.scale(here)
-        alpha, numbers = 1.0, False
+        alpha, there = 1.0, here
         for _ in range(_HALVINGS):
             there = self.expand(here.x + alpha * direction[:n], here.lam + alpha * direction[n:])
-            if there.finite:
-                numbers = True
-                if self._merit.value(there) <= before + alpha * self._constants.beta * slope + slack:
-                    self.point = there
-                    self.best = min(self.best, there, key=lambda point: point.kkt)
-                    self._nearest = min(self._nearest, there, key=lambda point: point.violation)
-                    self.steps.append(alpha)
-                    return None
+            bound = before + alpha * self._constants.beta * slope + slack
+            if there.finite and self._merit.value(there) <= bound:
+                self.point = there
+                self.best = min(self.best, there, key=lambda point: point.kkt)
+                self._nearest = min(self._nearest, there, key=lambda point: point.violation)
+                self.steps.append(alpha)
+                return None
             alpha /= 2
-        if numbers:
-            return Status.STALLED, ""
-        return Status.NON_FINITE, ""
+        return (Status.STALLED if there.finite else Status.NON_FINITE), ""
 
     def _ended(self, status: Status, message: str = "") -> OptimizeResult:
         if status in (Status.STALLED, Status.BREAKDOWN) and (text := self._infeasible()):
