@@ -156,11 +156,12 @@ METHODS: Final[dict[str, Callable[[EqualityProblem], Ended]]] = {
 
 @lru_cache
 def race() -> dict[str, dict[str, Ended]]:
-    """All methods on all problems, the second of two runs each."""
+    """All methods on all problems."""
     found: dict[str, dict[str, Ended]] = {method: {} for method in METHODS}
+    for run in METHODS.values():
+        run(PROBLEMS["HS28"])  # what a first call costs is not a method's
     for name, problem in PROBLEMS.items():
         for method, run in METHODS.items():
-            run(problem)
             found[method][name] = run(problem)
     return found
 
@@ -197,11 +198,14 @@ def _point(problem: EqualityProblem, x: Vector, lam: Vector) -> newton.Point:
     return newton.Point(x, lam, f, c)
 
 
+_RIGHT: Final = newton.Merit.gradient
+
+
 class Published(newton.Merit):
     """With ∇²f where ∇²_xx L belongs, as in the released code."""
 
     def gradient(self, point: newton.Point, hessian: Vector) -> Vector:
-        return super().gradient(point, point.f.curvature(np.ones(1)))
+        return _RIGHT(self, point, point.f.curvature(np.ones(1)))
 
 
 def check_gradient() -> tuple[str, bool]:
@@ -212,32 +216,39 @@ def check_gradient() -> tuple[str, bool]:
     slope = approx_fprime(z, lambda z: merit.value(_point(problem, z[:2], z[2:])), 1e-7)[0]
     right = merit.gradient(point, point.hessian())[0]
     wrong = Published(1.0, 0.1).gradient(point, point.hessian())[0]
-    return f"{right:.2f}; differences {slope:.2f}; with ∇²f {wrong:.2f}", abs(right + 103.92) < 1e-9
+    return f"{right:.2f}; differences {slope:.2f}; with ∇²f {wrong:.2f}", bool(abs(right + 103.92) < 1e-9)
 
 
 @lru_cache
-def with_published_gradient() -> dict[str, Ended]:
-    """The set with the released code's merit gradient, all else as here."""
-    original = newton.Merit.gradient
-    newton.Merit.gradient = lambda self, point, _: original(self, point, point.f.curvature(np.ones(1)))
+def with_gradient(kind: str, spread: float) -> dict[str, Ended]:
+    """The set with either merit gradient, λ drawn from N(0, spread²)."""
+    original, random = newton.Merit.gradient, np.random.default_rng(0)
+    if kind == "published":
+        newton.Merit.gradient = Published.gradient
     try:
-        return {name: ours(problem) for name, problem in PROBLEMS.items()}
+        found = {}
+        for name, problem in PROBLEMS.items():
+            count = Arrays(problem).c(np.array(problem.start)).size
+            found[name] = ours(problem, lam0=spread * random.standard_normal(count))
+        return found
     finally:
         newton.Merit.gradient = original
 
 
-def check_published_gradient() -> tuple[str, bool]:
+def check_published_gradient(spread: float) -> tuple[str, bool]:
     """What the difference does to runs."""
-    right, wrong = race()["MINRES"], with_published_gradient()
-    solved = [name for name in PROBLEMS if right[name].solved and wrong[name].solved]
+    right, wrong = (with_gradient(kind, spread) for kind in ("right", "published"))
+    both = [name for name in PROBLEMS if right[name].solved and wrong[name].solved]
     lost = [name for name in PROBLEMS if right[name].solved and not wrong[name].solved]
-    counts = [sum(runs[name].iterations for name in solved) for runs in (right, wrong)]
-    calls = [sum(runs[name].calls for name in solved) for runs in (right, wrong)]
+    found = [
+        (sum(runs[name].iterations for name in both), sum(runs[name].calls for name in both))
+        for runs in (right, wrong)
+    ]
     figure = (
-        f"{counts[0]} iterations and {calls[0]} calls of f here, {counts[1]} and {calls[1]} with ∇²f, "
-        f"on {len(solved)} problems; lost with ∇²f: {', '.join(lost) or 'none'}"
+        f"{found[0][0]} iterations and {found[0][1]} calls of f here, {found[1][0]} and {found[1][1]} with "
+        f"∇²f, {len(both)} problems both solve; lost with ∇²f: {', '.join(lost) or 'none'}"
     )
-    return figure, counts[0] <= counts[1]
+    return figure, found[0] <= found[1]
 
 
 def check_solved() -> tuple[str, bool]:
@@ -328,8 +339,8 @@ def kept(steps: list[float], residuals: list[float]) -> Callable[..., None]:
 
 
 @lru_cache
-def regressions(sphere: bool) -> list[tuple[Any, list[float], list[float]]]:
-    """Results, step lengths and KKT residuals from x = 1, λ = 1, as the released code starts."""
+def regressions(sphere: bool, start: float = 1.0) -> list[tuple[Any, list[float], list[float]]]:
+    """Results, step lengths and KKT residuals; the released code starts from x = 1, λ = 1."""
     found = []
     for seed in _SEEDS:
         problem, steps, residuals = logistic(seed, 200, 20, sphere=sphere), [], []
@@ -338,17 +349,17 @@ def regressions(sphere: bool) -> list[tuple[Any, list[float], list[float]]]:
         result = optex.minimize_equality(
             problem.objective,
             problem.constraints,
-            problem.start,
-            np.ones(count),
+            np.full(20, start),
+            np.full(count, start),
             callback=kept(steps, residuals),
         )
         found.append((result, steps, residuals))
     return found
 
 
-def check_logistic(sphere: bool) -> tuple[str, bool]:
+def check_logistic(sphere: bool, start: float = 1.0) -> tuple[str, bool]:
     """Iterations and the share of unit steps."""
-    runs = regressions(sphere)
+    runs = regressions(sphere, start)
     counts = [result.nit for result, _, _ in runs]
     units = [sum(step == 1.0 for step in steps) for _, steps, _ in runs]
     text = ", ".join(f"{count} ({unit})" for count, unit in zip(counts, units, strict=True))
@@ -400,10 +411,13 @@ CHECKS = [
     Check("HS28, HS48, HS51: iterations", "exactly 1 (prototype)", check_one_step),
     Check("HS6, HS7", "at most 20 iterations, f* = 0 and -√3 to 1e-5 (prototype)", check_two),
     Check("merit gradient at HS6's start, λ = 0.3, ∂/∂x₁", "-103.92, by differences", check_gradient),
-    Check(
-        "the released code's merit gradient, ∇²f for ∇²ₓₓL",
-        "no fewer iterations than the right one",
-        check_published_gradient,
+    *(
+        Check(
+            f"the released code's merit gradient, λ from {words}",
+            "no fewer iterations than the right one",
+            lambda s=spread: check_published_gradient(s),
+        )
+        for words, spread in (("0", 0.0), ("N(0, 10²)", 10.0))
     ),
     Check(HS + "solved", "no fewer than SLSQP or trust-constr", check_solved),
     *(
@@ -417,13 +431,16 @@ CHECKS = [
         check_sketches,
     ),
     Check(HS + "through SciPy, values alone", "solved as with autograd", check_differences),
-    Check(
-        "logistic regression, N = 200, d = 20, 10 linear equations",
-        "at most 15 iterations, unit steps (prototype)",
-        lambda: check_logistic(False),
+    *(
+        Check(
+            f"logistic regression, N = 200, d = 20, 10 linear equations, from x = λ = {start:g}",
+            "at most 15 iterations, unit steps (prototype)",
+            lambda s=start: check_logistic(False, s),
+        )
+        for start in (0.0, 1.0)
     ),
     Check(
-        "the same on the sphere, as in the paper",
+        "the same on the sphere, from x = λ = 1, as the released code",
         "at most 15 iterations, the last step 1 (paper: locally)",
         lambda: check_logistic(True),
     ),
@@ -483,7 +500,7 @@ def draw(found: dict[str, Any]) -> Figure:
     names = list(found["calls"]["MINRES"])
     calls.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
     calls.set(title="Calls of f where solved", ylabel="calls", ylim=(1, 3000))
-    for colour, marker, (name, counts) in zip(_COLOURS, "osx", found["inner"].items(), strict=True):
+    for colour, marker, (name, counts) in zip(_COLOURS, "osx", found["inner"].items(), strict=False):
         label = {"minres": "MINRES", "gv": "Gaussian vectors", "rk": "Kaczmarz"}[name]
         inner.semilogy(list(counts.values()), marker, color=colour, label=label, markersize=6)
     inner.set_xticks(range(len(_SKETCHED)), _SKETCHED, rotation=90, fontsize=8)
