@@ -492,7 +492,7 @@ def draw(found: dict[str, Any]) -> Figure:
     for colour, (name, values) in zip(_COLOURS, found["residuals"].items(), strict=True):
         way.semilogy(range(1, len(values) + 1), np.maximum(values, 1e-12), ".-", color=colour, label=name)
     way.axhline(1e-4, color="0.5", linewidth=0.8)
-    way.set(title="Iterations", xlabel="iteration", ylabel="KKT residual", ylim=(1e-9, 1e4))
+    way.set(title="Iterations", xlabel="iteration", ylabel="KKT residual", ylim=(1e-9, 1e6))
     for colour, marker, (name, counts) in zip(_COLOURS, "osx", found["calls"].items(), strict=False):
         label = "minimize_equality" if name == "MINRES" else name
         values = [np.nan if count is None else count for count in counts.values()]
