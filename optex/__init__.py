@@ -52,7 +52,7 @@ from optex.minimize import (
 )
 from optex.optimizer import OptEx
 from optex.round import Acceptance, Last, LowestLoss, RoundReport, SmallestGradient, WithinTolerance
-from optex.solvers import BanditTuner, dcdm, sor, ssor_pcg
+from optex.solvers import BanditTuner, dcdm, equality_method, minimize_equality, sor, ssor_pcg
 from optex.sources import (
     AccumulatingSource,
     BlockLoss,
@@ -158,10 +158,12 @@ __all__ = [
     "advise",
     "cbo_minimize",
     "dcdm",
+    "equality_method",
     "federated_minimize",
     "leakage_attack",
     "maid",
     "minimize",
+    "minimize_equality",
     "minimize_gns",
     "policy_gradient",
     "reweight_sources",

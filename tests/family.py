@@ -36,10 +36,12 @@ from optex import (
     SourceWeights,
     SPSASource,
     TrajectorySource,
+    minimize_equality,
 )
 from optex.optimizers import MFAC, MKOR, NAG, NIGT, SCALE, AdaGradNorm, AdaHessian, HeavyBall, TripleMomentum
 from optex.solvers import dcdm, sor, ssor_pcg
 from optex.studies.poisson import Poisson, obstacles
+from optex.studies.problems.hock_schittkowski import PROBLEMS
 from tests.models import regression_batches
 from tests.references import consensus, deepzero, scalebio, spsa
 from tests.references.maid import dense_quadratic
@@ -321,6 +323,9 @@ def _sketched(kind, *, fixed=False):
     return make
 
 
+_HS40 = (2 ** (-1 / 3), 2**-0.5, 2 ** (-11 / 12), 2**-0.25)
+
+
 SOURCES: dict[str, SourceRow] = {
     "consensus": SourceRow(_consensus(vectorized=False), lr=0.1),
     "consensus-vectorized": SourceRow(
@@ -408,6 +413,27 @@ def _poisson_system() -> tuple[Any, Any]:
     return problem.matrix, problem.random_right_hand_side(0)
 
 
+def _equality(linear_solver, name="HS7", solution=(0.0, 3**0.5), tolerance=1e-6):
+    problem = PROBLEMS[name]
+
+    def make():
+        return {
+            "f": problem.objective,
+            "c": problem.constraints,
+            "x0": torch.tensor(problem.start, dtype=torch.float64),
+            "linear_solver": linear_solver,
+            "seed": 0,
+        }
+
+    return SolverRow(
+        make,
+        minimize_equality,
+        error=lambda result: max(abs(a - b) for a, b in zip(result.x.tolist(), solution, strict=True)),
+        tolerance=tolerance,
+        function="f",
+    )
+
+
 SOLVERS: dict[str, SolverRow] = {
     "sor": SolverRow(_laplacian(np.array), sor, lambda result: relaxed(result, _RELAXED)),
     "sor-sparse": SolverRow(_laplacian(scipy.sparse.csr_array), sor, lambda result: relaxed(result, _RELAXED)),
@@ -424,4 +450,9 @@ SOLVERS: dict[str, SolverRow] = {
     ),
     "dcdm": SolverRow(_dcdm(), dcdm, _left_over, tolerance=1e-4, function="direction"),
     "dcdm-operator": SolverRow(_dcdm(operator=True), dcdm, _left_over, tolerance=1e-4, function="A"),
+    "equality-minres": _equality("minres"),
+    "equality-direct": _equality("direct"),
+    # Ends within the KKT residual of 1e-4, in few thousand sketches.
+    "equality-vectors": _equality("gv", "HS40", _HS40, tolerance=1e-4),
+    "equality-kaczmarz": _equality("rk", "HS40", _HS40, tolerance=1e-4),
 }
