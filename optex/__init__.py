@@ -42,6 +42,7 @@ from optex.evaluators import (
 from optex.minimize import cbo_minimize, maid, minimize, minimize_gns, scipy_method, solve_bilevel
 from optex.optimizer import OptEx
 from optex.round import Acceptance, Last, LowestLoss, RoundReport, SmallestGradient, WithinTolerance
+from optex.solvers import SparseOTLoss, sparse_ot
 from optex.sources import (
     AccumulatingSource,
     ConsensusSource,
@@ -51,6 +52,7 @@ from optex.sources import (
     ObjectiveSource,
     PenaltyHypergradient,
     PerSampleSource,
+    SemiDualSource,
     SmoothBilevel,
     SPSASource,
 )
@@ -98,10 +100,12 @@ __all__ = [
     "RationalQuadratic",
     "RoundReport",
     "SPSASource",
+    "SemiDualSource",
     "SeparableEstimator",
     "SequentialEvaluator",
     "SmallestGradient",
     "SmoothBilevel",
+    "SparseOTLoss",
     "VectorizedEvaluator",
     "WithinTolerance",
     "WorkerLostError",
@@ -113,4 +117,5 @@ __all__ = [
     "minimize_gns",
     "scipy_method",
     "solve_bilevel",
+    "sparse_ot",
 ]

@@ -5,10 +5,13 @@ A row is a paper's method with one setting. A paper's own file of tests has what
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from scipy.optimize import OptimizeResult
 from torch import nn
@@ -19,11 +22,13 @@ from optex import (
     GradientSource,
     InexactBilevelSource,
     PenaltyHypergradient,
+    SemiDualSource,
     SmoothBilevel,
     SPSASource,
+    sparse_ot,
 )
 from optex.optimizers import MFAC, MKOR, NAG, SCALE, AdaGradNorm, AdaHessian, HeavyBall, TripleMomentum
-from tests.references import consensus, spsa
+from tests.references import consensus, spsa, transport
 from tests.references.maid import dense_quadratic
 from tests.references.penalty_bilevel import QuadraticBilevel
 
@@ -198,6 +203,21 @@ def _inexact_bilevel() -> tuple[GradientSource, list[torch.Tensor], Callable[[in
     return source, [theta], lambda count: [None] * count
 
 
+def _semi_dual(*, sampled):
+    def make():
+        alpha = nn.Parameter(torch.linspace(-0.2, 0.2, 12, dtype=torch.float64))
+        source = SemiDualSource(alpha, *transport.problem(12, 6), gamma=1.0, k=4, sampled=sampled)
+        batches = source.batches(2, seed=5) if sampled else itertools.repeat(None)
+        return source, [alpha], lambda count: list(itertools.islice(batches, count))
+
+    return make
+
+
+def _exact_semi_dual(source, parameters):
+    alpha = parameters[0].detach().numpy()
+    return [-torch.from_numpy(transport.semi_dual(alpha, *transport.problem(12, 6), 1.0, 4)[1])]
+
+
 SOURCES: dict[str, SourceRow] = {
     "consensus": SourceRow(_consensus(vectorized=False), lr=0.1),
     "consensus-vectorized": SourceRow(
@@ -214,6 +234,9 @@ SOURCES: dict[str, SourceRow] = {
         lr=0.005,
         exact=lambda source, parameters: [_QUADRATIC.gradient(parameters[0].detach())],
     ),
+    "semi-dual": SourceRow(_semi_dual(sampled=False), exact=_exact_semi_dual),
+    # Every three batches of two columns are an epoch.
+    "semi-dual-columns": SourceRow(_semi_dual(sampled=True), exact=_exact_semi_dual, answers=30),
 }
 
 
@@ -240,4 +263,24 @@ class SolverRow:
     iterates: bool = True
 
 
-SOLVERS: dict[str, SolverRow] = {}
+def _transport(shape=(), *, kind=torch.from_numpy):
+    def make():
+        a, b, C = transport.problem(9, 4)
+        costs = np.stack([C, C[::-1]]) if shape else C
+        return {"a": kind(a), "b": kind(b), "C": kind(costs.copy()), "gamma": 0.5, "k": 6}
+
+    return make
+
+
+def _transport_error(result):
+    a, b, C = transport.problem(9, 4)
+    plans = [C, C[::-1]] if result.x.ndim == 3 else [C]
+    exact = np.stack([transport.quadratic(a, b, costs, 0.5) for costs in plans])
+    return float(np.abs(np.asarray(result.x).reshape(exact.shape) - exact).max())
+
+
+SOLVERS: dict[str, SolverRow] = {
+    "sparse-transport": SolverRow(_transport(kind=np.asarray), sparse_ot, _transport_error),
+    "sparse-transport-dual": SolverRow(_transport(), partial(sparse_ot, form="dual"), _transport_error),
+    "sparse-transport-batch": SolverRow(_transport((2,)), sparse_ot, _transport_error),
+}

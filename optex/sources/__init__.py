@@ -7,6 +7,7 @@ from optex.sources.interface import GradientSource
 from optex.sources.objective import AccumulatingSource, LossModule, ObjectiveSource, backpropagate
 from optex.sources.penalty_bilevel import PenaltyHypergradient
 from optex.sources.per_sample import PerSampleSource
+from optex.sources.semi_dual import SemiDualSource
 from optex.sources.spsa import SPSASource
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "PenaltyHypergradient",
     "PerSampleSource",
     "SPSASource",
+    "SemiDualSource",
     "SmoothBilevel",
     "backpropagate",
 ]

@@ -20,6 +20,7 @@ from optex.studies.problems.interface import Problem
 from optex.studies.problems.synthetic import Ackley, Function, Quadratic, Rosenbrock, Sphere
 from optex.studies.problems.tabular import DigitsMLP, LogisticBreastCancer
 from optex.studies.problems.text import Shakespeare
+from optex.studies.problems.transport import SparseTransport
 
 __all__ = [
     "CIFAR10",
@@ -44,6 +45,7 @@ __all__ = [
     "Quadratic",
     "Rosenbrock",
     "Shakespeare",
+    "SparseTransport",
     "Sphere",
     "make_problem",
 ]
@@ -124,6 +126,11 @@ PROBLEMS: Final[dict[str, ProblemEntry]] = {
         DigitsRegularisation,
         "L2 weight of each class on 8 × 8 digits, by hypergradients",
         {"train_size": int, "held_size": int},
+    ),
+    "sparse-transport": ProblemEntry(
+        SparseTransport,
+        "colours matched between two photographs, semi-dual of sparse transport",
+        {"sources": int, "targets": int, "k": int, "gamma": float, "columns": int},
     ),
     "fashion-mnist": ProblemEntry(
         FashionMNIST, "MLP or CNN on images of clothes", _IMAGE_OPTIONS, data="fashion-mnist"
