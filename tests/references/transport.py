@@ -17,7 +17,7 @@ def problem(m, n, seed=0, uniform=False):
 def simplex_projection(v, mass):
     """The nearest point with t ≥ 0, sum t = mass, by bisection for its threshold."""
     low, high = v.min() - mass, v.max()
-    for _ in range(200):
+    for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if np.maximum(v - middle, 0).sum() > mass else (low, middle)
     return np.maximum(v - high, 0)
