@@ -47,6 +47,8 @@ class TestProjection:
         together = sparse_projection(scores, mass, 3)[0]
         alone = torch.stack([sparse_projection(row, one, 3)[0] for row, one in zip(scores, mass, strict=True)])
         assert torch.equal(together, alone)
+        traced = torch.vmap(lambda row, one: sparse_projection(row, one, 3, traced=True)[0])(scores, mass)
+        assert torch.equal(together, traced)
 
     def test_far_from_zero_masses_still_add_up(self):
         scores = torch.linspace(0, 3, 50).double() + 1e8
@@ -246,7 +248,11 @@ class TestLoss:
         logits = [torch.from_numpy(np.log(mass)).requires_grad_() for mass in (a, b)]
         loss = SparseOTLoss(0.5, 6, form=form, reduction="sum")
         assert torch.autograd.gradcheck(
-            lambda C, u, v: loss(C, u.softmax(0), v.softmax(0)), (costs, *logits), eps=1e-6, atol=1e-7, fast_mode=True
+            lambda C, u, v: loss(C, u.softmax(0), v.softmax(0)),
+            (costs, *logits),
+            eps=1e-6,
+            atol=1e-7,
+            fast_mode=True,
         )
 
     def test_the_gradient_is_the_plan(self):

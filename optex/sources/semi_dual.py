@@ -83,9 +83,7 @@ class SemiDualSource(GradientSource):
             self.alpha.grad = found.plan.sum(0) - self.a
             return -found.value, torch.zeros_like(found.value)
         n, count = len(self.b), len(columns)
-        found = semi_dual(
-            alpha, self.a, self.b[columns], self.costs[columns], self.gamma, self.k
-        )
+        found = semi_dual(alpha, self.a, self.b[columns], self.costs[columns], self.gamma, self.k)
         self.alpha.grad = found.plan.mean(0) * n - self.a
         part = found.value - self.a @ alpha  # minus the columns' sum
         loss = -(self.a @ alpha) - part * (n / count)

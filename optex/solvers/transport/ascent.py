@@ -75,7 +75,12 @@ class Ascent:
         best, status = -np.inf, Status.STALLED
         for _ in range(_RESTARTS + 1):
             # A value's error is of second order in that of its gradient; Newton's steps do the rest.
-            limits = {"gtol": goal, "ftol": max(tol**2, _FLAT), "maxiter": maxiter - nit, "maxfun": 100 * maxiter}
+            limits = {
+                "gtol": goal,
+                "ftol": max(tol**2, _FLAT),
+                "maxiter": maxiter - nit,
+                "maxfun": 100 * maxiter,
+            }
             found = minimize(
                 self._negative, point, jac=True, method="L-BFGS-B", options=limits | {"maxcor": _CORRECTIONS}
             )

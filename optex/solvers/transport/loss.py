@@ -83,9 +83,7 @@ class SparseOTLoss(nn.Module):
         if not isinstance(C, Tensor) or not C.is_floating_point() or C.ndim < 2:
             raise TypeError(f"{_OWNER}: C must be a floating-point tensor [..., m, n], got {_told(C)}")
         *batch, m, n = C.shape
-        masses = [
-            C.new_full((size,), 1 / size) if mass is None else mass for mass, size in ((a, m), (b, n))
-        ]
+        masses = [C.new_full((size,), 1 / size) if mass is None else mass for mass, size in ((a, m), (b, n))]
         for name, mass in zip("ab", masses, strict=True):
             if not isinstance(mass, Tensor) or not mass.is_floating_point():
                 raise TypeError(f"{_OWNER}: {name} must be a floating-point tensor, got {_told(mass)}")
@@ -104,9 +102,7 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, C: Tensor, a: Tensor, b: Tensor, loss: SparseOTLoss) -> Tensor:  # [...]
-        result = sparse_ot(
-            a, b, C, loss.gamma, loss.k, form=loss.form, tol=loss.tol, maxiter=loss.maxiter
-        )
+        result = sparse_ot(a, b, C, loss.gamma, loss.k, form=loss.form, tol=loss.tol, maxiter=loss.maxiter)
         if not result.success:
             warn(f"{_OWNER}: {result.message} The gradient is only as right as that.", ConvergenceWarning)
         centred = [p - p.mean(-1, keepdim=True) for p in (result.alpha, result.beta)]

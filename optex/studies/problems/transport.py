@@ -107,7 +107,7 @@ class SparseTransport(Problem):
         if batch is not None:
             costs, b = costs[batch], b[batch]
         # By the envelope theorem the plan counts as constant.
-        plan = semi_dual(self.alpha.detach(), self.a, b, costs, self.gamma, self.k).plan
+        plan = semi_dual(self.alpha.detach(), self.a, b, costs, self.gamma, self.k, traced=True).plan
         parts = ((self.alpha - costs) * plan).sum() - self.gamma / 2 * plan.square().sum()
         return parts * (len(self.b) / len(b)) - self.a @ self.alpha
 
