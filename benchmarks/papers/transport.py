@@ -140,7 +140,7 @@ def _rows_checked() -> tuple[str, bool]:
     pot = np.abs(of_pot(points(), 1.0, 7)[0].sum(1) - points()[0]).sum()
     told = np.isclose(found.row_error, np.abs(found.x.sum(1) - points()[0]).sum())
     words = (
-        f"{found.row_error:.2f}, status {found.status}, said in message and row_error; POT {pot:.2f}, unsaid"
+        f"{found.row_error:.2f}, status {found.status}, told by row_error and message; POT {pot:.2f}, not told"
     )
     return words, bool(abs(found.row_error - 0.2) < 0.1 and found.status == 2 and told)
 
@@ -235,8 +235,8 @@ def told_seconds(found: dict[str, float]) -> str:
     """Who takes how long."""
     return (
         f"sparse_ot {1e3 * found['sparse_ot']:.0f} ms (rows off by {found['rows of it']:.0e}); POT at 1e-15 "
-        f"{1e3 * found['POT']:.0f} ms ({found['rows of POT']:.0e}), at its 1e-9 {1e3 * found['POT 1e-9']:.0f} ms "
-        f"({found['rows of POT 1e-9']:.0e}); exact transport, ot.emd, {1e3 * found['emd']:.1f} ms"
+        f"{1e3 * found['POT']:.0f} ms ({found['rows of POT']:.0e}), at its 1e-9 "
+        f"{1e3 * found['POT 1e-9']:.0f} ms ({found['rows of POT 1e-9']:.0e}); exact transport, ot.emd, {1e3 * found['emd']:.1f} ms"
     )
 
 

@@ -28,9 +28,9 @@ class SemiDualSource(GradientSource):
         F(α) = -a·α + Σ_j b_j h_j(α),   h_j(α) = max_p ⟨α - C_j, p⟩ - γ b_j/2 ‖p‖²,   p k-sparse in the simplex
         ∇F(α) = Σ_j b_j p_j - a
 
-    Without ``sampled`` a gradient is of all n columns, and exact. With it a batch is a tensor of column numbers,
-    all different, and the gradient is ``(n / B) Σ_j∈batch b_j p_j - a``: unbiased where columns are drawn
-    uniformly. The spread of its terms tells its noise, ``S² / B · (1 - B / n)``, from two columns on.
+    Without ``sampled`` a gradient is of all n columns, and exact. With it a batch is a tensor of column
+    numbers, all different, and the gradient is ``(n / B) Σ_j∈batch b_j p_j - a``: unbiased where columns are
+    drawn uniformly. The spread of its terms tells its noise, ``S² / B · (1 - B / n)``, from two columns on.
 
     α is a potential: adding a constant to it changes nothing. In the end ``source.plan()`` is the plan there.
 
@@ -40,7 +40,7 @@ class SemiDualSource(GradientSource):
         sampled: gradients come from batches of columns.
 
     Raises:
-        TypeError, ValueError: an argument cannot work; in a call, a batch that is no tensor of different columns.
+        TypeError, ValueError: an argument cannot work; in a call, a batch is no tensor of different columns.
         NonFiniteError: in a call, α is not finite.
 
     >>> import torch, optex
@@ -54,8 +54,8 @@ class SemiDualSource(GradientSource):
     >>> bool((source.plan().sum(1) - 1 / 6).abs().max() < 1e-3)
     True
 
-    Source: Liu, Puigcerver, Blondel, ICLR 2023, arXiv 2209.15466, its semi-dual; minibatches of columns and their
-    noise are ours.
+    Source: Liu, Puigcerver, Blondel, ICLR 2023, arXiv 2209.15466, its semi-dual; minibatches of columns and
+    their noise are ours.
     """
 
     def __init__(

@@ -47,7 +47,6 @@ class TransportProblem:
             TypeError, ValueError: by name.
         """
         tensor = isinstance(C, Tensor)
-        given = C if tensor else np.asarray(C)
         costs = _double(owner, "C", C, None)
         if costs.ndim < 2 or not costs.numel():
             raise ValueError(f"{owner}: C must be [..., m, n] and hold costs, got shape {tuple(costs.shape)}")
@@ -62,7 +61,9 @@ class TransportProblem:
         masses_a = _masses(owner, "a", a, (*batch, m), costs.device)
         masses_b = _masses(owner, "b", b, (*batch, n), costs.device)
         _check_room(owner, masses_a, masses_b, count)
-        dtype = np.float64 if tensor or given.dtype.kind != "f" else given.dtype
+        dtype = getattr(C, "dtype", None)
+        if tensor or not np.issubdtype(dtype, np.floating):
+            dtype = np.dtype(np.float64)
         return cls(
             masses_a.reshape(-1, m),
             masses_b.reshape(-1, n),

@@ -131,7 +131,7 @@ class Ascent:
         return -float(found.value), self._slope(found)
 
     def _newton(self, point: Vector, goal: float, most: int) -> tuple[Vector, int]:
-        """Newton steps as long as each halves the error; the gradient is piecewise linear, so few are needed."""
+        """Newton steps while each halves the error; the gradient is piecewise linear, so few are needed."""
         found = self._at(point)
         slope, taken = self._slope(found), 0
         error = np.abs(slope).max()

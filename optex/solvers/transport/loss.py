@@ -27,8 +27,8 @@ class SparseOTLoss(nn.Module):
         ∂/∂C = T,   ∂/∂a = α,   ∂/∂b = β
 
     Masses stay on the simplex, so their gradients are given without the part along constants. Where k binds, T
-    is one of the plans at a kink: rows do not carry their mass, T is no gradient of the value to more than that,
-    and a ``ConvergenceWarning`` says so.
+    is one of the plans at a kink: rows do not carry their mass, T is no exact derivative, and a
+    ``ConvergenceWarning`` says so.
 
     Args:
         gamma, k, form, tol, maxiter: as in :func:`~optex.sparse_ot`.
@@ -82,7 +82,7 @@ class SparseOTLoss(nn.Module):
         """The value; masses are uniform where they are not given."""
         if not isinstance(C, Tensor) or not C.is_floating_point() or C.ndim < 2:
             raise TypeError(f"{_OWNER}: C must be a floating-point tensor [..., m, n], got {_told(C)}")
-        *batch, m, n = C.shape
+        m, n = C.shape[-2:]
         masses = [C.new_full((size,), 1 / size) if mass is None else mass for mass, size in ((a, m), (b, n))]
         for name, mass in zip("ab", masses, strict=True):
             if not isinstance(mass, Tensor) or not mass.is_floating_point():
@@ -113,8 +113,8 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (outer,) = gradients  # [...]
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (outer,) = grad_outputs  # [...]
         plan, alpha, beta = ctx.saved_tensors
         of_masses = [
             (outer[..., None] * potential).sum_to_size(shape).to(dtype)

@@ -62,12 +62,12 @@ def sparse_projection(
     *,
     traced: bool = False,
 ) -> tuple[Tensor, Tensor]:  # [..., m], [...]
-    """The point nearest to the scores among t ≥ 0 with sum t = mass and at most k nonzeros, and its threshold τ.
+    """The point nearest to the scores with t ≥ 0, sum t = mass and at most k nonzeros, and its threshold τ.
 
         t = max(s_top-k - τ, 0),   τ = (sum of the ρ largest - mass) / ρ,   ρ the most for which t > 0
 
-    Of equal scores those that come first are kept. A mass of 0 has t = 0. ``traced``: take no way that depends on
-    values, for ``torch.func`` and ``torch.compile``.
+    Of equal scores those that come first are kept. A mass of 0 has t = 0. ``traced``: no way depends
+    on values, for ``torch.func`` and ``torch.compile``.
 
     >>> import torch
     >>> sparse_projection(torch.tensor([2.0, 3.0, 3.0, 2.5]), torch.tensor(1.0), 2)

@@ -70,8 +70,8 @@ def sparse_ot(
         of the problem with the most.
 
     Raises:
-        TypeError, ValueError: an argument cannot work: masses that are negative or do not add up to 1, costs that
-            are not finite, a k with which k n entries cannot serve m rows.
+        TypeError, ValueError: an argument cannot work: masses that are negative or do not add up to 1, costs
+            that are not finite, a k with which k n entries cannot serve m rows.
 
     >>> import numpy as np, optex
     >>> x, y = np.linspace(0, 1, 6), np.linspace(0, 1, 3)
@@ -127,8 +127,9 @@ def _answer(problem: TransportProblem, maxima: list[Maximum]) -> OptimizeResult:
     message = ""
     if status == Status.STALLED:
         message = (
-            f"No more progress was made before the tolerance was reached. Rows are off by {float(row_error.max()):.2g}"
-            f" in all: if k = {problem.k} binds, no plan has both marginals at this maximum; raise k or lower gamma."
+            "No more progress was made before the tolerance was reached. Rows are off by "
+            f"{float(row_error.max()):.2g} in all: if k = {problem.k} binds, no plan of this many has both "
+            "marginals at the maximum; raise k or lower gamma."
         )
     return outcome(
         problem.present(plan.transpose(1, 2).contiguous()),

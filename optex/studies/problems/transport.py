@@ -47,9 +47,9 @@ def sample_colours(count: int, which: int) -> Tensor:  # [count, 3] float64, 0 t
 class SparseTransport(Problem):
     """Match colours of one photograph with those of another, each target with at most k sources.
 
-    The loss is minus the semi-dual of :func:`~optex.sparse_ot` as a function of the potential α [m]: m colours of
-    ``china.jpg``, n of ``flower.jpg``, uniform masses, squared distances in RGB over the largest. A constant
-    added to α changes nothing.
+    The loss is minus the semi-dual of :func:`~optex.sparse_ot` as a function of the potential α [m]: m colours
+    of ``china.jpg``, n of ``flower.jpg``, uniform masses, squared distances in RGB over the largest. A
+    constant added to α changes nothing.
 
     Args:
         seed: of the start, uniform in ±0.1, and of the batches.
