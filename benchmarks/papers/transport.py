@@ -236,7 +236,8 @@ def told_seconds(found: dict[str, float]) -> str:
     return (
         f"sparse_ot {1e3 * found['sparse_ot']:.0f} ms (rows off by {found['rows of it']:.0e}); POT at 1e-15 "
         f"{1e3 * found['POT']:.0f} ms ({found['rows of POT']:.0e}), at its 1e-9 "
-        f"{1e3 * found['POT 1e-9']:.0f} ms ({found['rows of POT 1e-9']:.0e}); exact transport, ot.emd, {1e3 * found['emd']:.1f} ms"
+        f"{1e3 * found['POT 1e-9']:.0f} ms ({found['rows of POT 1e-9']:.0e}); exact "
+        f"transport, ot.emd, {1e3 * found['emd']:.1f} ms"
     )
 
 
@@ -296,9 +297,10 @@ def _optex_checked(name: str, rate: float, steps: int, share: float) -> tuple[st
     level = found[name][-1]
     rounds = rounds_to_level(found["OptEx, N = 4"], level)
     quasi = rounds_to_level(lbfgs(), level)
+    told = "not reached in as many rounds:" if np.isnan(rounds) else f"{rounds:.0f} rounds"
     return (
-        f"{rounds:.0f} rounds to {level:.1e} above the least (L-BFGS-B: {quasi:.0f} evaluations)",
-        rounds <= share * steps,
+        f"{told} to {level:.1e} above the least (L-BFGS-B: {quasi:.0f} evaluations)",
+        bool(rounds <= share * steps),
     )
 
 
@@ -387,9 +389,14 @@ CHECKS = [
         lambda: _optex_checked("SGD", 0.1, 100, 0.4),
     ),
     Check(
-        "OptEx, N = 4, Adam at its best of 0.003, 0.01, 0.03: rounds to its loss after 100 steps",
+        "OptEx, N = 4, Adam, rate 0.01: rounds to its loss after 100 steps",
         "at most 40",
         lambda: _optex_checked("Adam", 0.01, 100, 0.4),
+    ),
+    Check(
+        "the same, rate 0.03, the best of 0.003, 0.01, 0.03",
+        "at most 40",
+        lambda: _optex_checked("Adam", 0.03, 100, 0.4),
     ),
 ]
 
@@ -421,7 +428,7 @@ def _recoloured(plan: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]: 
     from sklearn.datasets import load_sample_image
 
     china, flower = (
-        np.asarray(load_sample_image(f"{name}.jpg"))[::2, ::2] / 255 for name in ("china", "flower")
+        np.asarray(load_sample_image(f"{name}.jpg"))[::3, ::3] / 255 for name in ("china", "flower")
     )
     x, y = (sample_colours(COLOURS, which).numpy() for which in (0, 1))
     moved = (plan.T @ x) / plan.sum(0)[:, None] - y
@@ -477,11 +484,11 @@ def draw(curves: dict[str, Any]) -> Figure:
             right.semilogy(loss, color=colour, linestyle=style, linewidth=1.8, label=label)
     quasi = [loss for loss in curves["lbfgs"] if loss > 1e-9]
     right.semilogy(quasi, color="#000000", linestyle="--", linewidth=1.4, label="L-BFGS-B, evaluations")
-    right.set_ylim(bottom=1e-6)
+    right.set_ylim(1e-6, 1)
     right.set_xlabel("rounds (gradients in turn)")
     right.set_ylabel("loss above the least")
     right.set_title("semi-dual, 100 × 20 colours, γ = 1", fontsize=11)
-    right.legend(fontsize=8, frameon=False)
+    right.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=2)
     for panel in (left, middle, right):
         panel.spines[["top", "right"]].set_visible(False)
     for panel in (middle, right):
