@@ -187,14 +187,14 @@ def slope_error(k: int, gamma: float, step: float) -> float:
 def _envelope_checked() -> tuple[str, bool]:
     # T is piecewise linear in C: a difference that crosses fewer kinks is nearer, until rounding takes over.
     errors = [slope_error(25, 1.0, step) for step in (1e-5, 1e-6, 1e-7)]
-    return ", ".join(f"{error:.1e}" for error in errors) + " of Σ|T D|, steps 1e-5 to 1e-7", bool(
+    return ", ".join(f"{error:.1e}" for error in errors) + " of Σ abs(T D), steps 1e-5 to 1e-7", bool(
         errors[-1] < 1e-6
     )
 
 
 def _kink_checked() -> tuple[str, bool]:
     error = slope_error(7, 1.0, 1e-4)
-    return f"{error:.1e} of Σ|T D|", bool(error < 1e-2)
+    return f"{error:.1e} of Σ abs(T D)", bool(error < 1e-2)
 
 
 # ------------------------------------------------------------------ seconds
