@@ -113,7 +113,9 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] (the decorator hides ctx's name)
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
         (outer,) = grad_outputs  # [...]
         plan, alpha, beta = ctx.saved_tensors
         of_masses = [
