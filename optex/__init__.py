@@ -52,7 +52,16 @@ from optex.minimize import (
 )
 from optex.optimizer import OptEx
 from optex.round import Acceptance, Last, LowestLoss, RoundReport, SmallestGradient, WithinTolerance
-from optex.solvers import BanditTuner, dcdm, equality_method, minimize_equality, sor, ssor_pcg
+from optex.solvers import (
+    BanditTuner,
+    SparseOTLoss,
+    dcdm,
+    equality_method,
+    minimize_equality,
+    sor,
+    sparse_ot,
+    ssor_pcg,
+)
 from optex.sources import (
     AccumulatingSource,
     BlockLoss,
@@ -73,6 +82,7 @@ from optex.sources import (
     ObjectiveSource,
     PenaltyHypergradient,
     PerSampleSource,
+    SemiDualSource,
     Sketch,
     SketchedSource,
     SketchState,
@@ -141,6 +151,7 @@ __all__ = [
     "RationalQuadratic",
     "RoundReport",
     "SPSASource",
+    "SemiDualSource",
     "SeparableEstimator",
     "SequentialEvaluator",
     "Sketch",
@@ -150,6 +161,7 @@ __all__ = [
     "SmoothBilevel",
     "SoftmaxPolicy",
     "SourceWeights",
+    "SparseOTLoss",
     "TrajectorySource",
     "VectorizedEvaluator",
     "WithinTolerance",
@@ -171,6 +183,7 @@ __all__ = [
     "sketched_hook",
     "solve_bilevel",
     "sor",
+    "sparse_ot",
     "ssor_pcg",
     "zo_grasp_ratios",
 ]

@@ -5,8 +5,10 @@ A row is a paper's method with one setting. A paper's own file of tests has what
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,7 @@ from optex import (
     MinimaxPenaltySource,
     ObjectiveSource,
     PenaltyHypergradient,
+    SemiDualSource,
     Sketch,
     SketchedSource,
     SmoothBilevel,
@@ -37,13 +40,14 @@ from optex import (
     SPSASource,
     TrajectorySource,
     minimize_equality,
+    sparse_ot,
 )
 from optex.optimizers import MFAC, MKOR, NAG, NIGT, SCALE, AdaGradNorm, AdaHessian, HeavyBall, TripleMomentum
 from optex.solvers import dcdm, sor, ssor_pcg
 from optex.studies.poisson import Poisson, obstacles
 from optex.studies.problems.hock_schittkowski import PROBLEMS
 from tests.models import regression_batches
-from tests.references import consensus, deepzero, scalebio, spsa
+from tests.references import consensus, deepzero, scalebio, spsa, transport
 from tests.references.maid import dense_quadratic
 from tests.references.penalty_bilevel import QuadraticBilevel
 from tests.references.relaxation import laplacian, relaxed
@@ -326,6 +330,21 @@ def _sketched(kind, *, fixed=False):
 _HS40 = (2 ** (-1 / 3), 2**-0.5, 2 ** (-11 / 12), 2**-0.25)
 
 
+def _exact_semi_dual(source, parameters):
+    alpha = parameters[0].detach().numpy()
+    return [-torch.from_numpy(transport.semi_dual(alpha, *transport.problem(12, 6), 1.0, 4)[1])]
+
+
+def _semi_dual(*, sampled):
+    def make():
+        alpha = nn.Parameter(torch.linspace(-0.2, 0.2, 12, dtype=torch.float64))
+        source = SemiDualSource(alpha, *transport.problem(12, 6), gamma=1.0, k=4, sampled=sampled)
+        batches = source.batches(2, seed=5) if sampled else itertools.repeat(None)
+        return source, [alpha], lambda count: list(itertools.islice(batches, count))
+
+    return make
+
+
 SOURCES: dict[str, SourceRow] = {
     "consensus": SourceRow(_consensus(vectorized=False), lr=0.1),
     "consensus-vectorized": SourceRow(
@@ -358,6 +377,9 @@ SOURCES: dict[str, SourceRow] = {
         for kind in ("gaussian", "srht", "count", "ams")
     },
     "sketched-fixed": SourceRow(_sketched("gaussian", fixed=True)),
+    "semi-dual": SourceRow(_semi_dual(sampled=False), exact=_exact_semi_dual),
+    # Every three batches of two columns are an epoch.
+    "semi-dual-columns": SourceRow(_semi_dual(sampled=True), exact=_exact_semi_dual, answers=30),
 }
 
 
@@ -434,6 +456,22 @@ def _equality(linear_solver, name="HS7", solution=(0.0, 3**0.5), tolerance=1e-6)
     )
 
 
+def _transport_error(result):
+    a, b, C = transport.problem(9, 4)
+    plans = [C, C[::-1]] if result.x.ndim == 3 else [C]
+    exact = np.stack([transport.quadratic(a, b, costs, 0.5) for costs in plans])
+    return float(np.abs(np.asarray(result.x).reshape(exact.shape) - exact).max())
+
+
+def _transport(shape=(), *, kind=torch.from_numpy):
+    def make():
+        a, b, C = transport.problem(9, 4)
+        costs = np.stack([C, C[::-1]]) if shape else C
+        return {"a": kind(a), "b": kind(b), "C": kind(costs.copy()), "gamma": 0.5, "k": 6}
+
+    return make
+
+
 SOLVERS: dict[str, SolverRow] = {
     "sor": SolverRow(_laplacian(np.array), sor, lambda result: relaxed(result, _RELAXED)),
     "sor-sparse": SolverRow(_laplacian(scipy.sparse.csr_array), sor, lambda result: relaxed(result, _RELAXED)),
@@ -455,4 +493,7 @@ SOLVERS: dict[str, SolverRow] = {
     # Ends within the KKT residual of 1e-4, in few thousand sketches.
     "equality-vectors": _equality("gv", "HS40", _HS40, tolerance=1e-4),
     "equality-kaczmarz": _equality("rk", "HS40", _HS40, tolerance=1e-4),
+    "sparse-transport": SolverRow(_transport(kind=np.asarray), sparse_ot, _transport_error),
+    "sparse-transport-dual": SolverRow(_transport(), partial(sparse_ot, form="dual"), _transport_error),
+    "sparse-transport-batch": SolverRow(_transport((2,)), sparse_ot, _transport_error),
 }

@@ -4,6 +4,7 @@ from optex.solvers.dcdm import DCDMLoss, DirectionNetwork, RitzVectors, dcdm, ri
 from optex.solvers.equality import equality_method, minimize_equality
 from optex.solvers.outcome import Status, outcome
 from optex.solvers.relaxation import BanditTuner, optimal_omega, sor, ssor_pcg
+from optex.solvers.transport import SparseOTLoss, sparse_ot
 
 __all__ = [
     "BanditTuner",
@@ -11,6 +12,7 @@ __all__ = [
     "DirectionNetwork",
     "RitzVectors",
     "SOLVERS",
+    "SparseOTLoss",
     "Status",
     "dcdm",
     "equality_method",
@@ -19,5 +21,6 @@ __all__ = [
     "outcome",
     "ritz_vectors",
     "sor",
+    "sparse_ot",
     "ssor_pcg",
 ]

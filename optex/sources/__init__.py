@@ -18,6 +18,7 @@ from optex.sources.policy import (
     TrajectorySource,
 )
 from optex.sources.scalebio import LayerSampler, MinimaxPenaltySource, SourceWeights
+from optex.sources.semi_dual import SemiDualSource
 from optex.sources.sketched import (
     GaussianMechanism,
     Leakage,
@@ -53,6 +54,7 @@ __all__ = [
     "PenaltyHypergradient",
     "PerSampleSource",
     "SPSASource",
+    "SemiDualSource",
     "Sketch",
     "SketchState",
     "SketchedSource",

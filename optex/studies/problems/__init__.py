@@ -26,6 +26,7 @@ from optex.studies.problems.source_weights import SourceMixture
 from optex.studies.problems.synthetic import Ackley, Function, Quadratic, Rosenbrock, Sphere
 from optex.studies.problems.tabular import DigitsMLP, LogisticBreastCancer
 from optex.studies.problems.text import Shakespeare
+from optex.studies.problems.transport import SparseTransport
 
 __all__ = [
     "CIFAR10",
@@ -53,6 +54,7 @@ __all__ = [
     "Rosenbrock",
     "Shakespeare",
     "SourceMixture",
+    "SparseTransport",
     "Sphere",
     "TwoMoons",
     "make_problem",
@@ -168,6 +170,12 @@ PROBLEMS: Final[dict[str, ProblemEntry]] = {
     ),
     "cifar10": ProblemEntry(
         CIFAR10, "residual MLP or ResNet on photographs", _IMAGE_OPTIONS, data="cifar10", values=_IMAGE_VALUES
+    "sparse-transport": ProblemEntry(
+        SparseTransport,
+        "colours matched between two photographs, semi-dual of sparse transport",
+        {"sources": int, "targets": int, "k": int, "gamma": float, "columns": int},
+    ),
+        FashionMNIST, "MLP or CNN on images of clothes", _IMAGE_OPTIONS, data="fashion-mnist"
     ),
     "shakespeare": ProblemEntry(
         Shakespeare,
