@@ -24,3 +24,13 @@ __all__ = [
     "sparse_ot",
     "ssor_pcg",
 ]
+
+# What `optex list` says of each.
+SOLVERS: dict[str, str] = {
+    "bandit-tuner": "learns a setting from what runs cost (arXiv 2310.02246)",
+    "dcdm": "conjugate gradients along directions that a network proposes (ICML 2023)",
+    "minimize-equality": "f(x) with c(x) = 0, by inexact Newton steps (arXiv 2305.18379)",
+    "sor": "successive over-relaxation (Young; arXiv 2310.02246)",
+    "sparse-ot": "optimal transport with at most k nonzeros a column (ICLR 2023)",
+    "ssor-pcg": "CG preconditioned by symmetric relaxation (arXiv 2310.02246)",
+}

@@ -170,12 +170,11 @@ PROBLEMS: Final[dict[str, ProblemEntry]] = {
     ),
     "cifar10": ProblemEntry(
         CIFAR10, "residual MLP or ResNet on photographs", _IMAGE_OPTIONS, data="cifar10", values=_IMAGE_VALUES
+    ),
     "sparse-transport": ProblemEntry(
         SparseTransport,
         "colours matched between two photographs, semi-dual of sparse transport",
         {"sources": int, "targets": int, "k": int, "gamma": float, "columns": int},
-    ),
-        FashionMNIST, "MLP or CNN on images of clothes", _IMAGE_OPTIONS, data="fashion-mnist"
     ),
     "shakespeare": ProblemEntry(
         Shakespeare,
