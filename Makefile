@@ -1,6 +1,7 @@
 # Two commands do all the set-up on a bare machine:
 #   make demo    create .venv, install, run the main job: a table and a picture
 #   make test    create .venv, install, lint, type-check, test, run the examples of the docs
+#   make docs    create .venv, install, build the pages into out/docs; a warning is an error
 #   make package build wheel and source distribution, install each into an environment of its own, try it
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test lint types tests package clean
+.PHONY: demo test lint types tests docs package clean
 
 demo: $(VENV)/.runs
 	$(BIN)/optex compare ackley rosenbrock logistic-breast-cancer \
@@ -27,6 +28,10 @@ types: $(VENV)/.installed
 # By file: the examples of a page build on each other.
 tests: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+docs: $(VENV)/.docs
+	$(BIN)/sphinx-build -W --keep-going -q -c docs -b html . out/docs
+	@echo "out/docs/docs/index.html"
 
 # The library alone, as a user gets it: an archive that forgot a file, or a dependency not declared, fails here.
 package: $(VENV)/.runs
@@ -55,6 +60,11 @@ $(VENV)/.runs: pyproject.toml constraints.txt
 $(VENV)/.installed: $(VENV)/.runs
 	@echo "installing into $(VENV): what tests and examples need"
 	@$(PIP) install -c constraints.txt -e ".[studies,test]"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.runs
+	@echo "installing into $(VENV): what the pages need"
+	@$(PIP) install -c constraints.txt -e ".[docs]"
 	@touch $@
 
 clean:

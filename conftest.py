@@ -6,3 +6,7 @@ from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 pytest_collect_file = Sybil(
     parsers=[PythonCodeBlockParser(), SkipParser()], patterns=["README.md", "docs/*.md", "docs/family/*.md"]
 ).pytest()
+
+# Sphinx's, and run by it.
+collect_ignore = ["docs/conf.py"]
+collect_ignore_glob = ["docs/gallery/*", "docs/tour/*"]

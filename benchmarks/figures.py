@@ -75,7 +75,8 @@ def report() -> None:
     """Write the tables from the JSON."""
     documents = {name: json.loads(document_path(name).read_text()) for name in COMPARISONS}
     demo, functions = (documents[name]["meta"] for name in COMPARISONS)
-    fill(ROOT / "README.md", {"functions": acceleration_table(functions)})
+    for page in (ROOT / "README.md", ROOT / "docs" / "rivals.md"):
+        fill(page, {"functions": acceleration_table(functions)})
     tables = {"demo": full_table(demo), "functions": full_table(functions)}
     fill(ROOT / "results" / "README.md", tables)
 

@@ -18,6 +18,7 @@ from optex.studies.records import null_to_nan
 from optex.studies.tables import fill, markdown_table
 from optex.studies.tuning import FRACTIONS, Attempt, Choice, Tuned, tuned
 
+ROOT = Path(__file__).resolve().parents[1]
 VANILLA = "vanilla 1"
 QUASI_NEWTON = ("lbfgs 1", "lbfgs-scipy 1", "lbfgs-scipy-50 1", "nonlinear-cg 1")
 IN_TURN = (VANILLA, "optex 1", "nowcast 1", "nowcast-dmd 1", *QUASI_NEWTON)
@@ -364,6 +365,9 @@ def report(folder: Path, names: Sequence[str]) -> None:
         "problems": problem_table(found),
     }
     fill(folder / "README.md", tables)
+    if folder.resolve() == ROOT / "results" / "tuned":
+        advice = {name: text for name, text in tables.items() if name.startswith("advice-")}
+        fill(ROOT / "docs" / "rivals.md", advice)
     draw_profiles(deterministic, stochastic).savefig(folder / "profiles.png", dpi=120)
     for kind, group in kinds.items():
         if group:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
@@ -79,8 +81,7 @@ def undocumented(app: Sphinx, exception: Exception | None) -> None:
     """Fail the build where a public name is on no page."""
     if exception is not None or app.builder.name != "html":
         return
-    known = set(app.env.domaindata["py"]["objects"])
-    short = {name.rpartition(".")[2] for name in known}
+    known = {name.rpartition(".")[2] for name in app.env.domaindata["py"]["objects"]}
     missing = []
     for room in ROOMS:
         module = __import__(room, fromlist=["__all__"])
@@ -88,12 +89,35 @@ def undocumented(app: Sphinx, exception: Exception | None) -> None:
             value = getattr(module, name)
             if inspect.ismodule(value) or not (inspect.isclass(value) or inspect.isfunction(value)):
                 continue
-            if name not in short:
+            if name not in known:
                 missing.append(f"{room}.{name}")
     if missing:
         raise ExtensionError(f"public names on no page: {', '.join(missing)}")
 
 
+def formulas(*arguments: Any) -> None:
+    """Indented formulas of docstrings as literal blocks, and bars and stars of norms as they are."""
+    lines: list[str] = arguments[-1]
+    found: list[str] = []
+    inside = False
+    for i, line in enumerate(lines):
+        indented = line.startswith("    ")
+        if indented and not inside and i and not lines[i - 1].strip():
+            before = next((text for text in reversed(lines[:i]) if text.strip()), "")
+            if not before.startswith("    "):
+                found += ["::", ""]
+        inside = indented or (inside and not line.strip())
+        found.append(line if inside else _escaped(line))
+    lines[:] = found
+
+
+def _escaped(line: str) -> str:
+    parts = line.split("``")
+    parts[::2] = [re.sub(r"\|(\w+)\|", r"\\|\1\\|", part).replace("‖*", "‖\\*") for part in parts[::2]]
+    return "``".join(parts)
+
+
 def setup(app: Sphinx) -> None:
-    """Add the check of public names."""
+    """Add the check of public names, and what docstrings need."""
     app.connect("build-finished", undocumented)
+    app.connect("autodoc-process-docstring", formulas, priority=100)

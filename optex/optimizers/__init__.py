@@ -1,4 +1,4 @@
-"""The family's step rules: ``torch.optim.Optimizer``s, one paper a file."""
+"""The family's step rules, each a ``torch.optim.Optimizer``, one paper a file."""
 
 from optex.optimizers.accelerated import NAG, HeavyBall, TripleMomentum
 from optex.optimizers.adagrad_norm import AdaGradNorm
