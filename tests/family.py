@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from optex import (
     SPSASource,
 )
 from optex.optimizers import MFAC, MKOR, NAG, SCALE, AdaGradNorm, AdaHessian, HeavyBall, TripleMomentum
+from optex.solvers import newton_schulz_inverse
 from tests.references import consensus, spsa
 from tests.references.maid import dense_quadratic
 from tests.references.penalty_bilevel import QuadraticBilevel
@@ -240,4 +242,19 @@ class SolverRow:
     iterates: bool = True
 
 
-SOLVERS: dict[str, SolverRow] = {}
+def _newton_schulz(*, init: str, batch: tuple[int, ...] = ()) -> SolverRow:
+    def make():
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randn(*batch, 12, 5, generator=generator, dtype=torch.float64)
+        return {"S": inputs.mT @ inputs}
+
+    def error(result):
+        return float((result.x - torch.linalg.inv(make()["S"])).abs().max())
+
+    return SolverRow(make, partial(newton_schulz_inverse, init=init), error)
+
+
+SOLVERS: dict[str, SolverRow] = {
+    "newton-schulz": _newton_schulz(init="trace"),
+    "newton-schulz-norm": _newton_schulz(init="norm", batch=(2, 3)),
+}
