@@ -3,10 +3,10 @@
     python benchmarks/in_context_transformer.py                     # train, probe, write the record
     python benchmarks/in_context_transformer.py --steps 50 --out /tmp/try.json
 
-A decoder in the manner of GPT-2 reads x_1, y_1, x_2, y_2, ..., x_n and predicts y_t at x_t, as in Fu, Chen, Jia,
-Sharan (NeurIPS 2024, arXiv 2310.17086), at a small fraction of its size. After training, a linear readout is fitted
-by least squares to the hidden states behind every layer. Its errors are compared with those of the iterative Newton
-method, gradient descent and online gradient descent by ``similarity_of_errors``. The record is
+A decoder in the manner of GPT-2 reads x_1, y_1, x_2, y_2, ..., x_n and predicts y_t at x_t, as in Fu, Chen,
+Jia, Sharan (NeurIPS 2024, arXiv 2310.17086), at a small fraction of its size. After training, a linear readout
+is fitted by least squares to the hidden states behind every layer. Its errors are compared with those of the
+iterative Newton method, gradient descent and online gradient descent by ``similarity_of_errors``. The record is
 ``results/family/in_context_transformer.json``; weights are not kept.
 """
 
@@ -100,7 +100,9 @@ class InContext(nn.Module):
         return self.output(self.norm(self.hidden(inputs, targets)[-1]))[..., 0]
 
 
-def sequences(scale: Scale, count: int, generator: torch.Generator, used: int | None = None) -> tuple[Tensor, Tensor]:
+def sequences(
+    scale: Scale, count: int, generator: torch.Generator, used: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Inputs [count, n, d] and targets [count, n] of as many tasks y = w·x, all standard normal.
 
     Coordinates from ``used`` on are 0: fewer unknowns, which training begins with.
@@ -145,7 +147,9 @@ def probed(model: InContext, scale: Scale) -> list[Tensor]:  # [1024, n] a layer
     seen = sequences(scale, 4096, torch.Generator().manual_seed(scale.seed + 2))
     found = []
     for known, state in zip(model.hidden(*seen), model.hidden(*fresh(scale)), strict=True):
-        readout = torch.linalg.lstsq(_with_one(known).flatten(0, 1), seen[1].double().flatten()[:, None]).solution
+        readout = torch.linalg.lstsq(
+            _with_one(known).flatten(0, 1), seen[1].double().flatten()[:, None]
+        ).solution
         found.append((_with_one(state) @ readout)[..., 0])
     return found
 
@@ -235,7 +239,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         **studied(model, scale),
     }
     out.write_text(json.dumps(rounded(record), indent=None, separators=(",", ":")) + "\n")
-    print(f"{out}: layers match {record['newton']['best']} Newton iterations, {record['descent']['best']} steps")
+    print(
+        f"{out}: layers match {record['newton']['best']} Newton iterations, {record['descent']['best']} steps"
+    )
 
 
 def rounded(value: Any) -> Any:

@@ -42,6 +42,7 @@ from optex.evaluators import (
 from optex.minimize import cbo_minimize, maid, minimize, minimize_gns, scipy_method, solve_bilevel
 from optex.optimizer import OptEx
 from optex.round import Acceptance, Last, LowestLoss, RoundReport, SmallestGradient, WithinTolerance
+from optex.solvers import newton_schulz_inverse
 from optex.sources import (
     AccumulatingSource,
     ConsensusSource,
@@ -111,6 +112,7 @@ __all__ = [
     "maid",
     "minimize",
     "minimize_gns",
+    "newton_schulz_inverse",
     "scipy_method",
     "solve_bilevel",
 ]

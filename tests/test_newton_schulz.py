@@ -1,5 +1,7 @@
 """The iterative Newton method, the predictors beside it, and the similarity of their errors."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -55,7 +57,7 @@ def test_the_error_is_squared(init):
     S, errors = gram(), []
     newton_schulz_inverse(S, init=init, callback=lambda now: errors.append(torch.eye(6) - S @ now.x))
     assert len(errors) > 5
-    for before, after in zip(errors, errors[1:], strict=False):
+    for before, after in pairwise(errors):
         assert float((after - before @ before).abs().max()) <= 1e-12
 
 

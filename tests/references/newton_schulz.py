@@ -53,6 +53,8 @@ def similarity(first, second, targets):
     found = np.zeros((first.shape[1], second.shape[1]))
     for i in range(first.shape[1]):
         for j in range(second.shape[1]):
-            pairs = [(a[i, 1:] - y[1:], b[j, 1:] - y[1:]) for a, b, y in zip(first, second, targets, strict=True)]
+            pairs = [
+                (a[i, 1:] - y[1:], b[j, 1:] - y[1:]) for a, b, y in zip(first, second, targets, strict=True)
+            ]
             found[i, j] = np.mean([a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in pairs])
     return found

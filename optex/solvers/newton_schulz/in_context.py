@@ -1,8 +1,8 @@
 """Linear regression in context: predictors that a transformer is compared with, layer by iteration.
 
 Fu, Chen, Jia, Sharan: Transformers Learn to Achieve Second-Order Convergence Rates for In-Context Linear
-Regression, NeurIPS 2024, arXiv 2310.17086, section 3. All predictors answer alike: at every place t of a sequence
-(x_1, y_1), ..., (x_n, y_n), what they take y_t to be from x_t and the examples before it.
+Regression, NeurIPS 2024, arXiv 2310.17086, section 3. All predictors answer alike: at every place t of a
+sequence (x_1, y_1), ..., (x_n, y_n), what they take y_t to be from x_t and the examples before it.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def iterative_newton_predictor(
 
         S = XᵀX,   M_0 = Sᵀ / ‖S Sᵀ‖_F,   M_{k+1} = M_k (2 I - S M_k),   w_k = M_k Xᵀy
 
-    X and y are the examples before each place. With fewer than d of them, w_k goes to the least-squares solution
-    of least norm.
+    X and y are the examples before each place. With fewer than d of them, w_k goes to the least-squares
+    solution of least norm.
 
     Args:
         inputs: x_1, ..., x_n of each sequence.
@@ -66,7 +66,9 @@ def iterative_newton_predictor(
         raise ValueError(f'{owner}: init must be "norm" or "trace", got {init!r}')
     identity = torch.eye(inputs.shape[-1], dtype=inputs.dtype, device=inputs.device)
     start = grams if init == "norm" else identity.expand_as(grams)
-    size = torch.linalg.matrix_norm(grams @ grams) if init == "norm" else grams.diagonal(dim1=-2, dim2=-1).sum(-1)
+    size = (
+        torch.linalg.matrix_norm(grams @ grams) if init == "norm" else grams.diagonal(dim1=-2, dim2=-1).sum(-1)
+    )
     # Before the first example S = 0, and w = 0 whatever M is.
     inverse = start / size.where(size > 0, torch.ones_like(size))[..., None, None]
     found = [_predicted(inputs, _times(inverse, moments))]
@@ -134,7 +136,8 @@ def online_gradient_descent_predictor(
         passes: how often the examples before a place are gone through; one is the online method.
         lr: the rate.
         rule: r_i. ``"constant"``: lr; ``"decaying"``: lr / √i, with i counted through all passes;
-            ``"normalised"``: lr / ‖x_i‖², below 2 (with lr = 1 Kaczmarz's method, which meets each example exactly).
+            ``"normalised"``: lr / ‖x_i‖², below 2 (with lr = 1 Kaczmarz's method, which meets each example
+            exactly).
 
     Returns:
         What w takes y_t to be after each pass over the examples before it, [..., passes + 1, n].
@@ -182,7 +185,8 @@ def similarity_of_errors(
 
         SimE(A, B) = mean over sequences of cos(e_A, e_B),   e_A = (A_2 - y_2, ..., A_n - y_n)
 
-    The first place has no examples before it and is left out. An error of exactly 0 is like none: its cosine is 0.
+    The first place has no examples before it and is left out. An error of exactly 0 is like none: its cosine
+    is 0.
 
     Args:
         first: predictions of k predictors, layers of a transformer for one.
@@ -241,7 +245,9 @@ def _check(owner: str, inputs: Any, targets: Any) -> None:
             f"{tuple(targets.shape)}"
         )
     if inputs.dtype != targets.dtype:
-        raise TypeError(f"{owner}: inputs and targets must be of one dtype, got {inputs.dtype}, {targets.dtype}")
+        raise TypeError(
+            f"{owner}: inputs and targets must be of one dtype, got {inputs.dtype}, {targets.dtype}"
+        )
 
 
 def _check_tensor(owner: str, name: str, value: Any) -> None:

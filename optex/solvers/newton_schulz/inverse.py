@@ -33,8 +33,8 @@ _SEVERITY: Final = (
     Status.NON_FINITE,
 )
 _MESSAGES: Final = {
-    Status.STALLED: "No more progress: S is singular, or worse conditioned than its precision and tol allow; x is"
-    " the best iterate.",
+    Status.STALLED: "No more progress: S is singular, or worse conditioned than its precision and tol allow; x"
+    " is the best iterate.",
     Status.BREAKDOWN: 'The residual grew: S is not positive definite, which init="trace" needs; x is the best'
     ' iterate. Use init="norm".',
 }
@@ -52,38 +52,38 @@ def newton_schulz_inverse(
 
         E = I - S M,   M <- M (2 I - S M) = M + M E,   so that   E <- E²
 
-    A direction whose eigenvalue of the first E is 1 - δ takes log2(1 / δ) iterations until it counts, and a handful
-    more to full precision: with κ the condition number of S, about log2 κ from the trace and 2 log2 κ from the
-    norm. An iteration is two products of matrices. Gradients are not followed.
+    A direction whose eigenvalue of the first E is 1 - δ takes log2(1 / δ) iterations until it counts, and a
+    handful more to full precision: with κ the condition number of S, about log2 κ from the trace and 2 log2 κ
+    from the norm. An iteration is two products of matrices. Gradients are not followed.
 
     Args:
         S: matrices to invert, float32 or float64; any number of leading dimensions. Those of one call iterate
             together, each until it is done.
         tol: of the relative residual ‖I - S M‖_F / √d; by default the square root of what the dtype resolves.
         maxiter: most iterations.
-        init: the first M. ``"trace"``: I / tr(S), for symmetric positive definite S. ``"norm"``: Sᵀ / ‖S Sᵀ‖_F, as
-            the authors' code has it, for any S that is not singular, at up to twice the iterations. A number α:
-            α Sᵀ, with 0 < α < 2 / ‖S‖₂² for every S (a singular value decomposition checks it). An array
-            [..., d, d]: a warm start with ‖I - S M‖_F < 1, the inverse of a nearby matrix.
-        callback: called after every iteration with x, ``residual`` and ``nit``; ends the run by returning True or
-            raising StopIteration.
+        init: the first M. ``"trace"``: I / tr(S), for symmetric positive definite S. ``"norm"``:
+            Sᵀ / ‖S Sᵀ‖_F, as the authors' code has it, for any S that is not singular, at up to twice the
+            iterations. A number α: α Sᵀ, with 0 < α < 2 / ‖S‖₂² for every S (a singular value decomposition
+            checks it). An array [..., d, d]: a warm start with ‖I - S M‖_F < 1, the inverse of a nearby matrix.
+        callback: called after every iteration with x, ``residual`` and ``nit``; ends the run by returning True
+            or raising StopIteration.
 
     Returns:
         A result with ``x``, the inverses [..., d, d] in the form of S; ``residual``, as under ``tol``, and
-        ``statuses`` of each matrix [...]; ``nit``, iterations of the slowest. ``status`` is the worst of all. Of a
-        singular S the result is ``STALLED`` from the norm, with the pseudo-inverse as far as rounding allows. From
-        the trace, an S that is not definite ends in ``BREAKDOWN``, a singular one there or ``STALLED``, as rounding
-        has it, with an x of no use in the null space.
+        ``statuses`` of each matrix [...]; ``nit``, iterations of the slowest. ``status`` is the worst of all.
+        Of a singular S the result is ``STALLED`` from the norm, with the pseudo-inverse as far as rounding
+        allows. From the trace, an S that is not definite ends in ``BREAKDOWN``, a singular one there or
+        ``STALLED``, as rounding has it, with an x of no use in the null space.
 
     Raises:
         TypeError: S is no float32 or float64 array, or a warm start or callback is none.
-        ValueError: S is not square, symmetric (from the trace) or finite; α is at or beyond its boundary, where E
-            keeps an eigenvalue of size 1 or more; a warm start is too far away.
+        ValueError: S is not square, symmetric (from the trace) or finite; α is at or beyond its boundary,
+            where E keeps an eigenvalue of size 1 or more; a warm start is too far away.
         NotPositiveDefiniteError: a diagonal entry is not positive, from the trace.
         RankDeficientError: a matrix is zero.
 
-    Source: arXiv 2310.17086, section 3; Schulz 1933. The first M from the trace, the rule to stop and batches are
-    ours. The paper's α = 2 / ‖S Sᵀ‖₂ is the boundary itself.
+    Source: arXiv 2310.17086, section 3; Schulz 1933. The first M from the trace, the rule to stop and batches
+    are ours.
 
     >>> import numpy as np
     >>> result = newton_schulz_inverse(np.array([[2.0, 1.0], [1.0, 2.0]]))
@@ -173,15 +173,16 @@ class _Run:
         moved = torch.linalg.matrix_norm(step) / length
         lost = going & ~residual.isfinite()
         reached = going & (residual <= self._tol)
-        # In exact arithmetic the residual never grows: E is symmetric there, with eigenvalues in [0, 1]. A step no
-        # larger than what rounding does to S M says that no further one will help; so does one near that which is
-        # larger than the last: rounding has entered the null space, and doubles there.
+        # In exact arithmetic the residual never grows: E is symmetric there, with eigenvalues in [0, 1]. A
+        # step no larger than what rounding does to S M says that no further one will help; so does one near
+        # that which is larger than the last: rounding has entered the null space, and doubles there.
         floor = self._eps * torch.linalg.matrix_norm(self._matrices) * length
         grown = going & (residual > self.least * (1 + math.sqrt(self._eps)))
         idle = going & ((moved <= floor) | ((moved > self._moved) & (self._moved <= 1000 * floor)))
         self._moved = moved
         indefinite = grown & self._definite & (self.least * math.sqrt(self._identity.shape[0]) >= 1)
-        # Of a singular S the residual stays while rounding makes M grow in the null space: no better without need.
+        # Of a singular S the residual stays while rounding makes M grow in the null space: no better without
+        # need.
         margin = 1 - 16 * self._identity.shape[0] * self._eps
         better = reached | (going & (residual < self.least * margin))
         better |= idle & ~grown & (moved <= math.sqrt(self._eps))
@@ -249,8 +250,8 @@ def _first(
     # At the boundary itself rounding decides.
     if not scale < boundary * (1 - 1e-6):
         raise ValueError(
-            f"{_OWNER}: init must be below 2 / ‖S‖₂², here {boundary:g}, got {scale:g}; there I - init S Sᵀ has an"
-            " eigenvalue of size 1 or more, which squaring never reduces"
+            f"{_OWNER}: init must be below 2 / ‖S‖₂², here {boundary:g}, got {scale:g}; there I - init S Sᵀ has"
+            " an eigenvalue of size 1 or more, which squaring never reduces"
         )
     return scale * transposed * size.square()
 
@@ -261,8 +262,8 @@ def _from_trace(
     apart = float((matrices - matrices.mT).abs().max())
     if apart > 100 * torch.finfo(matrices.dtype).eps:
         raise ValueError(
-            f'{_OWNER}: init="trace" needs symmetric S, and entries differ from their mirror images by {apart:.2g}'
-            ' of the largest; use init="norm"'
+            f'{_OWNER}: init="trace" needs symmetric S, and entries differ from their mirror images by'
+            f' {apart:.2g} of the largest; use init="norm"'
         )
     diagonal = matrices.diagonal(dim1=-2, dim2=-1)  # [b, d]
     if not bool((diagonal > 0).all()):
