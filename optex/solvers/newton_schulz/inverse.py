@@ -147,16 +147,19 @@ class _Run:
         self._matrices, self._now, self._tol, self._definite = matrices, first, tol, definite
         self._eps = torch.finfo(matrices.dtype).eps
         self._identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
-        self._error, self.least = self._measure()
+        # Reused in every iteration: fresh memory of this size costs more than the products do.
+        self._error, self._step = torch.empty_like(first), torch.empty_like(first)
+        self.least = self._measure()
         self._moved = torch.full_like(self.least, math.inf)
-        self.best = first
+        self.best = first.clone()
         self.nit = 0
         self.status = torch.full_like(self.least, _RUNNING, dtype=torch.int64)
         self.status[self.least <= tol] = Status.CONVERGED
 
-    def _measure(self) -> tuple[Tensor, Tensor]:  # [b, d, d], [b]
-        error = self._identity - self._matrices @ self._now
-        return error, torch.linalg.matrix_norm(error) / math.sqrt(error.shape[-1])
+    def _measure(self) -> Tensor:  # [b]
+        """I - S M, and its relative size."""
+        torch.baddbmm(self._identity, self._matrices, self._now, alpha=-1, out=self._error)
+        return torch.linalg.matrix_norm(self._error) / math.sqrt(self._error.shape[-1])
 
     def running(self) -> bool:
         """Whether any has not ended."""
@@ -165,12 +168,12 @@ class _Run:
     def iterate(self) -> None:
         """One step of those that run, and how each stands after it."""
         going = self.status == _RUNNING
-        step = self._now @ self._error
-        self._now = torch.where(going[:, None, None], self._now + step, self._now)
+        torch.bmm(self._now, self._error, out=self._step)
+        self._now += self._step.masked_fill_(~going[:, None, None], 0.0)
         self.nit += 1
-        self._error, residual = self._measure()
+        residual = self._measure()
         length = torch.linalg.matrix_norm(self._now)
-        moved = torch.linalg.matrix_norm(step) / length
+        moved = torch.linalg.matrix_norm(self._step) / length
         lost = going & ~residual.isfinite()
         reached = going & (residual <= self._tol)
         # In exact arithmetic the residual never grows: E is symmetric there, with eigenvalues in [0, 1]. A
@@ -186,7 +189,7 @@ class _Run:
         margin = 1 - 16 * self._identity.shape[0] * self._eps
         better = reached | (going & (residual < self.least * margin))
         better |= idle & ~grown & (moved <= math.sqrt(self._eps))
-        self.best = torch.where(better[:, None, None], self._now, self.best)
+        torch.where(better[:, None, None], self._now, self.best, out=self.best)
         self.least = torch.where(better, residual, self.least)
         for which, status in (
             (grown | idle, Status.STALLED),
