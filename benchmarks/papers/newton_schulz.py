@@ -27,7 +27,7 @@ ROOM = "solvers"
 
 RECORD: Final = Path(__file__).parents[2] / "results" / "family" / "in_context_transformer.json"
 _POINTS, _DIMENSION, _SEEDS, _GOAL = 40, 20, 20, 1e-6
-# Standard deviations of the inputs' coordinates: the paper's ill-conditioned covariance has a half of each.
+# Standard deviations of the inputs' coordinates; the second covariance has condition number 100.
 _SPREADS: Final = {
     "Gaussian": np.ones(_DIMENSION),
     "half the coordinates 10 times as wide": np.where(np.arange(_DIMENSION) < 10, 1.0, 10.0),
@@ -322,7 +322,7 @@ CHECKS: list[Check] = [
         _counted("Gaussian", (14, 17), 150),
     ),
     Check(
-        "the same, half the coordinates 10 times as wide (the paper's covariance of condition 100)",
+        "the same, half the coordinates 10 times as wide (a covariance of condition 100)",
         "24.5, at most 25; gradient descent 6470 (recorded): within 1, 2 and 15%",
         _counted("half the coordinates 10 times as wide", (24.5, 25), 6470),
     ),
