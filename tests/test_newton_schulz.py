@@ -202,6 +202,7 @@ def test_a_callback_can_stop():
 
     found = newton_schulz_inverse(gram(), callback=stop)
     assert found.status == Status.STOPPED
+    assert int(found.statuses) == Status.STOPPED
     assert found.nit == 3
     assert newton_schulz_inverse(gram(), callback=raising).nit == 1
 

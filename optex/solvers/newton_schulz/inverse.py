@@ -110,14 +110,15 @@ def newton_schulz_inverse(
 
     def present(run: _Run, status: Status) -> OptimizeResult:
         numpy = isinstance(S, np.ndarray)
+        statuses = torch.where(run.status == _RUNNING, int(status), run.status)
         parts = (
             run.best.reshape(shape) / size,
             run.least.reshape(shape[:-2]),
-            run.status.reshape(shape[:-2]),
+            statuses.reshape(shape[:-2]),
         )
-        x, residual, statuses = (part.numpy() if numpy else part for part in parts)
+        x, residual, ended = (part.numpy() if numpy else part for part in parts)
         message = _MESSAGES.get(status, "")
-        return outcome(x, status, nit=run.nit, message=message, residual=residual, statuses=statuses)
+        return outcome(x, status, nit=run.nit, message=message, residual=residual, statuses=ended)
 
     run = _Run(scaled, first, tol, definite=isinstance(init, str) and init == "trace")
     while run.running() and run.nit < maxiter:
