@@ -110,7 +110,7 @@ def newton_schulz_inverse(
 
     def present(run: _Run, status: Status) -> OptimizeResult:
         numpy = isinstance(S, np.ndarray)
-        statuses = torch.where(run.status == _RUNNING, int(status), run.status)
+        statuses = torch.where(run.status.eq(_RUNNING), int(status), run.status)
         parts = (
             run.best.reshape(shape) / size,
             run.least.reshape(shape[:-2]),
@@ -168,7 +168,7 @@ class _Run:
 
     def iterate(self) -> None:
         """One step of those that run, and how each stands after it."""
-        going = self.status == _RUNNING
+        going = self.status.eq(_RUNNING)
         torch.bmm(self._now, self._error, out=self._step)
         self._now += self._step.masked_fill_(~going[:, None, None], 0.0)
         self.nit += 1
