@@ -43,7 +43,7 @@ from optex import (
     sparse_ot,
 )
 from optex.optimizers import MFAC, MKOR, NAG, NIGT, SCALE, AdaGradNorm, AdaHessian, HeavyBall, TripleMomentum
-from optex.solvers import dcdm, sor, ssor_pcg
+from optex.solvers import dcdm, newton_schulz_inverse, sor, ssor_pcg
 from optex.studies.poisson import Poisson, obstacles
 from optex.studies.problems.hock_schittkowski import PROBLEMS
 from tests.models import regression_batches
@@ -475,6 +475,18 @@ def _transport(shape=(), *, kind=torch.from_numpy):
     return make
 
 
+def _newton_schulz(*, init: str, batch: tuple[int, ...] = ()) -> SolverRow:
+    def make():
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randn(*batch, 12, 5, generator=generator, dtype=torch.float64)
+        return {"S": inputs.mT @ inputs}
+
+    def error(result):
+        return float((result.x - torch.linalg.inv(make()["S"])).abs().max())
+
+    return SolverRow(make, partial(newton_schulz_inverse, init=init), error)
+
+
 SOLVERS: dict[str, SolverRow] = {
     "sor": SolverRow(_laplacian(np.array), sor, lambda result: relaxed(result, _RELAXED)),
     "sor-sparse": SolverRow(_laplacian(scipy.sparse.csr_array), sor, lambda result: relaxed(result, _RELAXED)),
@@ -499,4 +511,6 @@ SOLVERS: dict[str, SolverRow] = {
     "sparse-transport": SolverRow(_transport(kind=np.asarray), sparse_ot, _transport_error),
     "sparse-transport-dual": SolverRow(_transport(), partial(sparse_ot, form="dual"), _transport_error),
     "sparse-transport-batch": SolverRow(_transport((2,)), sparse_ot, _transport_error),
+    "newton-schulz": _newton_schulz(init="trace"),
+    "newton-schulz-norm": _newton_schulz(init="norm", batch=(2, 3)),
 }
