@@ -17,7 +17,8 @@ def error_bound(deviation: float, dimension: int, confidence: float = 0.95) -> f
 
         ‖∇F - μ‖ ≤ √(s² v) · √(d + 2 √(d x) + 2 x).
 
-    It holds at one point, named before its gradient is known, and for independent components: the separable model.
+    It holds at one point, named before its gradient is known, and for independent components, as the separable
+    model has them.
 
     Args:
         deviation: √(s² v), the predicted standard deviation of one component, not negative.

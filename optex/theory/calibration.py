@@ -163,8 +163,8 @@ class Calibration:
         dimension = posterior.history.dimension
         if points.ndim != 2 or points.shape != gradients.shape or points.shape[1] != dimension:
             raise ValueError(
-                f"Calibration.record: points {tuple(points.shape)} and gradients {tuple(gradients.shape)} must both "
-                f"be [n, {dimension}]"
+                f"Calibration.record: points {tuple(points.shape)} and gradients {tuple(gradients.shape)} must "
+                f"both be [n, {dimension}]"
             )
         unit = float(posterior.prior_variance())
         for point, truth in zip(points, gradients, strict=True):

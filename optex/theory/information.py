@@ -49,8 +49,8 @@ def information_gain(
 
         γ_n = ½ log det(I + σ⁻² K) = ½ Σ_j ln(1 + v_j / σ²),
 
-    with v_j the posterior variance at point j given those before it. As v ≤ 1 and v / ln(1 + v/σ²) grows with v,
-    Σ_j v_j ≤ 2 γ_n / ln(1 + σ⁻²). The maximal gain of n points, over all sets of them, is at least this one.
+    with v_j the posterior variance at point j given those before it. As v ≤ 1 and v / ln(1 + v/σ²) grows with
+    v, Σ_j v_j ≤ 2 γ_n / ln(1 + σ⁻²). The maximal gain of n points, over all sets of them, is at least this one.
 
     Args:
         points: in the order that they were evaluated in, at least one.

@@ -22,7 +22,7 @@ def sequential_variances(points, kernel, noise_variance):
 
 
 def prior_variance(residuals, covariance, freedom):
-    """Maximum likelihood of s² for rows of residuals [n, d] with covariance s² A over rows, or [n d, n d] in all."""
+    """Maximum likelihood of s² of residuals [n, d] with covariance s² A, A [n, n] or [n d, n d]."""
     n, d = residuals.shape
     if len(covariance) == n:
         total = sum(residuals[:, c] @ np.linalg.solve(covariance, residuals[:, c]) for c in range(d))
