@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,9 +34,7 @@ class InformationGain:
     def variance_bound(self) -> Tensor:  # [n] float64
         """What the mean of the first j variances is at most: 2 γ_j / (j ln(1 + σ⁻²))."""
         counts = torch.arange(1, len(self.total) + 1, dtype=torch.float64)
-        return (
-            2 * self.total / (counts * torch.log1p(torch.tensor(1 / self.noise_variance, dtype=torch.float64)))
-        )
+        return 2 * self.total / (counts * math.log1p(1 / self.noise_variance))
 
 
 def information_gain(
