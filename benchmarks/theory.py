@@ -16,7 +16,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -282,12 +282,18 @@ def calibration_table(records: list[dict[str, Any]]) -> str:
                     f"{mean('correlation'):.2f}",
                     f"{mean('coverage_one'):.1%}",
                     f"{mean('coverage_two'):.1%}",
+                    f"{np.mean([x <= 2 * y for r in group for x, y in pairs(r)]):.1%}",
                     f"{mean('bounded'):.1%}",
                 ]
             )
     head = ["problem", "estimator", "gradients", "relative error", "error / predicted", "its spread"]
-    head += ["rank correlation", "within 1 sd", "within 2 sd", "below the 95 % bound"]
+    head += ["rank correlation", "within 1 sd", "within 2 sd", "error below twice", "below the 95 % bound"]
     return markdown_table(head, rows)
+
+
+def pairs(record: dict[str, Any]) -> Iterator[tuple[float, float]]:
+    """True errors and predicted deviations of a run."""
+    return zip(record["actual"], record["predicted"], strict=True)
 
 
 def gain_table(records: list[dict[str, Any]]) -> str:

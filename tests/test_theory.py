@@ -7,7 +7,7 @@ import torch
 from scipy.stats import chi2
 
 import optex
-from optex import CommitteeEstimator, CurlFreeEstimator, GradientHistory, HoldLast, SeparableEstimator
+from optex import CommitteeEstimator, CurlFreeEstimator, GradientHistory, HoldLast, SeparableEstimator, small
 from optex.theory import Calibration, error_bound, information_gain, stationarity_bound
 from tests.references import dense_curl_free, dense_gp
 from tests.references import theory as slow
@@ -68,6 +68,14 @@ def test_one_pair_tells_no_variance_around_itself():
     for estimator in (HoldLast(), CurlFreeEstimator(), SeparableEstimator(prior_mean="gls")):
         assert math.isnan(float(estimator.fit(history).prior_variance()))
     assert float(SeparableEstimator().fit(history).prior_variance()) > 0
+
+
+@pytest.mark.parametrize("estimator", [SeparableEstimator(prior_mean="gls"), CurlFreeEstimator(), HoldLast()])
+def test_the_path_of_accelerators_finds_the_same_variance(estimator):
+    pairs = sample(6, 9)
+    expected = float(estimator.fit(history_of(*pairs)).prior_variance())
+    with small.tensors():
+        assert float(estimator.fit(history_of(*pairs)).prior_variance()) == pytest.approx(expected, rel=1e-7)
 
 
 # ------------------------------------------------------------------ information gain
