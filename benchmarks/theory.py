@@ -1,6 +1,6 @@
 """What the theory says, beside what runs do: calibration, information gain, acceleration against N.
 
-    python benchmarks/theory.py                run all (1 to 4 minutes on one thread), write, draw, fill the page
+    python benchmarks/theory.py                run all (1 to 4 minutes), write, draw, fill the page
     python benchmarks/theory.py --report       run nothing; pictures and tables from the committed JSON
 
 Three problems with SGD, the optimizer of the paper's theorem. Calibration: N = 4; every gradient that a round

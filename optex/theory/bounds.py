@@ -60,8 +60,8 @@ def stationarity_bound(
 
         1/(N T) Σ E‖∇F‖² ≤ 2 Δ / (η N T) + L η σ² + ρ²,
 
-    with Δ = F(start) - inf F, σ² ≥ E‖n‖² and ρ² the mean of E‖e‖². ``docs/theory.md`` has the proof, which takes
-    every one of the steps as kept.
+    with Δ = F(start) - inf F, σ² ≥ E‖n‖² and ρ² the mean of E‖e‖². ``docs/theory.md`` has the proof, which
+    takes every one of the steps as kept.
 
     Args:
         rounds: T, at least 1.
