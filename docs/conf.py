@@ -73,7 +73,7 @@ sphinx_gallery_conf = {
 # Rooms whose names are public; all of them are to be on the pages.
 ROOMS = (
     *("optex", "optex.ase", "optex.batching", "optex.distributed.checkpoint", "optex.estimators.kernels"),
-    *("optex.optimizers", "optex.regularisers", "optex.solvers", "optex.stepping"),
+    *("optex.optimizers", "optex.regularisers", "optex.solvers", "optex.stepping", "optex.theory"),
 )
 
 

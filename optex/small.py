@@ -275,8 +275,18 @@ def cholesky_inverse(
 def eigh(
     matrix: Array,  # [n, n] symmetric
 ) -> tuple[Array, Array]:  # [n], [n, n]
-    """Eigenvalues, ascending, and eigenvectors."""
-    return torch.linalg.eigh(matrix) if isinstance(matrix, Tensor) else np.linalg.eigh(matrix)
+    """Eigenvalues, ascending, and eigenvectors.
+
+    Raises:
+        NotPositiveDefiniteError: there are none to be found, as of a matrix that is not finite.
+    """
+    try:
+        return torch.linalg.eigh(matrix) if isinstance(matrix, Tensor) else np.linalg.eigh(matrix)
+    except (np.linalg.LinAlgError, torch.linalg.LinAlgError) as error:
+        raise NotPositiveDefiniteError(
+            f"Gram matrix of size {len(matrix)} has no eigenvalues ({error}); check the history for iterates "
+            "that are not finite, or too far apart to be squared"
+        ) from error
 
 
 def conjugate_gradients(

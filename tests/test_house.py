@@ -18,7 +18,7 @@ FLOORS = (
     ("evaluators",),
     ("round",),
     ("optimizer",),
-    ("minimize", "ase", "advice"),
+    ("minimize", "ase", "advice", "theory"),
     ("studies",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

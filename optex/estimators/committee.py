@@ -171,3 +171,6 @@ class CommitteePosterior(Posterior):
 
     def variance(self, point: Tensor) -> Tensor:
         return self.chosen.variance(point)
+
+    def prior_variance(self) -> Tensor:
+        return self.chosen.prior_variance()

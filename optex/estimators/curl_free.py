@@ -284,6 +284,15 @@ class CurlFreePosterior(Posterior):
         explained += (dimension - gaps.shape[1]) * alone
         return tensor(small.nonnegative(1 - explained / dimension))
 
+    def prior_variance(self) -> Tensor:
+        # ⟨Y, A⟩ with A = (K + σ² I)⁻¹ Y: solved in coordinates of the span, and across it B Y.
+        centring, span = self._from_gradients, self._span
+        inside = centring @ span.onto_span  # of Y, in the span
+        across = centring @ array(self.history.gradient_gram) @ centring.T - inside @ inside.T
+        total = (inside * self._system.solve(inside, self._estimator.solver)).sum()
+        total = total + (self._across * across).sum()
+        return self._per_component(total, len(span.slots) - (self._estimator.prior_mean != "zero"))
+
 
 def _directions(
     gram: Array,  # [n, n], of the rows X

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from optex import small
 from optex.estimators.arrivals import Arrivals
 from optex.estimators.history import GradientHistory, Locations
 from optex.linalg import accumulate_rows, combine_rows
-from optex.small import Array, tensor
+from optex.small import Array, array, tensor
 
 __all__ = ["Coefficients", "Estimator", "Posterior"]
 
@@ -61,6 +63,23 @@ class Posterior(ABC):
         point: Tensor,  # [d]
     ) -> Tensor:  # [] float64
         """Posterior variance of one component of the gradient, in units of the prior's."""
+
+    def prior_variance(self) -> Tensor:  # [] float64
+        """That unit, s², in squared units of the gradient; NaN where the history is too short to tell.
+
+        Here the sample variance of a component over the history; a model with a covariance has it by maximum
+        likelihood, s² = Σ_c y_cᵀ A⁻¹ y_c / (n d), with y_c the residuals of component c from the prior mean and
+        A the covariance of the n pairs in units of s². With a mean that the pairs themselves give, n - 1 for n.
+        """
+        slots, history = self.history.representatives, self.history
+        weights = array(history.averaging)[slots]
+        gram = weights @ array(history.gradient_gram) @ weights.T
+        count = len(slots)
+        return self._per_component(gram.diagonal().sum() - gram.sum() / count, count - 1)
+
+    def _per_component(self, total: Array, freedom: int) -> Tensor:  # [] float64
+        known = freedom > 0
+        return tensor(small.nonnegative(total)) / (freedom * self.history.dimension if known else math.nan)
 
     def means(self, locations: Locations) -> Tensor:  # [n, d], in the points' dtype
         """Predicted gradients at n points."""

@@ -176,6 +176,7 @@ class SeparablePosterior(Posterior):
         self._factor = small.jittered_cholesky(estimator.covariance(history, lengthscale, noise_variance))
         self._ones = self._solve(self._active)  # A⁻¹ 1
         self._mean_is_estimated = estimator.prior_mean == "gls"
+        self._mean_is_zero = estimator.prior_mean == "zero"
         self._mean_coefficients = 0 * counts  # m = cᵀ G
         if estimator.prior_mean == "last":
             self._mean_coefficients[history.newest] = 1.0
@@ -204,3 +205,10 @@ class SeparablePosterior(Posterior):
         if self._mean_is_estimated:
             variance = variance + (1 - weights.sum()) ** 2 / self._ones.sum()
         return tensor(small.nonnegative(variance))
+
+    def prior_variance(self) -> Tensor:
+        # Σ_c y_cᵀ A⁻¹ y_c is the trace of A⁻¹ Y Yᵀ, Y = centring @ G
+        centring = self._averaging - self._active[:, None] * self._mean_coefficients
+        gram = centring @ array(self.history.gradient_gram) @ centring.T
+        freedom = len(self.history.representatives) - (not self._mean_is_zero)
+        return self._per_component(self._solve(gram).diagonal().sum(), freedom)
