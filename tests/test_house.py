@@ -1,6 +1,8 @@
 """The structure of the package: imports point one way, and files stay small."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ FLOORS = (
     ("evaluators",),
     ("round",),
     ("optimizer",),
-    ("minimize", "ase", "advice", "theory"),
+    ("minimizers", "ase", "advice", "theory"),
     ("studies",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -108,3 +110,28 @@ def test_files_and_functions_stay_small(path):
 
 def test_the_package_is_typed():
     assert (PACKAGE / "py.typed").exists()
+
+
+def test_the_stub_has_the_public_names_from_where_they_are_loaded():
+    import optex
+
+    tree = ast.parse((PACKAGE / "__init__.pyi").read_text())
+    told, listed = {}, []
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module != "optex":
+            told |= {alias.name: node.module for alias in node.names}
+        elif isinstance(node, ast.Assign):
+            listed = ast.literal_eval(node.value)
+    assert told == optex._HOME
+    assert sorted(listed) == optex.__all__ == sorted(optex._HOME)
+    for name in optex.__all__:
+        assert getattr(optex, name).__name__ == name
+
+
+def test_names_are_loaded_when_they_are_asked_for():
+    code = "import sys, optex; from optex.studies.cli import app; print('torch' in sys.modules); optex.OptEx; "
+    code += (
+        "print('torch' in sys.modules, callable(optex.minimize), 'OptEx' in dir(optex), hasattr(optex, 'no'))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.stdout.split() == ["False", "True", "True", "True", "False"], result.stderr

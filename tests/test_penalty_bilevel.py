@@ -21,7 +21,7 @@ from optex import (
     WorkersEvaluator,
     solve_bilevel,
 )
-from optex.minimize.single_loop import SingleLoop
+from optex.minimizers.single_loop import SingleLoop
 from optex.sources.descent import gradient_descent, limited_memory_bfgs
 from optex.sources.levels import Levels
 from tests.references.penalty_bilevel import QuadraticBilevel, double_loop, single_loop

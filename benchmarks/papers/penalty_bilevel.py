@@ -21,7 +21,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 import optex
-from optex.minimize.single_loop import SingleLoop
+from optex.minimizers.single_loop import SingleLoop
 from optex.sources.descent import limited_memory_bfgs
 from optex.sources.levels import Levels
 from optex.studies.measures import rounds_to_level

@@ -22,10 +22,10 @@ from torch.optim import Optimizer
 from optex.checks import check_integer, check_positive
 from optex.errors import NonFiniteError
 from optex.evaluators import Evaluator, WorkersEvaluator
-from optex.minimize.arguments import Settings, build_base, read_evaluator
-from optex.minimize.run import Run
-from optex.minimize.single_loop import SingleLoop
-from optex.minimize.tracker import Tracker
+from optex.minimizers.arguments import Settings, build_base, read_evaluator
+from optex.minimizers.run import Run
+from optex.minimizers.single_loop import SingleLoop
+from optex.minimizers.tracker import Tracker
 from optex.optimizer import OptEx
 from optex.sources import PenaltyHypergradient
 from optex.sources.functions import Point, PointForm, read_start

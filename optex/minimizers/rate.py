@@ -13,7 +13,7 @@ from torch import Tensor
 from optex.errors import NotPositiveDefiniteError
 from optex.estimators import Posterior
 from optex.evaluators import Evaluation, EvaluationRequest, RandomDraws
-from optex.minimize.tracker import Tracker
+from optex.minimizers.tracker import Tracker
 from optex.optimizer import OptEx
 from optex.sources import GradientSource
 from optex.stepping import Snapshot

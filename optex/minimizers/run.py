@@ -10,9 +10,9 @@ from typing import Any, Final
 from scipy.optimize import OptimizeResult
 
 from optex.errors import NonFiniteError, NotPositiveDefiniteError, WorkerLostError
-from optex.minimize.callback import Callback
-from optex.minimize.rate import AutomaticRate
-from optex.minimize.tracker import Tracker
+from optex.minimizers.callback import Callback
+from optex.minimizers.rate import AutomaticRate
+from optex.minimizers.tracker import Tracker
 from optex.optimizer import OptEx
 from optex.sources import GradientSource
 from optex.sources.functions import PointForm

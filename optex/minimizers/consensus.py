@@ -18,8 +18,8 @@ from torch import Tensor
 
 from optex.checks import check_integer, check_positive
 from optex.errors import NonFiniteError, WorkerLostError, warn
-from optex.minimize.callback import Callback
-from optex.minimize.points import Points, read_points
+from optex.minimizers.callback import Callback
+from optex.minimizers.points import Points, read_points
 from optex.sources.consensus import Consensus
 
 __all__ = ["cbo_minimize"]

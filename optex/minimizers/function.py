@@ -13,9 +13,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from optex.estimators import Estimator
 from optex.evaluators import Evaluator, VectorizedEvaluator, WorkersEvaluator
-from optex.minimize.arguments import Settings, build_base, read_evaluator
-from optex.minimize.run import Run, report
-from optex.minimize.tracker import Tracker
+from optex.minimizers.arguments import Settings, build_base, read_evaluator
+from optex.minimizers.run import Run, report
+from optex.minimizers.tracker import Tracker
 from optex.optimizer import OptEx
 from optex.round import Acceptance
 from optex.round.arguments import source_of

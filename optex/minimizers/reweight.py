@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from optex.checks import check_integer, check_number, check_positive
 from optex.errors import NonFiniteError, WorkerLostError
 from optex.evaluators import Evaluator, SequentialEvaluator, VectorizedEvaluator, WorkersEvaluator
-from optex.minimize.callback import Callback
+from optex.minimizers.callback import Callback
 from optex.optimizer import OptEx
 from optex.sources import LayerSampler, MinimaxPenaltySource, SourceWeights
 from optex.stepping import OPTIMIZERS, check_name

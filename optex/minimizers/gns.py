@@ -23,9 +23,9 @@ from optex.evaluators import (
     VectorizedEvaluator,
     WorkersEvaluator,
 )
-from optex.minimize.arguments import read_evaluator
-from optex.minimize.callback import Callback
-from optex.minimize.second import Second
+from optex.minimizers.arguments import read_evaluator
+from optex.minimizers.callback import Callback
+from optex.minimizers.second import Second
 from optex.optimizers.gns import Curvature, Metric, SearchSettings, StepSearch, Trial
 from optex.sources import GradientSource
 from optex.sources.functions import Point, PointForm, check_function, function_source, read_start
