@@ -113,7 +113,7 @@ def formulas(*arguments: Any) -> None:
 
 def _escaped(line: str) -> str:
     parts = line.split("``")
-    parts[::2] = [re.sub(r"\|(\w+)\|", r"\\|\1\\|", part).replace("‖*", "‖\\*") for part in parts[::2]]
+    parts[::2] = [part.replace("|", "\\|").replace("‖*", "‖\\*") for part in parts[::2]]
     return "``".join(parts)
 
 
