@@ -41,6 +41,7 @@ from optex.evaluators import (
 )
 from optex.minimize import cbo_minimize, maid, minimize, minimize_gns, scipy_method, solve_bilevel
 from optex.optimizer import OptEx
+from optex.regularisers import regularise
 from optex.round import Acceptance, Last, LowestLoss, RoundReport, SmallestGradient, WithinTolerance
 from optex.sources import (
     AccumulatingSource,
@@ -111,6 +112,7 @@ __all__ = [
     "maid",
     "minimize",
     "minimize_gns",
+    "regularise",
     "scipy_method",
     "solve_bilevel",
 ]
