@@ -48,7 +48,7 @@ def regularise(
         strength is 0, it is the objective, to the bit.
 
     Raises:
-        TypeError: ``objective`` cannot be called, ``flow`` is no :class:`Flow`, or the loss is no scalar tensor.
+        TypeError: ``objective`` cannot be called, ``flow`` is no :class:`Flow`, the loss is no scalar tensor.
         ValueError: an unknown kind; a strength out of range; or, when called, an objective without a solve.
 
     Source: Pal, Ma, Shah, Rackauckas, arXiv 2105.03918; Pal, Edelman, Rackauckas, arXiv 2303.02262.
@@ -56,11 +56,12 @@ def regularise(
     >>> import torch
     >>> import optex
     >>> from optex.regularisers import Flow
-    >>> weight = torch.nn.Parameter(torch.tensor(-3.0))
+    >>> weight = torch.nn.Parameter(torch.tensor(-3.0, dtype=torch.float64))
     >>> flow = Flow(lambda t, u: weight * u)
     >>> objective = optex.regularise(lambda start: flow(start).square().mean(), flow, "stiffness")
     >>> plain = torch.exp(2 * weight.detach())
-    >>> round(float(objective(torch.ones(1, 1)) - plain), 3)      # |weight| / 3.5068
+    >>> start = torch.ones(1, 1, dtype=torch.float64)
+    >>> round((objective(start) - plain).item(), 3)                 # |weight| / 3.5068
     0.855
     """
     if not callable(objective):
@@ -109,7 +110,9 @@ class RegularisedObjective:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise TypeError(f"regularise: objective must return a scalar tensor, got {type(loss).__name__}")
         if not solves:
-            raise ValueError("regularise: objective did not call flow; pass the Flow that its model solves with")
+            raise ValueError(
+                "regularise: objective did not call flow; pass the Flow that its model solves with"
+            )
         term = torch.stack([self._term(solve) for solve in solves]).mean()
         self.last_term = term.detach()
         return loss + self._strength * term

@@ -99,9 +99,7 @@ class LocalRegularizer(Regularizer):
     ) -> None:
         _check_word("LocalRegularizer", "kind", kind, get_args(Heuristic))
         _check_word("LocalRegularizer", "mode", mode, get_args(Mode))
-        check_kind(
-            "LocalRegularizer", "generator", generator, torch.Generator, "a torch.Generator or None"
-        )
+        check_kind("LocalRegularizer", "generator", generator, torch.Generator, "a torch.Generator or None")
         self.kind: Heuristic = kind
         self.mode: Mode = mode
         self.published = published
@@ -154,9 +152,7 @@ class LocalRegularizer(Regularizer):
         >>> round(term.item(), 2)                                 # 7 / 3.5068
         2.0
         """
-        step = one_step(
-            field, times.detach(), state.detach(), size.detach(), first_stage=not self.published
-        )
+        step = one_step(field, times.detach(), state.detach(), size.detach(), first_stage=not self.published)
         return _values(self.kind, step, rtol, atol).mean()
 
 
