@@ -15,6 +15,7 @@ __version__ = version("optex")
 # Where each public name stands, as __init__.pyi tells type checkers. A name is loaded when it is first asked
 # for: torch takes a second or two, and `optex --help` is to come at once.
 _HOMES = {
+    "optex.regularisers": ("regularise",),
     "optex.advice": (
         "Advice",
         "advise",

@@ -52,6 +52,7 @@ from optex.minimizers import reweight_sources as reweight_sources
 from optex.minimizers import scipy_method as scipy_method
 from optex.minimizers import solve_bilevel as solve_bilevel
 from optex.optimizer import OptEx as OptEx
+from optex.regularisers import regularise as regularise
 from optex.round import Acceptance as Acceptance
 from optex.round import Last as Last
 from optex.round import LowestLoss as LowestLoss
@@ -101,6 +102,7 @@ from optex.sources import zo_grasp_ratios as zo_grasp_ratios
 
 __version__: str
 __all__ = [
+    "regularise",
     "Acceptance",
     "AccumulatingSource",
     "Advice",
