@@ -49,7 +49,7 @@ from optex.minimize import (
     solve_bilevel,
 )
 from optex.optimizer import OptEx
-from optex.round import Acceptance, Last, LowestLoss, RoundReport, SmallestGradient, WithinTolerance
+from optex.round import Acceptance, Last, LowestLoss, RoundReport, SmallestGradient, WithinTolerance, streamed
 from optex.sources import (
     AccumulatingSource,
     BlockLoss,
@@ -135,5 +135,6 @@ __all__ = [
     "reweight_sources",
     "scipy_method",
     "solve_bilevel",
+    "streamed",
     "zo_grasp_ratios",
 ]
