@@ -64,7 +64,7 @@ class TestNumbers:
             assert all(type(value) in (int, float) for value in numbers.values())
             for name in numbers.keys() - {"dropped", "retried", "lost", "relative_error"}:
                 value = getattr(report, name)
-                assert numbers[name] == value or math.isnan(numbers[name]) and math.isnan(value)
+                assert numbers[name] == value or (math.isnan(numbers[name]) and math.isnan(value))
 
     def test_no_field_is_forgotten(self, reports):
         fields = {field.name for field in dataclasses.fields(optex.RoundReport)}

@@ -23,7 +23,7 @@ def streamed(reports: Iterable[RoundReport], to: object, *, prefix: str = "optex
         reports: as from ``OptEx.rounds``; its ``len`` is the stream's, and ``close`` reaches it.
         to: where the numbers go, by the first of these methods that it has: ``add_scalar(tag, value, step)``
             (TensorBoard's ``SummaryWriter``), ``log_metrics(numbers, step=)`` (Lightning's loggers, ``mlflow``),
-            ``log(numbers)`` (a run of ``wandb``; it counts its own steps, and ``number`` is among the numbers).
+            ``log(numbers)`` (a run of ``wandb``, which counts its own steps; ``number`` is among the numbers).
         prefix: before every name.
 
     Raises:
@@ -58,10 +58,10 @@ def _writer(to: object) -> _Write:
     if callable(getattr(to, "log_metrics", None)):
         return lambda numbers, step: target.log_metrics(dict(numbers), step=step)
     if callable(getattr(to, "log", None)):
-        return lambda numbers, step: target.log(dict(numbers))
+        return lambda numbers, _: target.log(dict(numbers))
     raise TypeError(
-        f"streamed: to: a {type(to).__name__} has none of add_scalar, log_metrics and log; hand over TensorBoard's "
-        "SummaryWriter, a Lightning logger, a run of wandb, or an object with log(numbers)"
+        f"streamed: to: a {type(to).__name__} has none of add_scalar, log_metrics and log; hand over "
+        "TensorBoard's SummaryWriter, a Lightning logger, a run of wandb, or an object with log(numbers)"
     )
 
 

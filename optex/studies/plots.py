@@ -20,11 +20,14 @@ from optex.studies.comparison import Run
 from optex.studies.measures import VANILLA
 
 __all__ = [
+    "METHOD_MARKERS",
     "METHOD_STYLES",
     "Line",
     "Panel",
     "bootstrap_interval",
     "check_plot_path",
+    "method_label",
+    "method_style",
     "plot_comparison",
     "plot_panels",
     "write_plot",
@@ -49,7 +52,26 @@ METHOD_STYLES: Final[dict[str, dict[str, Any]]] = {
     "optex-alone": {"color": "#f2a25c", "linestyle": (0, (4, 1)), "linewidth": 2.0},
     "optex": {"color": "#d55e00", "linestyle": "-", "linewidth": 2.4},
 }
+# Marks at other rounds for each method tell apart lines that coincide.
+METHOD_MARKERS: Final[dict[str, str]] = {
+    "vanilla": "o",
+    "target": "s",
+    "data-parallel": "^",
+    "hold-last": "v",
+    "line-search": "D",
+    "picard": "s",
+    "lbfgs": "^",
+    "lbfgs-scipy": "D",
+    "lbfgs-scipy-50": "v",
+    "nonlinear-cg": "o",
+    "nowcast": "o",
+    "nowcast-dmd": "^",
+    "optex-paper": "D",
+    "optex-alone": "v",
+    "optex": "o",
+}
 _UNKNOWN_STYLE: Final[dict[str, Any]] = {"color": "#444444", "linestyle": "-", "linewidth": 1.4}
+_MARKS: Final = 6  # on each line, about
 _COLUMNS: Final = 3
 
 
@@ -92,6 +114,25 @@ class Panel:
     logarithmic: bool
     interval: Interval | None = None
     level: float | None = None
+
+
+def method_style(method: str) -> dict[str, Any]:
+    """How a method's line is drawn; one that is not the library's is dark grey."""
+    return METHOD_STYLES.get(method, _UNKNOWN_STYLE)
+
+
+def method_label(method: str, parallelism: int) -> str:
+    """A method in a legend; the two ends of the scale say what they are.
+
+    >>> method_label("target", 5), method_label("optex", 5)
+    ('target: 5 steps a round, a gradient each', 'optex')
+    """
+    steps = "step" if parallelism == 1 else "steps"
+    ends = {
+        VANILLA: "vanilla: 1 step a round",
+        "target": f"target: {parallelism} {steps} a round, a gradient each",
+    }
+    return ends.get(method, method)
 
 
 def check_plot_path(path: Path) -> None:
