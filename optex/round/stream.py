@@ -22,7 +22,7 @@ def streamed(reports: Iterable[RoundReport], to: object, *, prefix: str = "optex
     Args:
         reports: as from ``OptEx.rounds``; its ``len`` is the stream's, and ``close`` reaches it.
         to: where the numbers go, by the first of these methods that it has: ``add_scalar(tag, value, step)``
-            (TensorBoard's ``SummaryWriter``), ``log_metrics(numbers, step=)`` (Lightning's loggers, ``mlflow``),
+            (TensorBoard's ``SummaryWriter``), ``log_metrics(numbers, step=)`` (Lightning's loggers, mlflow),
             ``log(numbers)`` (a run of ``wandb``, which counts its own steps; ``number`` is among the numbers).
         prefix: before every name.
 

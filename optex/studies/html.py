@@ -136,7 +136,7 @@ def readable_on_dark(colour: str) -> str:
         colour: as ``#rrggbb``.
 
     >>> readable_on_dark("#e69f00"), readable_on_dark("#00573f"), readable_on_dark("#000000")
-    ('#e69f00', '#598f80', '#ececec')
+    ('#e69f00', '#4c8979', '#ececec')
     """
     if colour == "#000000":
         return _INK
