@@ -75,6 +75,7 @@ _MARKS: Final = 6  # on each line, about
 _MARK: Final[dict[str, Any]] = {"markersize": 5.0, "markeredgecolor": "white", "markeredgewidth": 0.6}
 _LEVEL: Final[dict[str, Any]] = {"color": "black", "linewidth": 0.7, "alpha": 0.6}
 _COLUMNS: Final = 3
+_ROW: Final = 6  # entries of a legend that need a second row
 
 
 Interval = Callable[[NDArray[np.float64]], tuple[NDArray[np.float64], NDArray[np.float64]]]
@@ -125,17 +126,20 @@ def method_style(method: str) -> dict[str, Any]:
     return METHOD_STYLES.get(method, _UNKNOWN_STYLE)
 
 
-def method_label(method: str, parallelism: int) -> str:
+def method_label(method: str, parallelism: int | None = None) -> str:
     """A method in a legend; the two ends of the scale say what they are.
+
+    Args:
+        method: a name.
+        parallelism: N; None where it differs among panels.
 
     >>> method_label("target", 5), method_label("optex", 5)
     ('target: 5 steps a round, a gradient each', 'optex')
+    >>> method_label("target")
+    'target: N steps a round, a gradient each'
     """
-    steps = "step" if parallelism == 1 else "steps"
-    ends = {
-        VANILLA: "vanilla: 1 step a round",
-        "target": f"target: {parallelism} {steps} a round, a gradient each",
-    }
+    steps = "1 step" if parallelism == 1 else f"{parallelism or 'N'} steps"
+    ends = {VANILLA: "vanilla: 1 step a round", "target": f"target: {steps} a round, a gradient each"}
     return ends.get(method, method)
 
 
@@ -201,8 +205,8 @@ def _add_titles(figure: Figure, runs: Sequence[Run], legend_columns: int) -> Non
     first = next((run for run in runs if run.method == VANILLA), runs[0])
     present = dict.fromkeys(run.method for run in runs)
     handles = [
-        _handle(method_label(method, first.parallelism), method_style(method), _marker(method, place))
-        for place, method in enumerate(present)
+        _handle(method_label(method, first.parallelism), method_style(method), _marker(method, list(present)))
+        for method in present
     ]
     figure.legend(
         handles=handles,
@@ -216,9 +220,9 @@ def _add_titles(figure: Figure, runs: Sequence[Run], legend_columns: int) -> Non
     figure.suptitle(f"{first.optimizer}, lr {first.lr:g}, N = {first.parallelism}, {over}", fontsize=12)
 
 
-def _marker(label: str, place: int) -> str:
-    """Of a method its own; of another line the one of its place among those of a panel."""
-    return METHOD_MARKERS.get(label, "oD^sv"[place % 5])
+def _marker(label: str, labels: Sequence[str]) -> str:
+    """Of a method its own; of another line the one of its place among those of a legend."""
+    return METHOD_MARKERS.get(label, "oD^sv"[labels.index(label) % 5])
 
 
 def _handle(label: str, style: dict[str, Any], marker: str) -> Line2D:
@@ -247,19 +251,23 @@ def plot_panels(panels: Sequence[Panel], columns: int, heading: str) -> Figure:
     figure = Figure(figsize=(4.2 * min(columns, len(panels)), 3.4 * rows + 0.9), layout="constrained")
     FigureCanvasAgg(figure)
     places = figure.subplots(rows, min(columns, len(panels)), squeeze=False).ravel()
-    first = {line.label for line in panels[0].lines}
+    first = [line.label for line in panels[0].lines]
     shared = all(line.label in first for panel in panels for line in panel.lines)
     for place, panel in zip(places, panels, strict=False):
-        _draw_lines(place, panel)
+        _draw_lines(place, panel, first if shared else None)
         if not shared:
             below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17), "ncols": 2}
-            place.legend(handles=_handles([panel]), fontsize=7.5, frameon=False, handlelength=3.2, **below)
+            place.legend(handles=_handles([panel], str), fontsize=7.5, frameon=False, handlelength=3.2, **below)
     for place in places[len(panels) :]:
         place.set_visible(False)
     if shared:
-        handles = _handles(panels)
+        handles = _handles(panels, method_label)
         figure.legend(
-            handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, handlelength=3.2
+            handles=handles,
+            loc="outside lower center",
+            ncols=len(handles) if len(handles) < _ROW else math.ceil(len(handles) / 2),
+            frameon=False,
+            handlelength=3.2,
         )
     elif rows > 1:
         figure.set_size_inches(figure.get_figwidth(), figure.get_figheight() + 0.6 * rows)
@@ -267,15 +275,18 @@ def plot_panels(panels: Sequence[Panel], columns: int, heading: str) -> Figure:
     return figure
 
 
-def _handles(panels: Sequence[Panel]) -> list[Line2D]:
+def _handles(panels: Sequence[Panel], spelled: Callable[[str], str]) -> list[Line2D]:
     """Of the first panel's lines, and of the levels that any of them has."""
-    lines = panels[0].lines
-    handles = [_handle(line.label, line.style, _marker(line.label, i)) for i, line in enumerate(lines)]
+    labels = [line.label for line in panels[0].lines]
+    handles = [
+        _handle(spelled(line.label), line.style, _marker(line.label, labels)) for line in panels[0].lines
+    ]
     levels = dict.fromkeys(panel.level_label for panel in panels if panel.level is not None)
     return handles + [Line2D([], [], label=label, **_LEVEL) for label in levels]
 
 
-def _draw_lines(place: Axes, panel: Panel) -> None:
+def _draw_lines(place: Axes, panel: Panel, legend: Sequence[str] | None = None) -> None:
+    labels = legend or [line.label for line in panel.lines]
     start = max(float(line.values[:, 0].max()) for line in panel.lines)
     # Rounding ends the way down. A diverging method leaves through the top, and the others stay readable.
     floor, top = np.finfo(float).eps * abs(start), 1e3 * abs(start)
@@ -286,7 +297,7 @@ def _draw_lines(place: Axes, panel: Panel) -> None:
         values, x = values[:, :length], line.x[:length]
         back = np.exp if panel.logarithmic else np.asarray
         centre = values.mean(0)
-        _draw_line(place, line, x, back(centre), order / len(panel.lines), _marker(line.label, order))
+        _draw_line(place, line, x, back(centre), order / len(panel.lines), _marker(line.label, labels))
         if len(values) > 1:
             spread = values.std(0, ddof=1)
             low, high = (centre - spread, centre + spread) if panel.interval is None else panel.interval(values)
