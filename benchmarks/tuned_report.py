@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from optex.studies.measures import geometric_mean
-from optex.studies.plots import METHOD_STYLES
+from optex.studies.plots import METHOD_STYLES, method_label
 from optex.studies.records import null_to_nan
 from optex.studies.tables import fill, markdown_table
 from optex.studies.tuning import FRACTIONS, Attempt, Choice, Tuned, tuned
@@ -266,6 +266,12 @@ def advice_lines(found: Mapping[str, Outcome]) -> str:
 REACHED = "the loss to reach"
 
 
+def in_legend(method: str) -> str:
+    """The method's title; of target, what it is."""
+    name, _, n = method.rpartition(" ")
+    return method_label(name, int(n)) if name == "target" else title(method)
+
+
 def style_of(method: str) -> dict[str, Any]:
     """The method's own; with one gradient a round those are thin and dashed that also run with several."""
     name, _, n = method.rpartition(" ")
@@ -328,7 +334,7 @@ def draw_curves(found: Mapping[str, Outcome]) -> Figure:
             lowest, highest = min(lowest, float(np.nanmin(values))), max(highest, float(np.nanmax(values)))
             style = style_of(method)
             depth = 2.5 - 0.1 * style["linewidth"]  # wide ones beneath, or they hide what coincides with them
-            (handles[title(method)],) = axes.plot(rounds, values, label=title(method), zorder=depth, **style)
+            (handles[in_legend(method)],) = axes.plot(rounds, values, zorder=depth, **style)
         start = float(null_to_nan(entry.record["methods"][VANILLA]["curve"][1])[0])
         last = entry.record["levels"][0][-1]
         handles[REACHED] = axes.axhline(last, color="black", linewidth=0.7, alpha=0.6)
