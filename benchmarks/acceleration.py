@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 import optex
 from optex.round.acceptance import WithinTolerance
@@ -399,14 +400,24 @@ def draw_acceleration(records: list[dict[str, Any]]) -> Figure:
             axes.plot(
                 sizes, mean, color=colour, linewidth=2.8, linestyle="-" if first == 5 else "--", label=label
             )
-        axes.plot([4, 32], [4, 32], color="#8a8a8a", linestyle=":", linewidth=1.2)
+        axes.plot([4, 32], [4, 32], color="#8a8a8a", linestyle=":", linewidth=1.6)
         axes.axhline(1, color="#000000", linewidth=0.8)
         axes.set(xscale="log", yscale="log", title=method, xlabel="N", ylim=(0.045, 70))
         axes.set_xticks([4, 8, 16, 32], ["4", "8", "16", "32"])
         axes.set_yticks([0.1, 1, 4, 16, 64], ["0.1", "1", "4", "16", "64"])
         axes.minorticks_off()
-        axes.legend(loc="lower left", fontsize=8)
     figure.axes[0].set_ylabel("acceleration")
+    dark = {"color": "#444444", "linewidth": 2.8}
+    handles = [
+        Line2D([], [], label="functions and regression, geometric mean", **dark),
+        Line2D([], [], label="networks, geometric mean", linestyle="--", **dark),
+        Line2D([], [], label="one case", color="#444444", alpha=0.5, linewidth=0.9),
+        Line2D([], [], label="target: N steps a round", color="#8a8a8a", linestyle=":", linewidth=1.6),
+        Line2D([], [], label="vanilla: 1", color="#000000", linewidth=0.8),
+    ]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, handlelength=3
+    )
     return figure
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/figures.py                 some minutes on 2 cores
     python benchmarks/figures.py demo            one of demo and functions, and the tables
-    python benchmarks/figures.py report          the tables alone, from the JSON that is there
+    python benchmarks/figures.py report          tables and pictures alone, from the JSON that is there
 
 Writes results/demo and results/functions (JSON and PNG), and puts the tables between the
 `<!-- table:NAME -->` and `<!-- end -->` lines of README.md and results/README.md.
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from optex.studies.comparison import Comparison, describe, run_case, write_json
+from optex.studies.comparison import Comparison, Run, describe, run_case, write_json
 from optex.studies.plots import plot_comparison, write_plot
 from optex.studies.tables import fill, markdown_table
 
@@ -46,24 +46,22 @@ COMPARISONS = {
         lr=0.01,
     ),
 }
+UNRECORDED = {"overhead_seconds": None, "stopped": None}  # by earlier versions; no picture shows them
 NAMES = {"optex-alone": "optex, N = 1"}  # as the tables have them
 
 
 def run(names: Sequence[str]) -> None:
-    """Run what is named and keep its JSON and pictures."""
+    """Run what is named and keep its JSON."""
     for name, comparison in COMPARISONS.items():
         if name in names:
             compare(name, comparison)
 
 
 def compare(name: str, comparison: Comparison) -> None:
-    """Run a comparison, one thread as its problems are small, and keep its JSON and picture."""
+    """Run a comparison, one thread as its problems are small, and keep its JSON."""
     torch.set_num_threads(1)
     runs = [run_case(comparison, case) for case in comparison.cases()]
-    meta = describe(comparison)
-    path = document_path(name)
-    write_json(path, meta, runs)
-    write_plot(path.with_suffix(".png"), plot_comparison(runs, meta["minimum"]))
+    write_json(document_path(name), describe(comparison), runs)
 
 
 def document_path(name: str) -> Path:
@@ -72,8 +70,13 @@ def document_path(name: str) -> Path:
 
 
 def report() -> None:
-    """Write the tables from the JSON."""
+    """Write the tables and draw the pictures from the JSON."""
     documents = {name: json.loads(document_path(name).read_text()) for name in COMPARISONS}
+    for name, document in documents.items():
+        rounds = document["meta"]["options"]["rounds"]
+        runs = [Run.of_record(UNRECORDED | record, rounds) for record in document["runs"]]
+        figure = plot_comparison(runs, document["meta"]["minimum"])
+        write_plot(document_path(name).with_suffix(".png"), figure)
     demo, functions = (documents[name]["meta"] for name in COMPARISONS)
     for page in (ROOT / "README.md", ROOT / "docs" / "rivals.md"):
         fill(page, {"functions": acceleration_table(functions)})

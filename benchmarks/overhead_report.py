@@ -10,6 +10,8 @@ from typing import Any, Final
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullLocator
 
 from optex.studies.plots import METHOD_STYLES, write_plot
 from optex.studies.tables import fill, markdown_table
@@ -256,13 +258,15 @@ def plot(points: Points, base: dict[str, Any]) -> Figure:
             values = sorted({p[axis] for p in along(points, base, axis) if p["bytes"] is not None})
             place.set_xticks(values, [str(value) for value in values])
             place.minorticks_off()
+            place.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            place.yaxis.set_minor_locator(NullLocator())
+            place.yaxis.set_major_formatter("{x:g}")
         place.set_xlabel(name)
         place.grid(visible=True, which="major", linewidth=0.5, alpha=0.35)
         place.spines[["top", "right"]].set_visible(False)
     places[0].set_ylabel("ms a round beyond its gradients")
     handles, labels = places[0].get_legend_handles_labels()
+    handles.append(Line2D([], [], color="#444444", linestyle=(0, (1, 1.5)), linewidth=1.0))
+    labels.append("reading the bytes counted, at the speed this machine reads the history")
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.suptitle(
-        "Dotted: reading the bytes counted, at the speed this machine reads the history", fontsize=10
-    )
     return figure

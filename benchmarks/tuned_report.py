@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from optex.studies.measures import geometric_mean
-from optex.studies.plots import METHOD_STYLES
+from optex.studies.plots import METHOD_STYLES, method_label
 from optex.studies.records import null_to_nan
 from optex.studies.tables import fill, markdown_table
 from optex.studies.tuning import FRACTIONS, Attempt, Choice, Tuned, tuned
@@ -263,6 +264,15 @@ def advice_lines(found: Mapping[str, Outcome]) -> str:
 # ------------------------------------------------------------------ pictures
 
 
+REACHED = "the loss to reach"
+
+
+def in_legend(method: str) -> str:
+    """The method's title; of target, what it is."""
+    name, _, n = method.rpartition(" ")
+    return method_label(name, int(n)) if name == "target" else title(method)
+
+
 def style_of(method: str) -> dict[str, Any]:
     """The method's own; with one gradient a round those are thin and dashed that also run with several."""
     name, _, n = method.rpartition(" ")
@@ -318,25 +328,35 @@ def draw_curves(found: Mapping[str, Outcome]) -> Figure:
     places = figure.subplots(rows, columns, squeeze=False).ravel()
     handles: dict[str, Any] = {}
     for axes, (name, entry) in zip(places, found.items(), strict=False):
-        lowest = math.inf
+        lowest, highest = math.inf, 0.0
         for method in [m for m in DRAWN if m in entry.best]:
             rounds, loss = entry.record["methods"][method]["curve"]
             values = np.array(null_to_nan(loss))
-            lowest = min(lowest, float(np.nanmin(values)))
-            (handles[title(method)],) = axes.plot(rounds, values, label=title(method), **style_of(method))
+            lowest, highest = min(lowest, float(np.nanmin(values))), max(highest, float(np.nanmax(values)))
+            style = style_of(method)
+            depth = 2.5 - 0.1 * style["linewidth"]  # wide ones beneath, or they hide what coincides with them
+            (handles[in_legend(method)],) = axes.plot(rounds, values, zorder=depth, **style)
         start = float(null_to_nan(entry.record["methods"][VANILLA]["curve"][1])[0])
         last = entry.record["levels"][0][-1]
-        axes.axhline(last, color="black", linewidth=0.7, alpha=0.6)
+        handles[REACHED] = axes.axhline(last, color="black", linewidth=0.7, alpha=0.6)
         axes.set(title=f"{name}, d = {entry.record['dimension']:,}", xlim=(0, entry.record["rounds"]))
         if lowest > 0:
             axes.set_yscale("log")
-            axes.set_ylim(min(last, lowest) / 1.1, 3 * start)
+            low, high = min(last, lowest) / 1.1, min(3 * start, 1.2 * highest)
+            axes.set_ylim(low, high)
+            if high < 10 * low:
+                axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)
     for axes in places[len(found) :]:
         axes.set_visible(False)
     for axes in places[max(0, len(found) - columns) : len(found)]:
         axes.set_xlabel("rounds: gradients in turn")
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=8)
+    for axes in places[: len(found) : columns]:
+        axes.set_ylabel("loss")
+    handles[REACHED] = handles.pop(REACHED)  # the last of the legend
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False)
     return figure
 
 

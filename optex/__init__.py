@@ -72,6 +72,7 @@ _HOMES = {
     ),
     "optex.optimizer": ("OptEx",),
     "optex.round": (
+        "streamed",
         "Acceptance",
         "Last",
         "LowestLoss",

@@ -59,6 +59,7 @@ from optex.round import LowestLoss as LowestLoss
 from optex.round import RoundReport as RoundReport
 from optex.round import SmallestGradient as SmallestGradient
 from optex.round import WithinTolerance as WithinTolerance
+from optex.round import streamed as streamed
 from optex.solvers import BanditTuner as BanditTuner
 from optex.solvers import SparseOTLoss as SparseOTLoss
 from optex.solvers import dcdm as dcdm
@@ -102,6 +103,7 @@ from optex.sources import zo_grasp_ratios as zo_grasp_ratios
 
 __version__: str
 __all__ = [
+    "streamed",
     "regularise",
     "Acceptance",
     "AccumulatingSource",

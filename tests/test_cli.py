@@ -86,6 +86,27 @@ class TestCompare:
         assert plot.read_bytes().startswith(b"\x89PNG")
         assert plot.stat().st_size > 10_000
 
+    def test_writes_a_page_with_the_record_and_the_table(self, tmp_path):
+        record, page = tmp_path / "out.json", tmp_path / "new" / "out.html"
+        files = ["--json", str(record), "--html", str(page)]
+        result = run("compare", "sphere", "digits-mlp", *SMALL, "--methods", "optex", *files)
+        assert result.exit_code == 0, result.output
+        text = page.read_text()
+        data = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1]
+        assert json.loads(data)["runs"] == json.loads(record.read_text())["runs"]
+        for line in result.stdout.splitlines():
+            if line.startswith(("sphere: ", "digits-mlp: ")):
+                assert f"<h2>{line}</h2>" in text
+        assert text.count('<th scope="row">optex</th>') == 2 + 1  # the tables' rows, and the version
+
+    def test_a_page_of_a_broken_off_comparison_has_what_is_there(self, monkeypatch, tmp_path):
+        interrupted_after(monkeypatch, 3)
+        page = tmp_path / "out.html"
+        result = run("compare", "sphere", *SMALL, "--methods", "target,optex", "--html", str(page))
+        assert result.exit_code == 130
+        data = re.search(r'id="data">(.*?)</script>', page.read_text(), re.DOTALL)[1]
+        assert [run["method"] for run in json.loads(data)["runs"]] == ["vanilla", "target", "optex"]
+
     @pytest.mark.usefixtures("made_up_data")
     def test_options_of_a_problem_are_set_and_shown(self):
         choices = ["--set", "model=cnn", "--set", "width=2", "--set", "augment=true", "--batch-size", "5"]
@@ -278,6 +299,8 @@ REFUSALS = {
     "option of its own": (["sphere", "--set", "dim=3"], "--set: dim has an option of its own, --dim"),
     "threads": (["sphere", "--threads", "0"], "--threads: must be an integer of at least 1, got 0"),
     "plot format": (["sphere", "--plot", "out.foo"], "--plot: 'out.foo' must end in one of"),
+    "page format": (["sphere", "--html", "out.png"], "--html: 'out.png' must end in one of .html, .htm"),
+    "page folder": (["sphere", "--html", "/dev/null/a.html"], "--html: cannot make the folder /dev/null"),
     "nothing to resume from": (["sphere", "--resume"], "--resume: needs the file that has the runs"),
     "folder": (["sphere", "--json", "."], "--json: . is a folder; name a file in it"),
     "no such place": (["sphere", "--json", "/dev/null/out.json"], "--json: cannot make the folder /dev/null"),
@@ -384,5 +407,5 @@ def test_help_has_every_option():
         "--noise",
     ):
         assert option in result.stdout
-    for option in ("--methods", "--batch-size", "--set", "--threads", "--json", "--plot", "--resume"):
+    for option in ("--methods", "--batch-size", "--set", "--threads", "--json", "--plot", "--html", "--resume"):
         assert option in result.stdout

@@ -409,6 +409,32 @@ class TestPlots:
         assert cross.get_marker() == "X"
         write_plot(tmp_path / "plot.png", figure)
 
+    def test_lines_that_coincide_are_all_seen(self):
+        methods = list(METHOD_STYLES)
+        figure = plot_comparison([made_up(method, [float(k) for k in range(61, 0, -1)]) for method in methods])
+        lines = figure.axes[0].lines
+        assert [line.get_label() for line in lines] == methods
+        widths = [line.get_linewidth() for line in sorted(lines, key=lambda line: line.get_zorder())]
+        assert widths == sorted(widths, reverse=True)
+        looks = {(line.get_marker(), line.get_markevery(), line.get_color()) for line in lines}
+        assert len(looks) == len(methods)
+        places = {line.get_markevery()[0] for line in lines}
+        assert len(places) > len(methods) / 2, "marks that all stand at one place hide each other"
+
+    def test_the_legend_says_what_the_ends_of_the_scale_are_and_covers_no_line(self):
+        figure = plot_comparison(
+            [made_up(method, [3.0, 2.0, 1.0]) for method in ("vanilla", "target", "optex")]
+        )
+        (legend,) = figure.legends
+        n = made_up("target", [1.0]).parallelism
+        steps = "1 step" if n == 1 else f"{n} steps"
+        told = [text.get_text() for text in legend.get_texts()]
+        assert told == ["vanilla: 1 step a round", f"target: {steps} a round, a gradient each", "optex"]
+        figure.canvas.draw()
+        assert not legend.get_window_extent().overlaps(figure.axes[0].get_window_extent())
+        markers = [handle.get_marker() for handle in legend.legend_handles]
+        assert markers == [line.get_marker() for line in figure.axes[0].lines]
+
     def test_a_panel_that_touches_its_minimum_can_be_drawn(self, tmp_path):
         figure = plot_comparison([made_up("vanilla", [1.0, 0.0, 0.0])], {"sphere": 0.0})
         write_plot(tmp_path / "plot.png", figure)

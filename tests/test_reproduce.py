@@ -1,5 +1,6 @@
 """The paper's figures made again: what is run, its record, and what is said of it."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -459,6 +460,35 @@ class TestPicture:
         line, cross = figure.axes[0].lines
         assert list(line.get_xdata()) == [0, 1]
         assert cross.get_marker() == "X"
+
+    def test_a_level_is_named_in_the_legend(self):
+        named = dataclasses.replace(
+            self.panel(False, [[3.0, 2.0, 1.0]]), level=2.5, level_label="to be reached"
+        )
+        (legend,) = plot_panels([named], 1, "heading").legends
+        assert [text.get_text() for text in legend.get_texts()] == ["a", "to be reached"]
+        (legend,) = plot_panels([self.panel(False, [[3.0, 2.0, 1.0]])], 1, "heading").legends
+        assert [text.get_text() for text in legend.get_texts()] == ["a"]
+
+    def test_no_legend_lies_over_lines_or_leaves_the_picture(self):
+        lines = [[float(9 - k) for k in range(9)]] * 2
+        many = [
+            Line(f"a line with a name {i}", np.arange(9.0), np.array(lines), {"color": "black"})
+            for i in range(7)
+        ]
+        shared = Panel("title", many, "rounds", "loss", False)
+        other = Panel("other", [Line("b", np.arange(9.0), np.array(lines), {"color": "red"})], "x", "y", False)
+        for panels in ([shared] * 3, [shared, other, shared, other]):
+            figure = plot_panels(panels, 3, "heading")
+            figure.canvas.draw()
+            legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend())]
+            assert legends
+            for box in (legend.get_window_extent() for legend in legends):
+                assert not any(
+                    box.overlaps(axes.get_window_extent()) for axes in figure.axes if axes.get_visible()
+                )
+                assert box.x0 >= 0
+                assert box.x1 <= figure.bbox.width
 
     def test_ablations_have_legends_of_their_own_and_methods_share_one(self, made):
         for name, own in (("fig6", True), ("fig2", False)):

@@ -408,7 +408,7 @@ _STYLES = {
 
 def draw(curves: dict[str, Any]) -> Figure:
     """Accuracy against steps and against samples, and the sizes of the batches."""
-    figure = Figure(figsize=(10.5, 3.6), layout="constrained")
+    figure = Figure(figsize=(10.5, 3.9), layout="constrained")
     FigureCanvasAgg(figure)
     by_steps, by_samples, sizes = figure.subplots(1, 3)
     for name, run in curves["runs"].items():
@@ -417,7 +417,7 @@ def draw(curves: dict[str, Any]) -> Figure:
         by_samples.plot(run["samples"], run["accuracy"], **style)
         sizes.plot(run["steps"], run["size"], **style)
     for axes in (by_steps, by_samples):
-        axes.axhline(curves["level"], color="#8a8a8a", linewidth=0.8)
+        axes.axhline(curves["level"], color="#8a8a8a", linewidth=0.8, label="accuracy to reach")
         axes.set_ylim(0.6, None)
         axes.set_ylabel("test accuracy, Fashion-MNIST")
     by_steps.set_xlabel("steps")
@@ -430,5 +430,6 @@ def draw(curves: dict[str, Any]) -> Figure:
         axes.grid(visible=True, alpha=0.25)
     by_steps.set_xlim(3, None)
     by_samples.set_xlim(300, None)
-    sizes.legend(fontsize=8, loc="center right")
+    handles, labels = by_steps.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     return figure

@@ -544,15 +544,15 @@ def tables(record: dict[str, Any]) -> dict[str, str]:
 
 def draw(found: dict[str, Any]) -> Figure:
     """Convergence on two functions, and rounds against trials at once."""
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    figure = Figure(figsize=(12, 4.3), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 3)
     for panel, (name, lines) in zip(axes, found["lines"].items(), strict=False):
         for (label, gaps), colour, style in zip(lines.items(), _COLOURS, _STYLES, strict=False):
             panel.semilogy(np.maximum(gaps, 1e-12), color=colour, linestyle=style, label=label)
-        panel.axhline(_GOAL, color="#8a8a8a", linewidth=0.8)
+        panel.axhline(_GOAL, color="#8a8a8a", linewidth=0.8, label="goal")
         panel.set(title=name, xlabel="iteration", ylabel="f - f*")
-        panel.legend(frameon=False, fontsize=8)
+        panel.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     for (name, rounds), colour, style in zip(found["rounds"].items(), _COLOURS, _STYLES, strict=False):
         axes[2].plot([1, 2, 4, 8], rounds, color=colour, linestyle=style, marker="o", label=name)
     axes[2].set(
@@ -561,5 +561,5 @@ def draw(found: dict[str, Any]) -> Figure:
     axes[2].set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
     axes[2].minorticks_off()
     axes[2].set_ylim(bottom=0)
-    axes[2].legend(frameon=False, fontsize=8)
+    axes[2].legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     return figure

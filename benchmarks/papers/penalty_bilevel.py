@@ -531,7 +531,7 @@ def draw(curves: dict[str, Any]) -> Figure:
         curves["optex"].items(), ("#000000", "#d55e00"), (":", "-"), strict=True
     ):
         right.plot(range(len(loss)), loss, color=colour, linestyle=style, linewidth=1.8, label=name)
-    right.axhline(curves["optex"]["Adam"][-1], color="#000000", linewidth=0.6, alpha=0.6)
+    right.axhline(curves["optex"]["Adam"][-1], color="#000000", linewidth=0.6, alpha=0.6, label="Adam's last")
     right.set_xlabel("rounds (sequential hypergradients)")
     right.set_ylabel("validation loss")
     right.set_title("under OptEx, Adam 0.03", fontsize=11)

@@ -7,6 +7,7 @@ from optex.round.predictor import Predictor, default_history_size
 from optex.round.record import RoundRecord
 from optex.round.report import RoundReport
 from optex.round.round import Rounds
+from optex.round.stream import ReportStream, streamed
 from optex.round.stride import read_stride
 from optex.round.window import PlannedStep, Progress
 
@@ -18,6 +19,7 @@ __all__ = [
     "PlannedStep",
     "Predictor",
     "Progress",
+    "ReportStream",
     "RoundLoop",
     "RoundRecord",
     "RoundReport",
@@ -27,4 +29,5 @@ __all__ = [
     "default_history_size",
     "described",
     "read_stride",
+    "streamed",
 ]

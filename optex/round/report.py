@@ -78,3 +78,23 @@ class RoundReport:
         gradient takes more than overhead / (k - 1). Infinite at k = 1.
         """
         return self.overhead_seconds / (self.accepted - 1) if self.accepted > 1 else math.inf
+
+    def as_dict(self) -> dict[str, float]:
+        """The report in plain numbers, for a logger or a row of a table.
+
+        What is a tuple of indices is counted, and ``relative_error`` is the mean of ``relative_errors``, NaN
+        where no gradient was predicted and measured. ``losses`` and ``batch_numbers`` are left out: of the
+        losses, ``loss`` is the one that can be compared with those of other rounds.
+        """
+        errors = self.relative_errors[~self.relative_errors.isnan()]
+        return {
+            "number": self.number,
+            "loss": self.loss,
+            **{name: getattr(self, name) for name in ("drafted", "accepted", "evaluated", "stride")},
+            **{name: len(getattr(self, name)) for name in ("dropped", "retried", "lost")},
+            "relative_error": float(errors.mean()) if len(errors) else math.nan,
+            **{name: getattr(self, name) for name in ("prediction_error", "noise_variance", "gradient_norm")},
+            "dimension": self.dimension,
+            **{name: getattr(self, name) for name in ("seconds", "gradient_seconds", "overhead_seconds")},
+            "break_even_seconds": self.break_even_seconds,
+        }

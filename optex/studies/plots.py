@@ -20,11 +20,14 @@ from optex.studies.comparison import Run
 from optex.studies.measures import VANILLA
 
 __all__ = [
+    "METHOD_MARKERS",
     "METHOD_STYLES",
     "Line",
     "Panel",
     "bootstrap_interval",
     "check_plot_path",
+    "method_label",
+    "method_style",
     "plot_comparison",
     "plot_panels",
     "write_plot",
@@ -49,8 +52,30 @@ METHOD_STYLES: Final[dict[str, dict[str, Any]]] = {
     "optex-alone": {"color": "#f2a25c", "linestyle": (0, (4, 1)), "linewidth": 2.0},
     "optex": {"color": "#d55e00", "linestyle": "-", "linewidth": 2.4},
 }
+# Marks at other rounds for each method tell apart lines that coincide.
+METHOD_MARKERS: Final[dict[str, str]] = {
+    "vanilla": "o",
+    "target": "s",
+    "data-parallel": "^",
+    "hold-last": "v",
+    "line-search": "D",
+    "picard": "s",
+    "lbfgs": "^",
+    "lbfgs-scipy": "D",
+    "lbfgs-scipy-50": "v",
+    "nonlinear-cg": "o",
+    "nowcast": "o",
+    "nowcast-dmd": "^",
+    "optex-paper": "D",
+    "optex-alone": "v",
+    "optex": "o",
+}
 _UNKNOWN_STYLE: Final[dict[str, Any]] = {"color": "#444444", "linestyle": "-", "linewidth": 1.4}
+_MARKS: Final = 6  # on each line, about
+_MARK: Final[dict[str, Any]] = {"markersize": 5.0, "markeredgecolor": "white", "markeredgewidth": 0.6}
+_LEVEL: Final[dict[str, Any]] = {"color": "black", "linewidth": 0.7, "alpha": 0.6}
 _COLUMNS: Final = 3
+_ROW: Final = 6  # entries of a legend that need a second row
 
 
 Interval = Callable[[NDArray[np.float64]], tuple[NDArray[np.float64], NDArray[np.float64]]]
@@ -83,6 +108,7 @@ class Panel:
         logarithmic: whether the values, then positive, are seen in logarithms; so are their mean and band.
         interval: ends of the band from values [seeds, n], each [n]; None is one standard deviation.
         level: where a thin line across is drawn, for the others to be read against.
+        level_label: what that line is, in the legend.
     """
 
     title: str
@@ -92,6 +118,29 @@ class Panel:
     logarithmic: bool
     interval: Interval | None = None
     level: float | None = None
+    level_label: str = "level"
+
+
+def method_style(method: str) -> dict[str, Any]:
+    """How a method's line is drawn; one that is not the library's is dark grey."""
+    return METHOD_STYLES.get(method, _UNKNOWN_STYLE)
+
+
+def method_label(method: str, parallelism: int | None = None) -> str:
+    """A method in a legend; the two ends of the scale say what they are.
+
+    Args:
+        method: a name.
+        parallelism: N; None where it differs among panels.
+
+    >>> method_label("target", 5), method_label("optex", 5)
+    ('target: 5 steps a round, a gradient each', 'optex')
+    >>> method_label("target")
+    'target: N steps a round, a gradient each'
+    """
+    steps = "1 step" if parallelism == 1 else f"{parallelism or 'N'} steps"
+    ends = {VANILLA: "vanilla: 1 step a round", "target": f"target: {steps} a round, a gradient each"}
+    return ends.get(method, method)
 
 
 def check_plot_path(path: Path) -> None:
@@ -132,7 +181,7 @@ def plot_comparison(runs: Sequence[Run], minimum: dict[str, float | None] | None
         _draw_lines(panel, _comparison_panel(chosen, (minimum or {}).get(problem)))
     for panel in panels[len(problems) :]:
         panel.set_visible(False)
-    _add_titles(figure, runs, legend_columns=3 if columns == 1 else 5)
+    _add_titles(figure, runs, legend_columns=2 if columns == 1 else 5)
     return figure
 
 
@@ -142,8 +191,7 @@ def _comparison_panel(runs: Sequence[Run], minimum: float | None) -> Panel:
         group = [run for run in runs if run.method == method]
         rounds = group[0].rounds
         losses = np.array([run.trace.loss[: rounds + 1] for run in group])  # [seeds, rounds + 1]
-        style = METHOD_STYLES.get(method, _UNKNOWN_STYLE)
-        lines.append(Line(method, np.arange(rounds + 1.0), losses - (minimum or 0.0), style))
+        lines.append(Line(method, np.arange(rounds + 1.0), losses - (minimum or 0.0), method_style(method)))
     return Panel(
         title=runs[0].problem,
         lines=lines,
@@ -154,8 +202,12 @@ def _comparison_panel(runs: Sequence[Run], minimum: float | None) -> Panel:
 
 
 def _add_titles(figure: Figure, runs: Sequence[Run], legend_columns: int) -> None:
+    first = next((run for run in runs if run.method == VANILLA), runs[0])
     present = dict.fromkeys(run.method for run in runs)
-    handles = [Line2D([], [], label=method, **METHOD_STYLES.get(method, _UNKNOWN_STYLE)) for method in present]
+    handles = [
+        _handle(method_label(method, first.parallelism), method_style(method), _marker(method, list(present)))
+        for method in present
+    ]
     figure.legend(
         handles=handles,
         loc="outside lower center",
@@ -163,10 +215,18 @@ def _add_titles(figure: Figure, runs: Sequence[Run], legend_columns: int) -> Non
         frameon=False,
         handlelength=3.2,
     )
-    first = next((run for run in runs if run.method == VANILLA), runs[0])
     seeds = len({run.seed for run in runs})
     over = f"{seeds} seeds, geometric mean ± 1 sd" if seeds > 1 else "1 seed"
     figure.suptitle(f"{first.optimizer}, lr {first.lr:g}, N = {first.parallelism}, {over}", fontsize=12)
+
+
+def _marker(label: str, labels: Sequence[str]) -> str:
+    """Of a method its own; of another line the one of its place among those of a legend."""
+    return METHOD_MARKERS.get(label, "oD^sv"[labels.index(label) % 5])
+
+
+def _handle(label: str, style: dict[str, Any], marker: str) -> Line2D:
+    return Line2D([], [], label=label, marker=marker, **_MARK, **style)
 
 
 def bootstrap_interval(
@@ -186,40 +246,58 @@ def bootstrap_interval(
 
 
 def plot_panels(panels: Sequence[Panel], columns: int, heading: str) -> Figure:
-    """Panels row by row; one legend below all where the first shows every line, else one in each."""
+    """Panels row by row; one legend below all where the first shows every line, else one below each."""
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.2 * min(columns, len(panels)), 3.4 * rows + 0.9), layout="constrained")
     FigureCanvasAgg(figure)
     places = figure.subplots(rows, min(columns, len(panels)), squeeze=False).ravel()
-    labels = {line.label: line for line in panels[0].lines}
-    shared = all(line.label in labels for panel in panels for line in panel.lines)
+    first = [line.label for line in panels[0].lines]
+    shared = all(line.label in first for panel in panels for line in panel.lines)
     for place, panel in zip(places, panels, strict=False):
-        _draw_lines(place, panel)
+        _draw_lines(place, panel, first if shared else None)
         if not shared:
-            place.legend(fontsize=7.5, frameon=False, handlelength=2.6)
+            below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17), "ncols": 2}
+            place.legend(handles=_handles([panel], str), fontsize=7.5, frameon=False, handlelength=3.2, **below)
     for place in places[len(panels) :]:
         place.set_visible(False)
     if shared:
-        handles = [Line2D([], [], label=label, **line.style) for label, line in labels.items()]
+        handles = _handles(panels, method_label)
         figure.legend(
-            handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, handlelength=3.2
+            handles=handles,
+            loc="outside lower center",
+            ncols=len(handles) if len(handles) < _ROW else math.ceil(len(handles) / 2),
+            frameon=False,
+            handlelength=3.2,
         )
+    elif rows > 1:
+        figure.set_size_inches(figure.get_figwidth(), figure.get_figheight() + 0.6 * rows)
     figure.suptitle(heading, fontsize=12)
     return figure
 
 
-def _draw_lines(place: Axes, panel: Panel) -> None:
+def _handles(panels: Sequence[Panel], spelled: Callable[[str], str]) -> list[Line2D]:
+    """Of the first panel's lines, and of the levels that any of them has."""
+    labels = [line.label for line in panels[0].lines]
+    handles = [
+        _handle(spelled(line.label), line.style, _marker(line.label, labels)) for line in panels[0].lines
+    ]
+    levels = dict.fromkeys(panel.level_label for panel in panels if panel.level is not None)
+    return handles + [Line2D([], [], label=label, **_LEVEL) for label in levels]
+
+
+def _draw_lines(place: Axes, panel: Panel, legend: Sequence[str] | None = None) -> None:
+    labels = legend or [line.label for line in panel.lines]
     start = max(float(line.values[:, 0].max()) for line in panel.lines)
     # Rounding ends the way down. A diverging method leaves through the top, and the others stay readable.
     floor, top = np.finfo(float).eps * abs(start), 1e3 * abs(start)
-    for line in panel.lines:
+    for order, line in enumerate(panel.lines):
         values = np.log(np.clip(line.values, floor, 10 * top)) if panel.logarithmic else line.values
         stopped = np.flatnonzero(~np.isfinite(values).all(axis=0))
         length = int(stopped[0]) if len(stopped) else values.shape[1]
         values, x = values[:, :length], line.x[:length]
         back = np.exp if panel.logarithmic else np.asarray
         centre = values.mean(0)
-        place.plot(x, back(centre), label=line.label, **line.style)
+        _draw_line(place, line, x, back(centre), order / len(panel.lines), _marker(line.label, labels))
         if len(values) > 1:
             spread = values.std(0, ddof=1)
             low, high = (centre - spread, centre + spread) if panel.interval is None else panel.interval(values)
@@ -227,7 +305,7 @@ def _draw_lines(place: Axes, panel: Panel) -> None:
         if len(stopped):
             place.plot(x[-1], back(centre[-1]), marker="X", markersize=8, color=line.style["color"])
     if panel.level is not None:
-        place.axhline(panel.level, color="black", linewidth=0.7, alpha=0.6)
+        place.axhline(panel.level, **_LEVEL)
     place.set_title(panel.title, fontsize=11)
     place.set_xlabel(panel.x_label)
     place.set_ylabel(panel.y_label)
@@ -237,6 +315,24 @@ def _draw_lines(place: Axes, panel: Panel) -> None:
     _finish(place)
 
 
+def _draw_line(
+    place: Axes,
+    line: Line,
+    x: NDArray[np.float64],  # [n]
+    y: NDArray[np.float64],  # [n]
+    order: float,
+    marker: str,
+) -> None:
+    """A line with its marks, which begin at a place of their own: ``order``, in 0..1, of the way between two.
+
+    Wide lines lie beneath narrow ones, or they would hide those that coincide with them.
+    """
+    apart = max(1, len(x) // _MARKS)
+    depth = 2.5 - 0.1 * line.style.get("linewidth", 1.5)
+    marks = {"marker": marker, "markevery": (int(order * apart), apart), **_MARK}
+    place.plot(x, y, label=line.label, zorder=depth, **marks, **line.style)
+
+
 def _finish_logarithmic(panel: Axes, top: float) -> None:
     low, high = panel.get_ylim()
     panel.set_ylim(top=min(high, top))
@@ -244,7 +340,7 @@ def _finish_logarithmic(panel: Axes, top: float) -> None:
         panel.yaxis.set_major_locator(LogLocator(numticks=8))
         panel.yaxis.set_minor_formatter(NullFormatter())
     else:  # less than a decade: 3, 3.5, 4 reads better than 3 × 10⁰
-        panel.yaxis.set_major_locator(MaxNLocator(5))
+        panel.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         panel.yaxis.set_major_formatter("{x:g}")
         panel.yaxis.set_minor_locator(NullLocator())
 

@@ -39,7 +39,7 @@ _OPTIONS: Final[dict[str, str]] = {
         name: f"--{name.replace('_', '-')}"
         for name in (
             *("methods", "optimizer", "lr", "parallelism", "rounds", "seeds", "dim", "noise", "batch_size"),
-            *("set", "threads", "json", "plot", "scale", "workers", "resume", "out", "seconds"),
+            *("set", "threads", "json", "plot", "html", "scale", "workers", "resume", "out", "seconds"),
         )
     },
 }

@@ -61,6 +61,10 @@ def compare(
     plot: Annotated[
         Path | None, typer.Option(help="Draw loss against rounds into this file (.png, .pdf, .svg, ...).")
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write one page to look at in a browser: plots that can be asked, table, settings."),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep the runs that the file of --json has, and make the others.")
     ] = False,
@@ -75,7 +79,7 @@ def compare(
     from optex.studies.cli.compare import Output, run
 
     run(
-        output=Output(json, plot, resume),
+        output=Output(json, plot, html, resume),
         threads=threads,
         problems=problems,
         methods=methods,

@@ -17,7 +17,7 @@ import typer
 from optex.checks import check_integer
 from optex.studies.cli.app import INTERRUPTED, check_file, progress, refuse
 from optex.studies.cli.settings import read_settings
-from optex.studies.cli.table import print_result
+from optex.studies.cli.table import Result, print_result, tell
 from optex.studies.comparison import (
     Comparison,
     Run,
@@ -27,7 +27,9 @@ from optex.studies.comparison import (
     summarise,
     write_json,
 )
+from optex.studies.html import check_page_path, html_page
 from optex.studies.plots import check_plot_path, plot_comparison, write_plot
+from optex.studies.records import write_whole
 
 __all__ = ["Output", "run"]
 
@@ -41,12 +43,14 @@ class Output:
     Attributes:
         json: the record, None for none; written every half minute, so that little is lost with the machine.
         plot: the picture, None for none.
+        html: the page, None for none.
         resume: whether runs that the record has are kept.
         written: when the record was written last.
     """
 
     json: Path | None
     plot: Path | None
+    html: Path | None
     resume: bool
     written: float = field(default_factory=time.monotonic)
 
@@ -58,8 +62,11 @@ class Output:
         """
         if self.plot is not None:
             check_plot_path(self.plot)
+        if self.html is not None:
+            check_page_path(self.html)
         check_file("json", self.json)
         check_file("plot", self.plot)
+        check_file("html", self.html)
         if self.resume and self.json is None:
             raise ValueError("resume: needs the file that has the runs; name it with --json")
 
@@ -69,9 +76,16 @@ class Output:
             write_json(self.json, meta, runs)
             self.written = time.monotonic()
 
+    def draw(self, meta: dict[str, Any], runs: Sequence[Run], result: Result) -> None:
+        """Write the picture and the page that are asked for."""
+        if self.plot is not None:
+            write_plot(self.plot, plot_comparison(runs, meta["minimum"]))
+        if self.html is not None:
+            write_whole(self.html, html_page(meta, runs, result))
+
 
 def run(output: Output, threads: int, **choices: Any) -> None:
-    """Make the runs, print their table, write the record and the picture that were asked for."""
+    """Make the runs, print their table, write the record, the picture and the page that were asked for."""
     try:
         comparison = _comparison(**choices)
         check_integer(None, "threads", threads)
@@ -82,10 +96,10 @@ def run(output: Output, threads: int, **choices: Any) -> None:
         kept = read_runs(output.json, comparison) if output.resume and output.json is not None else []
         runs, notes, whole = _run_all(comparison, kept, output, meta)
         if runs:
-            print_result(comparison, meta, summarise(runs), notes)
+            result = tell(comparison, meta, summarise(runs), notes)
+            print_result(result)
             output.keep(meta, runs, now=True)
-            if output.plot is not None:
-                write_plot(output.plot, plot_comparison(runs, meta["minimum"]))
+            output.draw(meta, runs, result)
     except (ValueError, ImportError, OSError) as error:
         refuse(error)
     if not whole:

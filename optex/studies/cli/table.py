@@ -1,9 +1,10 @@
-"""What ``optex compare`` prints: a table for every problem, and what its columns mean."""
+"""What ``optex compare`` prints, or puts on a page: a table for every problem, and what its columns mean."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from optex.studies.baselines import METHODS
@@ -12,33 +13,58 @@ from optex.studies.comparison import Comparison, Row
 from optex.studies.measures import Spread, Summary, largest_acceleration
 from optex.studies.problems import PROBLEMS
 
-__all__ = ["figures", "print_result", "rounds_cell"]
+__all__ = ["Result", "figures", "print_result", "rounds_cell", "tell"]
 
 _HEADERS: Final = (
     *("method", "final loss", "as good\nat round", "acceleration", "gradients", "seconds", "pays\nabove"),
 )
 
 
-def print_result(
-    comparison: Comparison, meta: dict[str, Any], rows: Sequence[Row], notes: Sequence[str]
-) -> None:
+@dataclass(frozen=True)
+class Result:
+    """A comparison in words and cells.
+
+    Attributes:
+        heading: what was run.
+        headers: [columns], of every table, with line breaks where they are long.
+        tables: of every problem that has runs, its line and its rows, each [columns].
+        notes: what the columns mean, and the warnings raised in the runs.
+    """
+
+    heading: str
+    headers: Sequence[str]
+    tables: Sequence[tuple[str, Sequence[Sequence[str]]]]
+    notes: Sequence[str]
+
+
+def tell(comparison: Comparison, meta: dict[str, Any], rows: Sequence[Row], notes: Sequence[str]) -> Result:
     """A heading, a table for every problem, footnotes, and the warnings raised in the runs."""
-    printer = Printer()
     seeds = f"{comparison.seeds} seed" + "s" * (comparison.seeds > 1)
     history = "each method's own T0" if comparison.history_size is None else f"T0 = {comparison.history_size}"
-    printer.line(
-        f"{comparison.optimizer}, lr {comparison.learning_rate:g}, N = {comparison.parallelism}, {history}, "
-        f"{comparison.rounds} rounds, {seeds}"
+    of_problem = {name: [row for row in rows if row.problem == name] for name in comparison.problems}
+    return Result(
+        heading=f"{comparison.optimizer}, lr {comparison.learning_rate:g}, N = {comparison.parallelism}, "
+        f"{history}, {comparison.rounds} rounds, {seeds}",
+        headers=_HEADERS,
+        tables=[
+            (_problem_line(comparison, meta, name), _cells(comparison, chosen))
+            for name, chosen in of_problem.items()
+            if chosen  # none where it was interrupted before the first run
+        ],
+        notes=[*_footnotes(comparison, rows), *notes],
     )
-    for problem in comparison.problems:
-        of_problem = [row for row in rows if row.problem == problem]
-        if not of_problem:  # interrupted before its first run
-            continue
+
+
+def print_result(result: Result) -> None:
+    """On the terminal, as wide as that is."""
+    printer = Printer()
+    printer.line(result.heading)
+    for line, cells in result.tables:
         printer.line()
-        printer.line(_problem_line(comparison, meta, problem), style="bold")
-        printer.table(_HEADERS, _cells(comparison, of_problem))
+        printer.line(line, style="bold")
+        printer.table(result.headers, cells)
     printer.line()
-    for line in (*_footnotes(comparison, rows), *notes):
+    for line in result.notes:
         printer.line(line, style="dim")
 
 

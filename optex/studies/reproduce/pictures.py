@@ -76,6 +76,7 @@ def _panel(view: View, part: dict[str, Any], runs: list[Record]) -> Panel:
         interval=bootstrap_interval if view.values == "reward" else None,
         # Where vanilla's line goes on to the level that the others are timed to, that is shown.
         level=float(lines[0].values[:, -1].mean()) if timed else None,
+        level_label="vanilla's last loss, to which all are timed",
     )
 
 
