@@ -48,6 +48,8 @@ RUN_KEYS = [
     "gradients",
     "seconds",
     "accepted",
+    "overhead_seconds",
+    "stopped",
 ]
 
 
