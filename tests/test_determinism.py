@@ -1,4 +1,4 @@
-"""The same bits twice, where torch is told to compute deterministically; that mode fills new memory with NaN."""
+"""The same bits twice where torch is told to compute deterministically; that mode fills new memory with NaN."""
 
 import copy
 
