@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 __all__ = [
+    "check_flag",
     "check_integer",
     "check_kind",
     "check_number",
@@ -69,7 +70,7 @@ def check_number(
     >>> check_number("OptEx", "lr", 0.1, open_below=True)
     0.1
     """
-    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    plain = isinstance(value, Real) and not isinstance(value, bool)
     scalar = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
     number = float(value) if plain or scalar else math.nan
     inside = (number > least if open_below else number >= least) and (
@@ -93,6 +94,17 @@ def check_positive(owner: str, name: str, value: Any, remedy: str = "") -> float
             f"{owner}: {name} must be positive and finite, got {value!r}" + f"; {remedy}" * bool(remedy)
         )
     return float(value)
+
+
+def check_flag(owner: str, name: str, value: Any) -> bool:
+    """The value, which has to be True or False: a tensor or a word in its place would count as either.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{owner}: {name} must be True or False, got {value!r}")
+    return value
 
 
 def check_kind(owner: str, name: str, value: Any, kind: type, wanted: str) -> None:

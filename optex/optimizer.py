@@ -130,6 +130,7 @@ class OptEx(OptimizerWrapper):
         computes = arguments.named_evaluator(evaluator, model)
         arguments.check_parts(base, estimator, acceptance, computes, scheduler, model)
         arguments.check_choices(deterministic, gradient_hook, on_nonfinite)
+        arguments.check_layout(shard, history_dtype, history_device)
         self.scheduler = scheduler
         self.model = model
         self.deterministic = deterministic
