@@ -98,6 +98,7 @@ BASES = {
 @given(arguments(OPTEX), st.sampled_from(sorted(BASES)))
 @example({"history_dtype": torch.int64}, "adam")
 @example({"history_device": "nowhere"}, "adam")
+@example({"history_size": 10**400}, "adam")
 def test_optex_works_or_refuses_by_name(options, base):
     model, batches = network(seed=4), regression_batches(7)
     made = lambda: optex.OptEx(BASES[base](model.parameters()), model=model, **options)  # noqa: E731
@@ -132,6 +133,8 @@ PAPER = {
 @pytest.mark.filterwarnings("ignore::optex.JitterWarning")
 @SMALL
 @given(arguments(PAPER))
+@example({"kernel": []})
+@example({"selection": {}})
 def test_from_paper_works_or_refuses_by_name(options):
     model = network(seed=4)
     made = lambda: optex.OptEx.from_paper(torch.optim.Adam(model.parameters(), lr=0.01), **options)  # noqa: E731
@@ -185,6 +188,7 @@ JACS = {"autograd": (bowl, None), "both": (lambda x: (bowl(x), slope(x)), True),
 
 @SMALL
 @given(arguments(MINIMIZE), st.sampled_from(STARTS), st.sampled_from(sorted(JACS)))
+@example({"workers": torch.tensor([1.0, 2.0])}, [1.0, -1.0], "two")
 def test_minimize_works_or_refuses_by_name(options, x0, jac):
     fun, derivative = JACS[jac]
     call = lambda: optex.minimize(fun, x0, jac=derivative, **({"maxiter": 5} | options))  # noqa: E731
@@ -384,3 +388,22 @@ def test_other_doors_work_or_refuse_by_name(name, data):
         assert torch.as_tensor(result.x).isfinite().all()
         assert math.isfinite(float(result.fun))
         assert result.success == (result.status == 0)
+
+
+@pytest.mark.parametrize("name", ["lr", "momentum", "weight_decay", "variant", "hybrid"])
+@pytest.mark.parametrize("value", [None, NAN, -1.0, [], "strange"])
+def test_mkor_refuses_settings_of_its_own_sgd_by_name(name, value):
+    with pytest.raises((TypeError, ValueError), match=f"MKOR: {name}"):
+        optimizers.MKOR.with_sgd(network(), **{name: value})
+
+
+@pytest.mark.parametrize("name", ["shuffle", "drop_last", "growth"])
+def test_adaptive_batches_refuse_tensors_where_they_take_none(name):
+    with pytest.raises((TypeError, ValueError), match=name):
+        AdaptiveBatches(20, 2, **{name: torch.ones(2)})
+
+
+@pytest.mark.filterwarnings("ignore:cbo_minimize. isotropic noise:RuntimeWarning")
+def test_a_sigma_whose_square_is_no_number_any_more_is_warned_of_and_not_an_overflow():
+    result = optex.cbo_minimize(bowl, [1.0, 2.0, 3.0], sigma=1e300, maxiter=1, seed=0)
+    assert np.isfinite(result.x).all()

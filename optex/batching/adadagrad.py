@@ -172,7 +172,7 @@ class BatchSizeController:
             raise TypeError(f"{owner}: test must be a BatchSizeTest such as NormTest(), got {test!r}")
         self.test = NormTest() if test is None else test
         self.growth = growth
-        if growth != math.inf:
+        if not (isinstance(growth, float) and growth == math.inf):
             check_number(owner, "growth", growth, least=1.0, open_below=True)
         self.batch_size = batch_size
 

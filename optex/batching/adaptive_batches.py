@@ -12,7 +12,7 @@ from torch.utils.data import Sampler
 
 from optex.batching.adadagrad import BatchSizeController, BatchSizeTest
 from optex.batching.statistics import GradientStatistics
-from optex.checks import check_integer, saved_entry, saved_integer
+from optex.checks import check_flag, check_integer, saved_entry, saved_integer
 
 __all__ = ["AdaptiveBatches", "TellsNoise"]
 
@@ -113,7 +113,8 @@ class AdaptiveBatches(Sampler[list[int]]):
         check_integer(owner, "maximum", largest, least=2, most=self.count)
         check_integer(owner, "batch_size", batch_size, least=2, most=largest)
         self.controller = BatchSizeController(batch_size, largest, test=test, growth=growth)
-        self.shuffle, self.drop_last = shuffle, drop_last
+        self.shuffle = check_flag(owner, "shuffle", shuffle)
+        self.drop_last = check_flag(owner, "drop_last", drop_last)
         self.seed = check_integer(owner, "seed", seed, least=0)
         self.epoch = self.batches_drawn = self.samples_drawn = 0
         self._place = 0  # in the epoch's order

@@ -147,7 +147,11 @@ def _check_limits(settings: Settings, tol: Any) -> None:
 
 def read_evaluator(evaluator: Any, workers: Any, point: Point, jac: Any) -> Evaluator:
     """The evaluator that is named or given; one that goes through a module is made to go through ``point``."""
-    if not (workers is None or workers is map or (workers == 1 and not isinstance(workers, bool))):
+    if not (
+        workers is None
+        or workers is map
+        or (isinstance(workers, int) and workers == 1 and not isinstance(workers, bool))
+    ):
         if evaluator is not None:
             raise ValueError(
                 "minimize: evaluator and workers both say how gradients are computed; leave one out "

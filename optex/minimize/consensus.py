@@ -164,7 +164,7 @@ class _Settings:
     def warn_of_flight(self, dimension: int) -> None:
         """Isotropic noise in many dimensions drives particles apart for ever."""
         # By Itô's formula log ‖v - c‖ drifts by -λ + σ² (d - 2) / 2 a unit of time where c stands still.
-        if self.isotropic and self.sigma**2 * (dimension - 2) >= 2 * self.drift:
+        if self.isotropic and self.sigma * self.sigma * (dimension - 2) >= 2 * self.drift:
             largest = math.sqrt(2 * self.drift / (dimension - 2))
             warn(
                 f"{_OWNER}: isotropic noise with sigma = {self.sigma:g} drives particles apart in {dimension} "

@@ -54,7 +54,7 @@ def published_parts(
     evaluate: str,
 ) -> tuple[Estimator, Acceptance]:
     """Estimator and acceptance of Algorithm 1; arguments and errors as in ``OptEx.from_paper``."""
-    if selection not in SELECTIONS:
+    if not isinstance(selection, str) or selection not in SELECTIONS:
         raise ValueError(
             f"OptEx.from_paper: selection must be one of {', '.join(SELECTIONS)}, got {selection!r}"
         )
