@@ -2,12 +2,12 @@
 
     python benchmarks/fuzz.py --seconds 180                 each door for so long, one process
 
-Inputs are built from what is valid, by seed, with something of it put wrong, so that they come past the first
-check: real state dicts with up to three entries deleted, cut short or replaced; commands and options of the command
-line with values of their own and of others; arguments of ``minimize``. What is not taken has to be refused by a
-TypeError, a ValueError or an error of ``optex.errors``, by exit code 2 at the command line; a state that is refused
-leaves the optimizer untouched, one that is taken runs. Anything else is a finding, with its seed: ``--door NAME
---seed N`` runs that one again. Writes results/fuzz.json.
+Inputs are built from what is valid, by seed, with something of it put wrong, so that they come past the
+first check: real state dicts with up to three entries deleted, cut short or replaced; commands of the command
+line with options and values of their own and of others; arguments of ``minimize``. What is not taken has to be
+refused by a TypeError, a ValueError or an error of ``optex.errors``, by exit code 2 at the command line; a state
+that is refused leaves the optimizer untouched, one that is taken runs. Anything else is a finding, with its
+seed: ``--door NAME --seed N`` runs that one again. Writes results/fuzz.json.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def _bowl(x: Any) -> Any:
 FUNCTIONS: tuple[Any, ...] = (
     *(_bowl, lambda x: (_bowl(x), 2 * (x - 0.5)), lambda x: 2 * (x - 0.5), lambda x: x, lambda _: math.nan),
     *(lambda _: None, lambda _: "x", lambda x: (_bowl(x),), lambda x: _bowl(x) / 0, lambda x: (x**0.5).sum()),
-    *(lambda x: -_bowl(x), lambda x: x.sum() * 1e300, lambda x: (_bowl(x), x[:1])),
+    *(lambda x: -_bowl(x), lambda x: x.sum() * 1e300, lambda x: (_bowl(x), x.reshape(-1)[:1])),
 )
 STARTS: tuple[Any, ...] = (
     *([1.0, -1.0], 2.0, (1, 2, 3), np.zeros(3, np.float32), torch.ones(2, 2), torch.zeros(3), np.ones(2) * 1j),

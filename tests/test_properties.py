@@ -397,6 +397,19 @@ def test_mkor_refuses_settings_of_its_own_sgd_by_name(name, value):
         optimizers.MKOR.with_sgd(network(), **{name: value})
 
 
+@pytest.mark.parametrize("value", [True, torch.ones(2), NAN, "x"])
+def test_minimize_refuses_an_option_of_the_optimizer_that_is_no_number_by_name(value):
+    with pytest.raises(ValueError, match="minimize: weight_decay"):
+        optex.minimize(bowl, [1.0, 2.0], maxiter=2, weight_decay=value)
+
+
+@pytest.mark.parametrize("name", ["tol", "gtol", "ftol", "weight_decay"])
+def test_minimize_takes_integers_of_any_size_that_a_float_holds(name):
+    assert np.isfinite(optex.minimize(bowl, [1.0, 2.0], lr=1e-9, maxiter=2, **{name: 10**20}).x).all()
+    with pytest.raises(ValueError, match=name):
+        optex.minimize(bowl, [1.0, 2.0], maxiter=2, **{name: 10**400})
+
+
 @pytest.mark.parametrize("name", ["shuffle", "drop_last", "growth"])
 def test_adaptive_batches_refuse_tensors_where_they_take_none(name):
     with pytest.raises((TypeError, ValueError), match=name):
