@@ -5,9 +5,9 @@
 Inputs are built from what is valid, by seed, with something of it put wrong, so that they come past the
 first check: real state dicts with up to three entries deleted, cut short or replaced; commands of the command
 line with options and values of their own and of others; arguments of ``minimize``. What is not taken has to be
-refused by a TypeError, a ValueError or an error of ``optex.errors``, by exit code 2 at the command line; a state
-that is refused leaves the optimizer untouched, one that is taken runs. Anything else is a finding, with its
-seed: ``--door NAME --seed N`` runs that one again. Writes results/fuzz.json.
+refused by a TypeError, a ValueError or an error of ``optex.errors``, by exit code 2 at the command line; a
+state that is refused leaves the optimizer untouched, one that is taken runs. Anything else is a finding, with
+its seed: ``--door NAME --seed N`` runs that one again. Writes results/fuzz.json.
 """
 
 from __future__ import annotations

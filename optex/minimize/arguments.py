@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Final, Literal
 
 from torch import Tensor, nn
@@ -91,11 +91,12 @@ def _numbers(optimizer: Any, options: Mapping[str, Any]) -> dict[str, Any]:
         known = inspect.signature(factory).parameters if callable(factory) else {}
     except ValueError:  # a builtin that does not tell
         known = {}
-    numbers = [name for name in options if name in known and isinstance(known[name].default, float)]
     checked = {
-        name: check_number("minimize", name, options[name], least=-math.inf)
-        for name in numbers
-        if not isinstance(options[name], Tensor) or options[name].numel() != 1
+        name: _number(name, value)
+        for name, value in options.items()
+        if name in known
+        and isinstance(known[name].default, (int, float))
+        and not isinstance(known[name].default, bool)
     }
     return {**options, **checked}
 
@@ -155,6 +156,12 @@ def _check_functions(bounds: Any, callback: Any, scheduler: Any) -> None:
             "minimize: scheduler must be a function of the optimizer, as lambda base: "
             f"torch.optim.lr_scheduler.ExponentialLR(base, 0.99), got {type(scheduler).__name__}"
         )
+
+
+def _number(name: str, value: Any) -> Any:
+    number = check_number("minimize", name, value, least=-math.inf)
+    whole = isinstance(value, Integral) and abs(number) < 2**53
+    return value if whole or isinstance(value, Tensor) else number
 
 
 def _is_tolerance(value: Any) -> bool:
