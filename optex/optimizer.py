@@ -124,9 +124,9 @@ class OptEx(OptimizerWrapper):
         if isinstance(base, OptEx):
             raise TypeError("OptEx: base is an OptEx already; pass base.base to wrap its base optimizer anew")
         check_base(base)
-        self.parallelism = check_integer("OptEx", "parallelism", parallelism)
+        self.parallelism: int = check_integer("OptEx", "parallelism", parallelism)
         size = default_history_size(parallelism) if history_size is None else history_size
-        self.history_size = check_integer("OptEx", "history_size", size)
+        self.history_size: int = check_integer("OptEx", "history_size", size)
         computes = arguments.named_evaluator(evaluator, model)
         arguments.check_parts(base, estimator, acceptance, computes, scheduler, model)
         arguments.check_choices(deterministic, gradient_hook, on_nonfinite)

@@ -50,9 +50,9 @@ class RunState:
 
     def __post_init__(self, stride: Stride) -> None:
         self.progress = Progress(stride=stride)
-        self.queue = BatchQueue()
+        self.queue: BatchQueue = BatchQueue()
         self.contradicted = False
-        self.one_thread = OneThread()
+        self.one_thread: OneThread = OneThread()
 
     def plan(self) -> tuple[PlannedStep, ...]:
         """The window, with what waits in the queue as new steps behind it."""

@@ -112,17 +112,17 @@ class MKOR(OptimizerWrapper):
             raise ValueError(f"MKOR: variant must be one of {', '.join(UPDATES)}, got {variant!r}")
         self.model = model
         self.variant = variant
-        self.interval = check_integer("MKOR", "interval", interval)
-        self.decay = check_number("MKOR", "decay", decay, most=1, open_below=True, open_above=True)
+        self.interval: int = check_integer("MKOR", "interval", interval)
+        self.decay: float = check_number("MKOR", "decay", decay, most=1, open_below=True, open_above=True)
         self.threshold = (
             None
             if threshold is None
             else check_number("MKOR", "threshold", threshold, least=1, open_below=True)
         )
         reset = (1.0 if variant == "released" else 0.1) if reset is None else reset
-        self.reset = check_number("MKOR", "reset", reset, most=1, open_below=True)
+        self.reset: float = check_number("MKOR", "reset", reset, most=1, open_below=True)
         self.hybrid = check_flag("MKOR", "hybrid", hybrid)
-        self.period = check_integer("MKOR", "period", period)
+        self.period: int = check_integer("MKOR", "period", period)
         self.average = average
         self.factors: dict[str, dict[str, Tensor]] = {}
         self._switch = watch()
