@@ -85,7 +85,7 @@ class SPSASource(GradientSource):
         if isinstance(parameters, Tensor):
             raise TypeError("SPSASource: parameters must be a list of tensors; pass [tensor]")
         self.objective = objective
-        self.parameters = list(parameters)
+        self.parameters: list[Tensor] = list(parameters)
         _check_parameters(self.parameters)
         self.epsilon: float = check_number("SPSASource", "epsilon", epsilon, open_below=True)
         self.queries: int = check_integer("SPSASource", "queries", queries)

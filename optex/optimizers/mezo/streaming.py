@@ -107,7 +107,7 @@ class BlockStreamer:
         self.weight_decay: float = check_number("BlockStreamer", "weight_decay", weight_decay)
         if transfer_dtype is not None and not transfer_dtype.is_floating_point:
             raise TypeError(f"BlockStreamer: transfer_dtype must be a floating dtype, got {transfer_dtype}")
-        self.device = torch.device(device)
+        self.device: torch.device = torch.device(device)
         self.blocks = list(blocks)
         _check_blocks(self.blocks)
         self.log: list[tuple[int, list[float], list[float]]] = []

@@ -101,7 +101,7 @@ class CoordinateSource(GradientSource):
             raise TypeError(f"{_OWNER}: objective must be callable, got {type(objective).__name__}")
         if isinstance(parameters, Tensor):
             raise TypeError(f"{_OWNER}: parameters must be a list of tensors; pass [tensor]")
-        self.parameters = list(parameters)
+        self.parameters: list[Tensor] = list(parameters)
         _check_parameters(self.parameters)
         self.mu: float = check_number(_OWNER, "mu", mu, open_below=True)
         self.central = central
