@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor
 
 __all__ = [
+    "check_flag",
     "check_integer",
     "check_kind",
     "check_number",
@@ -36,7 +38,7 @@ def check_integer(owner: str | None, name: str, value: Any, *, least: int = 1, m
     4
     """
     number = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else least - 1
-    if number < least or (most is not None and number > most):
+    if number < least or number > (sys.maxsize if most is None else most):
         wanted = f"an integer of at least {least}" if most is None else f"between {least} and {most}"
         raise ValueError(
             f"{f'{name}:' if owner is None else f'{owner}: {name}'} must be {wanted}, got {value!r}"
@@ -69,9 +71,9 @@ def check_number(
     >>> check_number("OptEx", "lr", 0.1, open_below=True)
     0.1
     """
-    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    plain = isinstance(value, Real) and not isinstance(value, bool)
     scalar = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
-    number = float(value) if plain or scalar else math.nan
+    number = _as_float(value) if plain or scalar else math.nan
     inside = (number > least if open_below else number >= least) and (
         number < most if open_above else number <= most
     )
@@ -82,17 +84,35 @@ def check_number(
     return number
 
 
+def _as_float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer of more than 308 digits
+        return math.inf
+
+
 def check_positive(owner: str, name: str, value: Any, remedy: str = "") -> float:
     """The value as a positive, finite float; any real number passes that is no boolean.
 
     Raises:
         ValueError: it is not; ``remedy``, if any, ends the message.
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < _as_float(value) < math.inf:
         raise ValueError(
             f"{owner}: {name} must be positive and finite, got {value!r}" + f"; {remedy}" * bool(remedy)
         )
     return float(value)
+
+
+def check_flag(owner: str, name: str, value: Any) -> bool:
+    """The value, which has to be True or False: a tensor or a word in its place would count as either.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{owner}: {name} must be True or False, got {value!r}")
+    return value
 
 
 def check_kind(owner: str, name: str, value: Any, kind: type, wanted: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -24,8 +23,10 @@ from optex.round import (
     Predictor,
     RoundLoop,
     RoundReport,
+    RoundRequest,
     Rounds,
     WithinTolerance,
+    alone,
     arguments,
     default_history_size,
     described,
@@ -38,14 +39,6 @@ from optex.wrapper import OptimizerWrapper
 __all__ = ["OptEx"]
 
 _STATE_KEY = "optex"
-
-
-@dataclass(frozen=True)
-class _RoundRequest:
-    """What ``rounds`` hands to ``step`` in the closure's place, so that hooks and schedulers see a step."""
-
-    source: GradientSource
-    window: tuple[PlannedStep, ...]
 
 
 class OptEx(OptimizerWrapper):
@@ -131,12 +124,13 @@ class OptEx(OptimizerWrapper):
         if isinstance(base, OptEx):
             raise TypeError("OptEx: base is an OptEx already; pass base.base to wrap its base optimizer anew")
         check_base(base)
-        self.parallelism = check_integer("OptEx", "parallelism", parallelism)
+        self.parallelism: int = check_integer("OptEx", "parallelism", parallelism)
         size = default_history_size(parallelism) if history_size is None else history_size
-        self.history_size = check_integer("OptEx", "history_size", size)
+        self.history_size: int = check_integer("OptEx", "history_size", size)
         computes = arguments.named_evaluator(evaluator, model)
         arguments.check_parts(base, estimator, acceptance, computes, scheduler, model)
         arguments.check_choices(deterministic, gradient_hook, on_nonfinite)
+        arguments.check_layout(shard, history_dtype, history_device)
         self.scheduler = scheduler
         self.model = model
         self.deterministic = deterministic
@@ -249,6 +243,7 @@ class OptEx(OptimizerWrapper):
 
     # ------------------------------------------------------------------ rounds
 
+    @alone
     def step(self, closure: Any = None) -> Any:
         """One round: evaluates ``closure`` up to ``parallelism`` times and advances the parameters.
 
@@ -268,7 +263,7 @@ class OptEx(OptimizerWrapper):
         """
         if closure is None:
             return self._plain_step()
-        if isinstance(closure, _RoundRequest):
+        if isinstance(closure, RoundRequest):
             return self._round(closure.source, closure.window)
         if not callable(closure):
             raise TypeError(f"OptEx.step: closure must be callable or None, got {type(closure).__name__}")
@@ -302,14 +297,16 @@ class OptEx(OptimizerWrapper):
     ) -> Generator[RoundReport, None, None]:
         iterator = iter(batches)
         while True:
-            self._rounds.queue.draw(iterator, self._rounds.progress, self.parallelism)
-            window = self._rounds.plan()
-            if not window:
-                self.gather()
-                return
-            source = arguments.source_of(self.base, objective, deterministic=self._is_deterministic)
-            self.step(_RoundRequest(source, window))
-            yield cast(RoundReport, self.last_report)
+            with self._rounds.one_thread.entered("OptEx.rounds"):
+                self._rounds.queue.draw(iterator, self._rounds.progress, self.parallelism)
+                window = self._rounds.plan()
+                if not window:
+                    self.gather()
+                    return
+                source = arguments.source_of(self.base, objective, deterministic=self._is_deterministic)
+                self.step(RoundRequest(source, window))
+                report = cast(RoundReport, self.last_report)
+            yield report
 
     @property
     def _is_deterministic(self) -> bool:
@@ -379,6 +376,7 @@ class OptEx(OptimizerWrapper):
         """Make parameters whole where they are split among ranks, and as gathered last; every rank has to."""
         self.stepper.gather()
 
+    @alone
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict with one more entry, ``"optex"``: history, window, schedule.
 
@@ -398,6 +396,7 @@ class OptEx(OptimizerWrapper):
             state = state if replaced is None else replaced
         return state
 
+    @alone
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a saved state, bit for bit; torch's random generators are set to where they stood.
 

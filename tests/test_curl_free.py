@@ -173,9 +173,9 @@ def test_half_precision_history():
     [
         ({"kernel": "matern-3/2"}, "is not twice differentiable at 0; use 'rbf'"),
         ({"kernel": "gauss"}, "kernel: 'gauss' is not one of"),
-        ({"lengthscale": 0.0}, "lengthscale must be positive, got 0.0"),
-        ({"median_multiple": -1.0}, "median_multiple must be positive, got -1.0"),
-        ({"noise_variance": -1e-3}, "noise_variance must not be negative"),
+        ({"lengthscale": 0.0}, "lengthscale must be positive and finite, got 0.0"),
+        ({"median_multiple": -1.0}, "median_multiple must be positive and finite, got -1.0"),
+        ({"noise_variance": -1e-3}, "noise_variance must be a finite number at least 0"),
         ({"prior_mean": "ols"}, "prior_mean must be 'last', 'gls' or 'zero', got 'ols'"),
         ({"solver": "lu"}, "solver must be 'auto', 'dense' or 'cg', got 'lu'"),
     ],

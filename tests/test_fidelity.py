@@ -179,6 +179,7 @@ def test_evaluation_mode_between_rounds_changes_nothing():
             model(batches[0][0])
         model.train()
         assert same([*model.state_dict().values()], [*expected[optimizer.steps_taken - 1].values()])
+    assert optimizer.steps_taken == 9
 
 
 # ---------------------------------------------------------------------- random draws

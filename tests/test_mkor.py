@@ -594,7 +594,7 @@ def test_gradient_scalers_are_refused_with_the_reason():
         ({"reset": 0.0}, ValueError, "reset"),
         ({"reset": 1.1}, ValueError, "reset"),
         ({"period": 0}, ValueError, "period"),
-        ({"lr": -1.0}, ValueError, "learning rate"),
+        ({"lr": -1.0}, ValueError, "MKOR: lr must be"),
     ],
 )
 def test_settings_out_of_range_are_refused_by_name(settings, error, message):

@@ -66,6 +66,7 @@ def test_tables_of_earlier_runs_can_still_be_written():
     import seconds_to_loss
 
     document = json.loads((ROOT / "results" / "gpu" / "cpu.json").read_text())
+    assert document["workloads"]
     for name, result in document["workloads"].items():
         assert f"**{name}**" in seconds_to_loss.table(name, result)
 

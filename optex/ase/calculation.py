@@ -31,7 +31,7 @@ class Calculation(GradientSource):
         self.atoms.set_constraint()
         self.atoms.calc = atoms.calc
         self.stress = stress
-        self.point = nn.Parameter(torch.zeros(3 * len(atoms) + 9, dtype=torch.float64))
+        self.point: nn.Parameter = nn.Parameter(torch.zeros(3 * len(atoms) + 9, dtype=torch.float64))
 
     def serves(self, atoms: Atoms) -> bool:
         """Would one of these atoms be the same?"""

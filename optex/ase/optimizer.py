@@ -124,7 +124,7 @@ class OptExOptimizer(Optimizer):
         base = build_base(optimizer, self._x, lr)
         MaxStep(base, self._x, self.maxstep)
         self._images = Images(atoms, inner, one_by_one=isinstance(inner, SequentialEvaluator))
-        self.optex = OptEx(
+        self.optex: OptEx = OptEx(
             base,
             parallelism=parallelism,
             stride=stride,

@@ -167,12 +167,12 @@ class BatchSizeController:
         self, batch_size: int, maximum: int, *, test: BatchSizeTest | None = None, growth: float = 2.0
     ) -> None:
         owner = type(self).__name__
-        self.maximum = check_integer(owner, "maximum", maximum, least=2)
+        self.maximum: int = check_integer(owner, "maximum", maximum, least=2)
         if test is not None and not isinstance(test, BatchSizeTest):
             raise TypeError(f"{owner}: test must be a BatchSizeTest such as NormTest(), got {test!r}")
-        self.test = NormTest() if test is None else test
+        self.test: BatchSizeTest = NormTest() if test is None else test
         self.growth = growth
-        if growth != math.inf:
+        if not (isinstance(growth, float) and growth == math.inf):
             check_number(owner, "growth", growth, least=1.0, open_below=True)
         self.batch_size = batch_size
 

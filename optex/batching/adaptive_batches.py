@@ -12,7 +12,7 @@ from torch.utils.data import Sampler
 
 from optex.batching.adadagrad import BatchSizeController, BatchSizeTest
 from optex.batching.statistics import GradientStatistics
-from optex.checks import check_integer, saved_entry, saved_integer
+from optex.checks import check_flag, check_integer, saved_entry, saved_integer
 
 __all__ = ["AdaptiveBatches", "TellsNoise"]
 
@@ -108,13 +108,16 @@ class AdaptiveBatches(Sampler[list[int]]):
         seed: int = 0,
     ) -> None:
         owner = type(self).__name__
-        self.count = check_integer(owner, "data", len(data) if isinstance(data, Sized) else data, least=2)
+        self.count: int = check_integer(owner, "data", len(data) if isinstance(data, Sized) else data, least=2)
         largest = self.count if maximum is None else maximum
         check_integer(owner, "maximum", largest, least=2, most=self.count)
         check_integer(owner, "batch_size", batch_size, least=2, most=largest)
-        self.controller = BatchSizeController(batch_size, largest, test=test, growth=growth)
-        self.shuffle, self.drop_last = shuffle, drop_last
-        self.seed = check_integer(owner, "seed", seed, least=0)
+        self.controller: BatchSizeController = BatchSizeController(
+            batch_size, largest, test=test, growth=growth
+        )
+        self.shuffle = check_flag(owner, "shuffle", shuffle)
+        self.drop_last = check_flag(owner, "drop_last", drop_last)
+        self.seed: int = check_integer(owner, "seed", seed, least=0)
         self.epoch = self.batches_drawn = self.samples_drawn = 0
         self._place = 0  # in the epoch's order
         self._sizes: deque[int] = deque(maxlen=_REMEMBERED)  # of the last batches drawn

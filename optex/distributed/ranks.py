@@ -88,7 +88,7 @@ class Ranks:
         # gloo moves what lies in main memory only.
         on_host = dist.get_backend(self.group) == "gloo"
         self._device = torch.device("cpu") if on_host else device
-        self.traffic = Traffic()
+        self.traffic: Traffic = Traffic()
 
     @cached_property
     def flat_mesh(self) -> DeviceMesh:

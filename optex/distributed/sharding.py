@@ -30,9 +30,9 @@ class ShardedSpace(VectorSpace):
     def __init__(self, dimension: int, ranks: Ranks) -> None:
         super().__init__(dimension)
         self.ranks = ranks
-        self.width = -(-dimension // ranks.size)
-        self.start = min(ranks.rank * self.width, dimension)
-        self.stop = min(self.start + self.width, dimension)
+        self.width: int = -(-dimension // ranks.size)
+        self.start: int = min(ranks.rank * self.width, dimension)
+        self.stop: int = min(self.start + self.width, dimension)
 
     def total(self, *parts: Tensor) -> tuple[Tensor, ...]:
         flat = self.ranks.sum(torch.cat([part.reshape(-1).to(torch.float64) for part in parts]))

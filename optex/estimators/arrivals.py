@@ -40,7 +40,7 @@ class Arrivals:
         self.history = history
         self.points = points
         self.gradients = gradients
-        self.locations = history.locate(points) if locations is None else locations
+        self.locations: Locations = history.locate(points) if locations is None else locations
 
     def __len__(self) -> int:
         return len(self.points)

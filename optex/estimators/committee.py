@@ -73,7 +73,7 @@ class CommitteeEstimator(Estimator):
     def __init__(
         self, members: Sequence[Estimator] | None = None, *, memory: float = 0.7, interval: int = 2
     ) -> None:
-        self.members = tuple(default_members() if members is None else members)
+        self.members: tuple[Estimator, ...] = tuple(default_members() if members is None else members)
         if not self.members:
             raise ValueError("CommitteeEstimator: members is empty; name at least one estimator")
         if not 0 <= memory < 1:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from optex import small
+from optex.checks import check_number, check_positive
 from optex.estimators.history import GradientHistory, Locations
 from optex.estimators.interface import Coefficients, Estimator, Posterior
 from optex.estimators.kernels import Kernel, Matern52, kernel_named
@@ -86,12 +87,9 @@ class CurlFreeEstimator(Estimator):
         object.__setattr__(self, "kernel", kernel)
         for name in ("lengthscale", "median_multiple"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"CurlFreeEstimator: {name} must be positive, got {value}")
-        if not self.noise_variance >= 0:
-            raise ValueError(
-                f"CurlFreeEstimator: noise_variance must not be negative, got {self.noise_variance}"
-            )
+            if value is not None or name != "lengthscale":
+                check_positive("CurlFreeEstimator", name, value)
+        check_number("CurlFreeEstimator", "noise_variance", self.noise_variance)
         if self.prior_mean not in ("last", "gls", "zero"):
             raise ValueError(
                 f"CurlFreeEstimator: prior_mean must be 'last', 'gls' or 'zero', got {self.prior_mean!r}"

@@ -68,14 +68,14 @@ class GradientHistory:
         device: torch.device | str = "cpu",
     ) -> None:
         check_integer("GradientHistory", "size", size)
-        self.space = dimension if isinstance(dimension, VectorSpace) else VectorSpace(dimension)
-        self.dimension = self.space.dimension
+        self.space: VectorSpace = dimension if isinstance(dimension, VectorSpace) else VectorSpace(dimension)
+        self.dimension: int = self.space.dimension
         self.size = size
         self.anchor: Tensor | None = None  # [d]
         self.appended = 0
         width = self.space.width
         self.displacements = torch.zeros(size, width, dtype=dtype, device=device)  # [T0, d]
-        self.gradients = torch.zeros(size, width, dtype=dtype, device=device)  # [T0, d]
+        self.gradients: Tensor = torch.zeros(size, width, dtype=dtype, device=device)  # [T0, d]
         nothing = self.gradients.new_empty(0, width)
         self._spare = nothing, nothing  # rows that may have to be put back
         self.iterate_gram = torch.zeros(size, size, dtype=torch.float64, device=device)  # [T0, T0]

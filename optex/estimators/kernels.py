@@ -173,6 +173,6 @@ def kernel_named(kernel: str | Kernel) -> Kernel:
     """
     if isinstance(kernel, Kernel):
         return kernel
-    if kernel not in KERNELS:
+    if not isinstance(kernel, str) or kernel not in KERNELS:
         raise ValueError(f"kernel: {kernel!r} is not one of {', '.join(KERNELS)}; or pass a Kernel instance")
     return KERNELS[kernel]()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Final, Literal
 
 import torch
@@ -144,7 +146,7 @@ def _check_setting(name: str, value: float | str, words: tuple[str, ...], *, zer
     if isinstance(value, str):
         if value in words:
             return
-    elif value > 0 or (zero_allowed and value == 0):
+    elif isinstance(value, Real) and (0 < value < math.inf or (zero_allowed and value == 0)):
         return
     bound = "not negative" if zero_allowed else "positive"
     raise ValueError(

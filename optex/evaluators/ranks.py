@@ -82,7 +82,7 @@ class DistributedEvaluator(Evaluator):
         seed: int = 0,
     ) -> None:
         self.mesh = mesh
-        self.local = local if local is not None else SequentialEvaluator()
+        self.local: Evaluator = local if local is not None else SequentialEvaluator()
         self.seed = seed
         self.ranks: Ranks | None = None
         self._drawn = 0  # steps that were given their random draws

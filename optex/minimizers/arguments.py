@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import math
+import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Final, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from optex.checks import check_integer
+from optex.checks import check_integer, check_number
 from optex.estimators import Estimator
 from optex.evaluators import Evaluator, SequentialEvaluator, VectorizedEvaluator, WorkersEvaluator
 from optex.round import Acceptance
@@ -76,7 +78,27 @@ class Settings:
         _check_options(options or {}, names, settings)
         _check_functions(given["bounds"], given["callback"], settings.scheduler)
         _check_limits(settings, given["tol"])
-        return settings
+        ftol = None if settings.ftol is None else float(settings.ftol)
+        return replace(
+            settings, gtol=float(settings.gtol), ftol=ftol, optimizer_options=_numbers(settings.optimizer, rest)
+        )
+
+
+def _numbers(optimizer: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with numbers where the optimizer has numbers: torch fails late, or in words of its own."""
+    factory = OPTIMIZERS.get(optimizer) if isinstance(optimizer, str) else optimizer
+    try:
+        known = inspect.signature(factory).parameters if callable(factory) else {}
+    except ValueError:  # a builtin that does not tell
+        known = {}
+    checked = {
+        name: _number(name, value)
+        for name, value in options.items()
+        if name in known
+        and isinstance(known[name].default, (int, float))
+        and not isinstance(known[name].default, bool)
+    }
+    return {**options, **checked}
 
 
 def _check_options(options: Mapping[str, Any], names: list[str], settings: Settings) -> None:
@@ -136,10 +158,20 @@ def _check_functions(bounds: Any, callback: Any, scheduler: Any) -> None:
         )
 
 
+def _number(name: str, value: Any) -> Any:
+    number = check_number("minimize", name, value, least=-math.inf)
+    whole = isinstance(value, Integral) and abs(number) < 2**53
+    return value if whole or isinstance(value, Tensor) else number
+
+
+def _is_tolerance(value: Any) -> bool:
+    return 0 <= value <= sys.float_info.max or value == math.inf
+
+
 def _check_limits(settings: Settings, tol: Any) -> None:
     check_integer("minimize", "maxiter", settings.maxiter)
     for name, value in (("tol", tol), ("gtol", settings.gtol), ("ftol", settings.ftol)):
-        if not (value is None or (isinstance(value, Real) and float(value) >= 0)):
+        if not (value is None or (isinstance(value, Real) and _is_tolerance(value))):
             raise ValueError(f"minimize: {name} must be a number that is not negative, got {value!r}")
     if not isinstance(settings.disp, (bool, int)):
         raise TypeError(f"minimize: disp must be True or False, got {settings.disp!r}")
@@ -147,7 +179,11 @@ def _check_limits(settings: Settings, tol: Any) -> None:
 
 def read_evaluator(evaluator: Any, workers: Any, point: Point, jac: Any) -> Evaluator:
     """The evaluator that is named or given; one that goes through a module is made to go through ``point``."""
-    if not (workers is None or workers is map or (workers == 1 and not isinstance(workers, bool))):
+    if not (
+        workers is None
+        or workers is map
+        or (isinstance(workers, int) and workers == 1 and not isinstance(workers, bool))
+    ):
         if evaluator is not None:
             raise ValueError(
                 "minimize: evaluator and workers both say how gradients are computed; leave one out "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -137,15 +138,20 @@ def _generator(seed: Any) -> torch.Generator:
     return torch.Generator().manual_seed(check_integer(_OWNER, "seed", seed, least=0, most=2**63 - 1))
 
 
+def _not_negative(name: str, value: Any) -> float:
+    nothing = isinstance(value, Real) and not isinstance(value, bool) and value == 0
+    return 0.0 if nothing else check_positive(_OWNER, name, value)
+
+
 class _Settings:
     """The constants of a run, checked."""
 
     def __init__(self, alpha: Any, sigma: Any, drift: Any, dt: Any, noise: Any, xtol: Any) -> None:
         self.alpha = check_positive(_OWNER, "alpha", alpha)
-        self.sigma = 0.0 if sigma == 0 else check_positive(_OWNER, "sigma", sigma)
+        self.sigma = _not_negative("sigma", sigma)
         self.drift = check_positive(_OWNER, "drift", drift)
         self.dt = check_positive(_OWNER, "dt", dt)
-        self.xtol = 0.0 if xtol == 0 else check_positive(_OWNER, "xtol", xtol)
+        self.xtol = _not_negative("xtol", xtol)
         if noise not in ("isotropic", "anisotropic"):
             raise ValueError(f"{_OWNER}: noise must be 'isotropic' or 'anisotropic', got {noise!r}")
         self.isotropic = noise == "isotropic"
@@ -158,7 +164,7 @@ class _Settings:
     def warn_of_flight(self, dimension: int) -> None:
         """Isotropic noise in many dimensions drives particles apart for ever."""
         # By Itô's formula log ‖v - c‖ drifts by -λ + σ² (d - 2) / 2 a unit of time where c stands still.
-        if self.isotropic and self.sigma**2 * (dimension - 2) >= 2 * self.drift:
+        if self.isotropic and self.sigma * self.sigma * (dimension - 2) >= 2 * self.drift:
             largest = math.sqrt(2 * self.drift / (dimension - 2))
             warn(
                 f"{_OWNER}: isotropic noise with sigma = {self.sigma:g} drives particles apart in {dimension} "

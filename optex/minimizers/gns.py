@@ -118,8 +118,10 @@ def minimize_gns(
     """
     settings = SearchSettings(least_smoothness, eps, trials)
     settings.check("minimize_gns")
-    check_number("minimize_gns", "smoothness", smoothness, open_below=True)
+    smoothness = check_number("minimize_gns", "smoothness", smoothness, open_below=True)
     _check_rest(maxiter, gtol, callback, disp)
+    check_number("minimize_gns", "cg_tolerance", cg_tolerance, most=1, open_above=True)
+    check_integer("minimize_gns", "cg_iterations", cg_iterations)
     check_function(fun, jac)
     form, start = read_start(x0)
     point, arguments = Point(start), args if isinstance(args, tuple) else (args,)

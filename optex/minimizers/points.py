@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from optex.checks import check_integer, check_positive
+from optex.checks import check_flag, check_integer, check_positive
 from optex.evaluators import EvaluationRequest, WorkersEvaluator
 from optex.evaluators.randomness import RandomDraws
 from optex.sources.consensus import values_of
@@ -111,6 +111,7 @@ class Points:
         if not callable(fun):
             raise TypeError(f"{owner}: fun must be callable, got {type(fun).__name__}")
         alone = workers is None or workers is map or (workers == 1 and not isinstance(workers, bool))
+        check_flag(owner, "vectorized", vectorized)
         if vectorized and not alone:
             raise ValueError(
                 f"{owner}: vectorized=True evaluates all points in one call, which workers cannot share; leave "

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from optex.checks import check_flag
 from optex.errors import NonFiniteError
 
 __all__ = ["FreezingStepRule", "StepRule", "all_finite", "checked_gradients"]
@@ -36,6 +37,8 @@ class StepRule(Optimizer):
                 raise TypeError(
                     f"{type(self).__name__}: complex parameters; optimise torch.view_as_real(parameter) instead"
                 )
+            if "maximize" in self.param_groups[-1]:
+                check_flag(type(self).__name__, "maximize", self.param_groups[-1]["maximize"])
             self._check(self.param_groups[-1])
         except BaseException:
             self.param_groups.pop()

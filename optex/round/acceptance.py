@@ -204,7 +204,7 @@ class WithinTolerance(Acceptance):
         if lookahead is not None and not lookahead >= 1:
             raise ValueError(f"WithinTolerance: lookahead must be at least 1, or None, got {lookahead}")
         self.tolerance = tolerance
-        self.adaptive = adaptive and tolerance > 0
+        self.adaptive: bool = adaptive and tolerance > 0
         self.error = error
         self.lowest = lowest
         self.highest = highest

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -22,6 +23,7 @@ __all__ = [
     "PLAIN_STEP",
     "check_choices",
     "check_evaluator",
+    "check_layout",
     "check_parts",
     "check_stride",
     "is_exact",
@@ -52,7 +54,7 @@ def published_parts(
     evaluate: str,
 ) -> tuple[Estimator, Acceptance]:
     """Estimator and acceptance of Algorithm 1; arguments and errors as in ``OptEx.from_paper``."""
-    if selection not in SELECTIONS:
+    if not isinstance(selection, str) or selection not in SELECTIONS:
         raise ValueError(
             f"OptEx.from_paper: selection must be one of {', '.join(SELECTIONS)}, got {selection!r}"
         )
@@ -168,3 +170,19 @@ def check_choices(deterministic: Any, gradient_hook: Any, on_nonfinite: Any) -> 
         )
     if on_nonfinite not in ("raise", "skip"):
         raise ValueError(f"OptEx: on_nonfinite must be 'raise' or 'skip', got {on_nonfinite!r}")
+
+
+def check_layout(shard: Any, history_dtype: Any, history_device: Any) -> None:
+    """Refuse what says nothing of where vectors and the history lie."""
+    check_kind("OptEx", "shard", shard, bool, "True, False or None")
+    check_kind("OptEx", "history_dtype", history_dtype, torch.dtype, "a floating-point torch.dtype or None")
+    if history_dtype is not None and not history_dtype.is_floating_point:
+        raise ValueError(f"OptEx: history_dtype must be a floating-point torch.dtype, got {history_dtype}")
+    try:
+        device = None if history_device is None else torch.device(history_device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"OptEx: history_device must be a torch.device or the name of one, got {history_device!r} ({error})"
+        ) from None
+    if device is not None and device.type == "meta":
+        raise ValueError("OptEx: history_device 'meta' keeps no numbers; the history needs a device that does")

@@ -13,6 +13,7 @@ from optex.checks import saved_entry
 from optex.evaluators import Evaluator
 from optex.evaluators.randomness import generator_states, set_generator_states
 from optex.round.acceptance import Acceptance
+from optex.round.alone import OneThread
 from optex.round.predictor import Predictor
 from optex.round.saved import OWNER, load_generators, load_mask, load_progress
 from optex.round.stride import Stride
@@ -36,6 +37,7 @@ class RunState:
         progress: how far the run is.
         queue: batches drawn and not planned yet.
         contradicted: a source that was declared deterministic answered differently at one point.
+        one_thread: lets one thread at a time change any of it.
     """
 
     stepper: Stepper
@@ -48,8 +50,9 @@ class RunState:
 
     def __post_init__(self, stride: Stride) -> None:
         self.progress = Progress(stride=stride)
-        self.queue = BatchQueue()
+        self.queue: BatchQueue = BatchQueue()
         self.contradicted = False
+        self.one_thread: OneThread = OneThread()
 
     def plan(self) -> tuple[PlannedStep, ...]:
         """The window, with what waits in the queue as new steps behind it."""

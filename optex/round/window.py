@@ -13,8 +13,9 @@ from torch import Tensor
 from optex.evaluators import RandomDraws
 from optex.round.stride import Stride
 from optex.round.surprise import Surprises
+from optex.sources import GradientSource
 
-__all__ = ["BatchQueue", "PlannedStep", "Progress"]
+__all__ = ["BatchQueue", "PlannedStep", "Progress", "RoundRequest"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,14 @@ class PlannedStep:
     number: int | None = None
     measured: tuple[Tensor, Tensor] | None = None
     draws: RandomDraws = field(default_factory=RandomDraws)
+
+
+@dataclass(frozen=True)
+class RoundRequest:
+    """What ``rounds`` hands to ``step`` in the closure's place, so that hooks and schedulers see a step."""
+
+    source: GradientSource
+    window: tuple[PlannedStep, ...]
 
 
 @dataclass(frozen=True)

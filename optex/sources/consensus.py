@@ -152,9 +152,9 @@ class ConsensusSource(GradientSource):
             raise TypeError(f"{owner}: objective must be callable, got {type(objective).__name__}")
         self.objective = objective
         self.parameters = _check_parameters(owner, parameters)
-        self.samples = check_integer(owner, "samples", samples, least=2)
-        self.alpha = check_positive(owner, "alpha", alpha)
-        self.sigma = check_positive(owner, "sigma", sigma)
+        self.samples: int = check_integer(owner, "samples", samples, least=2)
+        self.alpha: float = check_positive(owner, "alpha", alpha)
+        self.sigma: float = check_positive(owner, "sigma", sigma)
         if antithetic and self.samples % 2:
             raise ValueError(
                 f"{owner}: samples must be even with antithetic=True, got {samples}; they are pairs"

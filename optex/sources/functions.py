@@ -26,7 +26,7 @@ class Point(nn.Module):
         start: Tensor,  # [...]
     ) -> None:
         super().__init__()
-        self.x = nn.Parameter(start)
+        self.x: nn.Parameter = nn.Parameter(start)
 
 
 @dataclass(frozen=True)

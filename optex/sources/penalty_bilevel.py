@@ -102,14 +102,16 @@ class PenaltyHypergradient(GradientSource):
         rate: float | None = None,
         deterministic: bool = False,
     ) -> None:
-        self.sigma = check_positive(_OWNER, "sigma", sigma, "its bias is of the order of sigma: try 1e-2")
-        self.inner_steps = check_integer(_OWNER, "inner_steps", inner_steps)
+        self.sigma: float = check_positive(
+            _OWNER, "sigma", sigma, "its bias is of the order of sigma: try 1e-2"
+        )
+        self.inner_steps: int = check_integer(_OWNER, "inner_steps", inner_steps)
         self.tolerance = (
             None if tolerance is None else check_positive(_OWNER, "tolerance", tolerance, "try 1e-4")
         )
         self.rate = None if rate is None else check_positive(_OWNER, "rate", rate, "take 1 / (L_g + sigma L_f)")
         self.deterministic = deterministic
-        self.levels = Levels(_OWNER, upper, lower, parameters, start, self.sigma)
+        self.levels: Levels = Levels(_OWNER, upper, lower, parameters, start, self.sigma)
         self.evaluations = 2.0 * (self.inner_steps + 1) + 3
         self.lower_gradients = 0
         self._y, self._z = (

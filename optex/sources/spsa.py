@@ -85,10 +85,10 @@ class SPSASource(GradientSource):
         if isinstance(parameters, Tensor):
             raise TypeError("SPSASource: parameters must be a list of tensors; pass [tensor]")
         self.objective = objective
-        self.parameters = list(parameters)
+        self.parameters: list[Tensor] = list(parameters)
         _check_parameters(self.parameters)
-        self.epsilon = check_number("SPSASource", "epsilon", epsilon, open_below=True)
-        self.queries = check_integer("SPSASource", "queries", queries)
+        self.epsilon: float = check_number("SPSASource", "epsilon", epsilon, open_below=True)
+        self.queries: int = check_integer("SPSASource", "queries", queries)
         self.chunk = chunk if chunk is None else check_integer("SPSASource", "chunk", chunk)
         self.vectorized = vectorized
         self.module = objective if isinstance(objective, nn.Module) else None

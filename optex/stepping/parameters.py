@@ -22,13 +22,13 @@ class ParameterVector:
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
-        self.parameters = list(parameters)
-        self.sizes = [p.numel() for p in self.parameters]
-        self.dimension = sum(self.sizes)
-        self.dtype = torch.float32
+        self.parameters: list[Tensor] = list(parameters)
+        self.sizes: list[int] = [p.numel() for p in self.parameters]
+        self.dimension: int = sum(self.sizes)
+        self.dtype: torch.dtype = torch.float32
         for p in self.parameters:
             self.dtype = torch.promote_types(self.dtype, p.dtype)
-        self.device = self.parameters[0].device if self.parameters else torch.device("cpu")
+        self.device: torch.device = self.parameters[0].device if self.parameters else torch.device("cpu")
         self._kinds = [(p.dtype, p.device) for p in self.parameters]
         self._space = VectorSpace(self.dimension)
 
@@ -109,7 +109,7 @@ class Buffers:
     """Tensors beside the parameters that an evaluation may change: BatchNorm's running statistics, say."""
 
     def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
-        self.tensors = list(tensors)
+        self.tensors: list[Tensor] = list(tensors)
 
     @classmethod
     def of(cls, model: nn.Module) -> Buffers:

@@ -38,7 +38,7 @@ class SharedObjective:
     def __init__(self, source: GradientSource, vector: ParameterVector) -> None:
         self.source = source
         self.vector = vector
-        self.token = uuid.uuid4().hex
+        self.token: str = uuid.uuid4().hex
         self._process = os.getpid()
         self._dtype = torch.get_default_dtype()
         self._watched: list[Tensor] = []

@@ -40,7 +40,7 @@ class Replica:
         self, source: GradientSource, parameters: Iterable[Tensor], modules: Sequence[nn.Module]
     ) -> None:
         self.source = source
-        self.vector = ParameterVector(parameters)
+        self.vector: ParameterVector = ParameterVector(parameters)
         self._modules = modules
 
     @staticmethod

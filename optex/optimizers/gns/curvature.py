@@ -81,7 +81,7 @@ class DenseCurvature(Curvature):
     """
 
     def __init__(self, matrix: Any) -> None:
-        self.matrix = real_tensor("DenseCurvature", "matrix", matrix)
+        self.matrix: Tensor = real_tensor("DenseCurvature", "matrix", matrix)
         if self.matrix.ndim != 2 or self.matrix.shape[0] != self.matrix.shape[1]:
             raise ValueError(f"DenseCurvature: matrix must be [d, d], got shape {tuple(self.matrix.shape)}")
 
@@ -109,10 +109,10 @@ class RankOneCurvature(Curvature):
     """
 
     def __init__(self, vector: Any, weight: float = 1.0) -> None:
-        self.vector = real_tensor("RankOneCurvature", "vector", vector)
+        self.vector: Tensor = real_tensor("RankOneCurvature", "vector", vector)
         if self.vector.ndim != 1:
             raise ValueError(f"RankOneCurvature: vector must be [d], got shape {tuple(self.vector.shape)}")
-        self.weight = check_number("RankOneCurvature", "weight", weight, least=-math.inf)
+        self.weight: float = check_number("RankOneCurvature", "weight", weight, least=-math.inf)
 
     def solve(self, shift: float, right: Tensor, metric: Metric = EUCLIDEAN) -> Tensor | None:
         _check_dimension("RankOneCurvature", len(self.vector), right)
@@ -143,7 +143,7 @@ class WindowCurvature(Curvature):
     """
 
     def __init__(self, rows: Any, weights: Any = 1.0) -> None:
-        self.rows = real_tensor("WindowCurvature", "rows", rows)
+        self.rows: Tensor = real_tensor("WindowCurvature", "rows", rows)
         if self.rows.ndim != 2:
             raise ValueError(f"WindowCurvature: rows must be [m, d], got shape {tuple(self.rows.shape)}")
         weights = real_tensor("WindowCurvature", "weights", weights).to(self.rows.device)

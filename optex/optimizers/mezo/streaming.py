@@ -102,16 +102,16 @@ class BlockStreamer:
         weight_decay: float = 0.0,
         transfer_dtype: torch.dtype | None = None,
     ) -> None:
-        self.lr = check_number("BlockStreamer", "lr", lr)
-        self.epsilon = check_number("BlockStreamer", "epsilon", epsilon, open_below=True)
-        self.weight_decay = check_number("BlockStreamer", "weight_decay", weight_decay)
+        self.lr: float = check_number("BlockStreamer", "lr", lr)
+        self.epsilon: float = check_number("BlockStreamer", "epsilon", epsilon, open_below=True)
+        self.weight_decay: float = check_number("BlockStreamer", "weight_decay", weight_decay)
         if transfer_dtype is not None and not transfer_dtype.is_floating_point:
             raise TypeError(f"BlockStreamer: transfer_dtype must be a floating dtype, got {transfer_dtype}")
-        self.device = torch.device(device)
+        self.device: torch.device = torch.device(device)
         self.blocks = list(blocks)
         _check_blocks(self.blocks)
         self.log: list[tuple[int, list[float], list[float]]] = []
-        self.traffic = Traffic([0] * len(self.blocks), [0] * len(self.blocks))
+        self.traffic: Traffic = Traffic([0] * len(self.blocks), [0] * len(self.blocks))
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._waiting: list[list[_Waiting]] = []
         self._take_over(store, transfer_dtype)

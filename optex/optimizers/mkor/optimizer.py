@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Optimizer
 
-from optex.checks import check_integer, check_number, saved_entry, saved_integer, saved_tensor
+from optex.checks import check_flag, check_integer, check_number, saved_entry, saved_integer, saved_tensor
 from optex.errors import NonFiniteWarning, warn
 from optex.optimizers.mkor.capture import Capture, Vectors, layers_of
 from optex.optimizers.mkor.factors import UPDATES, preconditioned, stabilised
@@ -108,21 +108,21 @@ class MKOR(OptimizerWrapper):
                 "MKOR: base_optimizer must be a torch.optim.Optimizer that steps with the gradients that are "
                 f"there, such as SGD(model.parameters(), lr=0.1), got {type(base_optimizer).__name__}"
             )
-        if variant not in UPDATES:
+        if not isinstance(variant, str) or variant not in UPDATES:
             raise ValueError(f"MKOR: variant must be one of {', '.join(UPDATES)}, got {variant!r}")
         self.model = model
         self.variant = variant
-        self.interval = check_integer("MKOR", "interval", interval)
-        self.decay = check_number("MKOR", "decay", decay, most=1, open_below=True, open_above=True)
+        self.interval: int = check_integer("MKOR", "interval", interval)
+        self.decay: float = check_number("MKOR", "decay", decay, most=1, open_below=True, open_above=True)
         self.threshold = (
             None
             if threshold is None
             else check_number("MKOR", "threshold", threshold, least=1, open_below=True)
         )
         reset = (1.0 if variant == "released" else 0.1) if reset is None else reset
-        self.reset = check_number("MKOR", "reset", reset, most=1, open_below=True)
-        self.hybrid = bool(hybrid)
-        self.period = check_integer("MKOR", "period", period)
+        self.reset: float = check_number("MKOR", "reset", reset, most=1, open_below=True)
+        self.hybrid = check_flag("MKOR", "hybrid", hybrid)
+        self.period: int = check_integer("MKOR", "period", period)
         self.average = average
         self.factors: dict[str, dict[str, Tensor]] = {}
         self._switch = watch()
@@ -157,6 +157,8 @@ class MKOR(OptimizerWrapper):
             lr, momentum, weight_decay: of ``torch.optim.SGD``.
             settings: further arguments of ``MKOR``.
         """
+        for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
+            check_number("MKOR", name, value)
         base = SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
         return cls(model, base, **settings)
 

@@ -144,7 +144,7 @@ class Passes:
         reuse: bool,
     ) -> None:
         self.objective = objective
-        self.parameters = list(parameters)
+        self.parameters: list[Tensor] = list(parameters)
         self.shifts = (mu, -mu) if central else (mu,)
         self.chain = objective if reuse and isinstance(objective, BlockLoss) else None
         self.module = objective if isinstance(objective, nn.Module) else None

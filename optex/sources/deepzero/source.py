@@ -101,13 +101,13 @@ class CoordinateSource(GradientSource):
             raise TypeError(f"{_OWNER}: objective must be callable, got {type(objective).__name__}")
         if isinstance(parameters, Tensor):
             raise TypeError(f"{_OWNER}: parameters must be a list of tensors; pass [tensor]")
-        self.parameters = list(parameters)
+        self.parameters: list[Tensor] = list(parameters)
         _check_parameters(self.parameters)
-        self.mu = check_number(_OWNER, "mu", mu, open_below=True)
+        self.mu: float = check_number(_OWNER, "mu", mu, open_below=True)
         self.central = central
-        self.chunk = check_integer(_OWNER, "chunk", chunk)
-        self.workers = check_integer(_OWNER, "workers", workers)
-        self.passes = Passes(
+        self.chunk: int = check_integer(_OWNER, "chunk", chunk)
+        self.workers: int = check_integer(_OWNER, "workers", workers)
+        self.passes: Passes = Passes(
             objective, self.parameters, mu=self.mu, central=central, vectorized=vectorized, reuse=reuse
         )
         self.mask = mask if mask is None or isinstance(mask, DynamicMask) else list(mask)

@@ -79,8 +79,8 @@ class InexactBilevelSource(GradientSource):
                 f"InexactBilevelSource: max_iterations must be an integer of at least 1, got {max_iterations!r}"
             )
         self.problem = problem
-        self.epsilon = check_number("InexactBilevelSource", "epsilon", epsilon)
-        self.delta = check_number("InexactBilevelSource", "delta", delta)
+        self.epsilon: float = check_number("InexactBilevelSource", "epsilon", epsilon)
+        self.delta: float = check_number("InexactBilevelSource", "delta", delta)
         self.max_iterations = max_iterations
         self.tell_noise = tell_noise
         self.start = problem.start.detach().clone()

@@ -77,9 +77,9 @@ class LayerSampler:
         if frozen not in ("zero", "none"):
             raise ValueError(f"{_OWNER}: frozen must be 'zero' or 'none', got {frozen!r}")
         self.path = path
-        self.active = check_integer(_OWNER, "active", active)
-        self.interval = check_integer(_OWNER, "interval", interval)
-        self.seed = check_integer(_OWNER, "seed", seed, least=0)
+        self.active: int = check_integer(_OWNER, "active", active)
+        self.interval: int = check_integer(_OWNER, "interval", interval)
+        self.seed: int = check_integer(_OWNER, "seed", seed, least=0)
         self.frozen = frozen
 
     def chosen(self, number: int, blocks: int, copy: int = 0) -> tuple[int, ...]:

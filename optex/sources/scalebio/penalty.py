@@ -116,7 +116,9 @@ class MinimaxPenaltySource(GradientSource):
         self.validation, self.training = validation, training
         self.weights, self.model = weights, model
         self.rival = _rival(model, rival)
-        self.alpha = check_positive(_OWNER, "alpha", alpha, "its bias is of the order of 1 / alpha: try 10")
+        self.alpha: float = check_positive(
+            _OWNER, "alpha", alpha, "its bias is of the order of 1 / alpha: try 10"
+        )
         self.scale = 1 / self.alpha if scale is None else check_positive(_OWNER, "scale", scale, "or None")
         check_kind(_OWNER, "layers", layers, LayerSampler, "a LayerSampler or None")
         self.layers = layers

@@ -51,7 +51,7 @@ class BayesianLogistic(Problem):
 
     def __init__(self, seed: int = 0, samples: int = 4, prior_deviation: float = 1.0) -> None:
         super().__init__(seed)
-        self.samples = check_integer("BayesianLogistic", "samples", samples)
+        self.samples: int = check_integer("BayesianLogistic", "samples", samples)
         if not 0 < prior_deviation < math.inf:
             raise ValueError(
                 f"BayesianLogistic: prior_deviation must be positive and finite, got {prior_deviation}"
@@ -67,8 +67,8 @@ class BayesianLogistic(Problem):
         nodes = torch.linspace(-_REACH, _REACH, _NODES, dtype=torch.float64)
         self.register_buffer("nodes", nodes, persistent=False)
         self.register_buffer("weights", torch.softmax(-0.5 * nodes**2, 0), persistent=False)
-        self.mean = nn.Parameter(torch.empty(self.design.shape[1], dtype=torch.float64))
-        self.log_deviation = nn.Parameter(torch.empty_like(self.mean))
+        self.mean: nn.Parameter = nn.Parameter(torch.empty(self.design.shape[1], dtype=torch.float64))
+        self.log_deviation: nn.Parameter = nn.Parameter(torch.empty_like(self.mean))
         self.reset()
 
     def forward(

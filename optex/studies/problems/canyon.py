@@ -65,8 +65,8 @@ class Canyon(Problem):
 
     def __init__(self, seed: int = 0, samples: int = 200) -> None:
         super().__init__(seed)
-        self.samples = check_integer("Canyon", "samples", samples, least=2)
-        self.theta = nn.Parameter(torch.empty(2, dtype=torch.float64))
+        self.samples: int = check_integer("Canyon", "samples", samples, least=2)
+        self.theta: nn.Parameter = nn.Parameter(torch.empty(2, dtype=torch.float64))
         self.reset()
 
     def forward(

@@ -56,7 +56,7 @@ class Denoise(Problem):
         super().__init__(seed)
         check_integer("Denoise", "images", images, least=1, most=1000)
         clean, noisy = digit_pairs(images)
-        self.log_weights = nn.Parameter(torch.empty(len(cosine_filters()), dtype=torch.float64))
+        self.log_weights: nn.Parameter = nn.Parameter(torch.empty(len(cosine_filters()), dtype=torch.float64))
         self.levels = denoising(clean, noisy)
         self.reset()
 

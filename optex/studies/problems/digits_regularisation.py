@@ -61,7 +61,7 @@ class DigitsRegularisation(Problem):
         super().__init__(seed)
         images, labels = scikit_learn_arrays("load_digits", self.name)
         most = len(labels) - 100
-        self.train_size = check_integer(
+        self.train_size: int = check_integer(
             "DigitsRegularisation", "train_size", train_size, least=30, most=most - 20
         )
         held = check_integer("DigitsRegularisation", "held_size", held_size, least=20, most=most - train_size)
@@ -83,7 +83,7 @@ class DigitsRegularisation(Problem):
         ):
             self.register_buffer(f"{name}_inputs", rows, persistent=False)
             self.register_buffer(f"{name}_labels", targets, persistent=False)
-        self.log_weights = nn.Parameter(torch.empty(CLASSES, dtype=dtype))
+        self.log_weights: nn.Parameter = nn.Parameter(torch.empty(CLASSES, dtype=dtype))
         self.reset()
 
     # ------------------------------------------------------------------ the two levels

@@ -33,8 +33,8 @@ class DigitsForward(Problem):
 
     def __init__(self, seed: int = 0, batch_size: int = 128, queries: int = 16) -> None:
         super().__init__(seed)
-        self.queries = check_integer("DigitsForward", "queries", queries)
-        self.digits = DigitsMLP(seed, batch_size)
+        self.queries: int = check_integer("DigitsForward", "queries", queries)
+        self.digits: DigitsMLP = DigitsMLP(seed, batch_size)
 
     def forward(
         self,

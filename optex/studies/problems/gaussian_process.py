@@ -56,9 +56,9 @@ class GaussianProcessHyperparameters(Problem):
         self.targets: Tensor  # [n]
         self.register_buffer("squares", squares, persistent=False)
         self.register_buffer("targets", targets, persistent=False)
-        self.log_lengthscales = nn.Parameter(torch.empty(len(squares), dtype=torch.float64))
-        self.log_signal = nn.Parameter(torch.empty((), dtype=torch.float64))
-        self.log_noise = nn.Parameter(torch.empty((), dtype=torch.float64))
+        self.log_lengthscales: nn.Parameter = nn.Parameter(torch.empty(len(squares), dtype=torch.float64))
+        self.log_signal: nn.Parameter = nn.Parameter(torch.empty((), dtype=torch.float64))
+        self.log_noise: nn.Parameter = nn.Parameter(torch.empty((), dtype=torch.float64))
         self.reset()
 
     def forward(self, batch: None) -> Tensor:

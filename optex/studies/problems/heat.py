@@ -206,7 +206,7 @@ class HeatConduction(Problem):
         check_integer("HeatConduction", "heaters_at_once", at_once, most=heaters)
         self.heaters, self.heaters_at_once = heaters, at_once
         self.plate = _plate(size, heaters)
-        self.log_conductivity = nn.Parameter(torch.empty(size**2, dtype=torch.float64))
+        self.log_conductivity: nn.Parameter = nn.Parameter(torch.empty(size**2, dtype=torch.float64))
         self.reset()
 
     def forward(

@@ -43,7 +43,7 @@ class Problem(nn.Module, ABC):
 
     def __init__(self, seed: int) -> None:
         super().__init__()
-        self.seed = check_integer(type(self).__name__, "seed", seed, least=0)
+        self.seed: int = check_integer(type(self).__name__, "seed", seed, least=0)
 
     @abstractmethod
     def forward(self, batch: Any) -> Tensor:  # []

@@ -60,7 +60,7 @@ class TwoMoons(Problem):
         sizes = [2, _WIDTH, _WIDTH, 2]
         first, second, last = (nn.utils.skip_init(nn.Linear, a, b) for a, b in pairwise(sizes))
         blocks = [nn.Sequential(first, nn.Tanh()), nn.Sequential(second, nn.Tanh()), last]
-        self.objective = BlockLoss(blocks, self._cross_entropy, self._points)
+        self.objective: BlockLoss = BlockLoss(blocks, self._cross_entropy, self._points)
         self.reset()
 
     def forward(self, batch: None) -> Tensor:

@@ -49,7 +49,7 @@ class SourceMixture(Problem):
 
     def __init__(self, seed: int = 0, alpha: float = 10.0, dtype: torch.dtype = torch.float64) -> None:
         super().__init__(seed)
-        self.alpha = check_positive("SourceMixture", "alpha", alpha, "try 10")
+        self.alpha: float = check_positive("SourceMixture", "alpha", alpha, "try 10")
         generator = seeded_generator(seed, "batches")
 
         def drawn(*shape: int) -> Tensor:
@@ -64,7 +64,7 @@ class SourceMixture(Problem):
         ):
             self.register_buffer(f"{name}_inputs", rows.clone(), persistent=False)
             self.register_buffer(f"{name}_labels", targets.clone(), persistent=False)
-        self.weights = SourceWeights(NAMES, dtype=dtype)
+        self.weights: SourceWeights = SourceWeights(NAMES, dtype=dtype)
         with torch.random.fork_rng(devices=[]):  # layers draw an initialisation that is replaced below
             self.model, self.rival = (nn.Linear(DIMENSION, 1, bias=False, dtype=dtype) for _ in range(2))
         self.reset()

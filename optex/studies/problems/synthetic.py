@@ -61,7 +61,7 @@ class Function(Problem):
                 "it is the standard deviation of one component"
             )
         self.noise = noise
-        self.theta = nn.Parameter(torch.empty(dim, dtype=dtype))
+        self.theta: nn.Parameter = nn.Parameter(torch.empty(dim, dtype=dtype))
         self.reset()
 
     @abstractmethod

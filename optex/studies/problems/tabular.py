@@ -96,8 +96,8 @@ class LogisticBreastCancer(Problem):
         self.labels: Tensor  # [569]
         self.register_buffer("inputs", inputs.to(dtype), persistent=False)
         self.register_buffer("labels", labels.to(dtype), persistent=False)
-        self.weight = nn.Parameter(torch.empty(inputs.shape[1], dtype=dtype))
-        self.bias = nn.Parameter(torch.empty((), dtype=dtype))
+        self.weight: nn.Parameter = nn.Parameter(torch.empty(inputs.shape[1], dtype=dtype))
+        self.bias: nn.Parameter = nn.Parameter(torch.empty((), dtype=dtype))
         self.reset()
 
     def forward(self, batch: None) -> Tensor:

@@ -42,12 +42,12 @@ class Transformer(nn.Module):
         self, alphabet: int, layers: int, heads: int, width: int, context: int, dropout: float
     ) -> None:
         super().__init__()
-        self.characters = nn.Embedding(alphabet, width)
-        self.positions = nn.Embedding(context, width)
+        self.characters: nn.Embedding = nn.Embedding(alphabet, width)
+        self.positions: nn.Embedding = nn.Embedding(context, width)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.Sequential(*(_Block(heads, width, dropout) for _ in range(layers)))
         self.norm = nn.LayerNorm(width)
-        self.output = nn.Linear(width, alphabet)
+        self.output: nn.Linear = nn.Linear(width, alphabet)
 
     def forward(
         self,
@@ -167,7 +167,7 @@ class Shakespeare(Problem):
         self.batch_size = batch_size
         self.held_size = held_size
         with torch.random.fork_rng(devices=[]):  # layers draw an initialisation that is replaced below
-            self.network = Transformer(alphabet, layers, heads, width, context, dropout)
+            self.network: Transformer = Transformer(alphabet, layers, heads, width, context, dropout)
         self.reset()
 
     def _check(self, name: str, value: int, most: int) -> None:
