@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from scipy.optimize import rosen, rosen_der
+from threadpoolctl import threadpool_limits
 from torch import nn
 
 import optex
@@ -40,12 +41,24 @@ def made():
     return [training(paper=False), training(paper=True), minimizing(), training(paper=False)]
 
 
+@pytest.fixture
+def one_thread_each():
+    """The number of threads is the process's for BLAS, and each thread's own for torch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with threadpool_limits(1):
+        yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread_each")
 def test_runs_at_once_give_the_bits_of_runs_in_turn():
     in_turn, runs = [run() for run in made()], made()
     barrier = threading.Barrier(len(runs), timeout=60)
     generator = torch.get_rng_state()
 
     def together(run):
+        torch.set_num_threads(1)
         barrier.wait()
         return run()
 
