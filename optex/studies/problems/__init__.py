@@ -91,7 +91,9 @@ class ProblemEntry:
             values, default = ("true", "false"), str(default).lower()
         if values:
             return "|".join((default, *(value for value in values if value != default)) if default else values)
-        return f"<{self.options[option].__name__}>" if default is None else f"{default:g}"
+        if default is None:
+            return f"<{self.options[option].__name__}>"
+        return default if isinstance(default, str) else f"{default:g}"
 
 
 _FUNCTION_OPTIONS: Final = {"dim": int, "noise": float}
@@ -133,6 +135,7 @@ PROBLEMS: Final[dict[str, ProblemEntry]] = {
         LogisticSketched,
         "the logistic regression, gradients through random sketches",
         {"sketch_size": int, "kind": str},
+        values={"kind": ("gaussian", "srht", "count", "ams")},
     ),
     "gp-hyperparameters": ProblemEntry(
         GaussianProcessHyperparameters, "marginal likelihood of a Gaussian process", {"rows": int}
