@@ -98,15 +98,16 @@ def formulas(*arguments: Any) -> None:
     """Indented formulas of docstrings as literal blocks, and bars and stars of norms as they are."""
     lines: list[str] = arguments[-1]
     found: list[str] = []
-    inside = False
+    literal = False
     for i, line in enumerate(lines):
-        indented = line.startswith("    ")
-        if indented and not inside and i and not lines[i - 1].strip():
+        if line.startswith("    "):
             before = next((text for text in reversed(lines[:i]) if text.strip()), "")
-            if not before.startswith("    "):
-                found += ["::", ""]
-        inside = indented or (inside and not line.strip())
-        found.append(line if inside else _escaped(line))
+            if i and not lines[i - 1].strip() and not before.startswith("    "):
+                found += [] if before.endswith("::") else ["::", ""]
+                literal = True
+        elif line.strip():
+            literal = False
+        found.append(line if literal else _escaped(line))
     lines[:] = found
 
 
