@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import runpy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import torch
 
 from optex.studies.comparison import Comparison, Run, describe, run_case, write_json
@@ -82,6 +84,15 @@ def report() -> None:
         fill(page, {"functions": acceleration_table(functions)})
     tables = {"demo": full_table(demo), "functions": full_table(functions)}
     fill(ROOT / "results" / "README.md", tables)
+    draw_round()
+
+
+def draw_round() -> None:
+    """The picture of one round, from the program of the tour that draws it."""
+    with plt.rc_context({"backend": "agg"}):
+        drawn = runpy.run_path(str(ROOT / "docs" / "gallery" / "plot_2_a_round.py"))
+    write_plot(ROOT / "results" / "demo" / "round.png", drawn["figure"])
+    plt.close(drawn["figure"])
 
 
 def acceleration_table(meta: dict[str, Any]) -> str:

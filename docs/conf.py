@@ -62,6 +62,7 @@ sphinx_gallery_conf = {
     "examples_dirs": [str(ROOT / "docs" / "gallery")],
     "gallery_dirs": ["docs/tour"],
     "filename_pattern": r"\.py$",
+    "within_subsection_order": "FileNameSortKey",
     "abort_on_example_error": True,
     "download_all_examples": False,
     "show_memory": False,
