@@ -7,13 +7,14 @@ import sys
 from numbers import Integral, Real
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "check_flag",
     "check_integer",
     "check_kind",
     "check_number",
+    "check_parameters",
     "check_positive",
     "saved_entry",
     "saved_integer",
@@ -123,6 +124,35 @@ def check_kind(owner: str, name: str, value: Any, kind: type, wanted: str) -> No
     """
     if value is not None and not isinstance(value, kind):
         raise TypeError(f"{owner}: {name} must be {wanted}, got {value!r}")
+
+
+def check_parameters(owner: str, parameters: Any) -> list[Tensor]:
+    """The parameters as a list.
+
+    Raises:
+        TypeError: they are one tensor, a module, or hold something else than floating-point tensors.
+        ValueError: they hold no number.
+    """
+    if isinstance(parameters, (Tensor, nn.Module)):
+        came, remedy = (
+            ("one tensor", "[tensor]")
+            if isinstance(parameters, Tensor)
+            else ("a module", "module.parameters()")
+        )
+        raise TypeError(f"{owner}: parameters must be a list of tensors, got {came}; pass {remedy}")
+    try:
+        found = list(parameters)
+    except TypeError as error:
+        raise TypeError(
+            f"{owner}: parameters must be a list of tensors, got {type(parameters).__name__}"
+        ) from error
+    for p in found:
+        if not isinstance(p, Tensor) or not p.is_floating_point():
+            came = f"a tensor of {p.dtype}" if isinstance(p, Tensor) else type(p).__name__
+            raise TypeError(f"{owner}: parameters must be floating-point tensors, got {came}")
+    if not sum(p.numel() for p in found):
+        raise ValueError(f"{owner}: the parameters hold no number; there is nothing to optimise")
+    return found
 
 
 def saved_entry(owner: str, state: Any, name: str) -> Any:

@@ -271,3 +271,20 @@ def test_small_systems_are_solved_on_one_thread(monkeypatch):
     assert seen
     assert all(each == {1} for each in seen)
     assert all(each == {2} for each in during)
+
+
+@pytest.mark.parametrize("source", [optex.SPSASource, optex.ConsensusSource, optex.CoordinateSource])
+@pytest.mark.parametrize(
+    ("parameters", "error", "message"),
+    [
+        (torch.nn.Linear(2, 1), TypeError, r"got a module; pass module.parameters\(\)"),
+        (torch.ones(2), TypeError, r"got one tensor; pass \[tensor\]"),
+        (3, TypeError, "must be a list of tensors, got int"),
+        ([torch.ones(2, dtype=torch.int64)], TypeError, "floating-point tensors, got a tensor of torch.int64"),
+        ([torch.ones(0)], ValueError, "hold no number"),
+    ],
+    ids=["module", "tensor", "number", "integers", "empty"],
+)
+def test_what_are_no_parameters_is_refused_by_name(source, parameters, error, message):
+    with pytest.raises(error, match=f"{source.__name__}: .*parameters .*{message}"):
+        source(lambda _: torch.zeros(()), parameters)

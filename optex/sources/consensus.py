@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from optex.checks import check_integer, check_positive
+from optex.checks import check_integer, check_parameters, check_positive
 from optex.errors import NonFiniteError
 from optex.sources.interface import GradientSource, scalar_loss
 
@@ -151,7 +151,7 @@ class ConsensusSource(GradientSource):
         if not callable(objective):
             raise TypeError(f"{owner}: objective must be callable, got {type(objective).__name__}")
         self.objective = objective
-        self.parameters = _check_parameters(owner, parameters)
+        self.parameters = check_parameters(owner, parameters)
         self.samples: int = check_integer(owner, "samples", samples, least=2)
         self.alpha: float = check_positive(owner, "alpha", alpha)
         self.sigma: float = check_positive(owner, "sigma", sigma)
@@ -273,16 +273,3 @@ def values_of(answer: Any, count: int, owner: str) -> Tensor:  # [count] float64
             "vectorized=True it gets points [N, d] and returns [N]"
         )
     return values.reshape(count).to(torch.float64)
-
-
-def _check_parameters(owner: str, parameters: Iterable[Tensor]) -> list[Tensor]:
-    if isinstance(parameters, Tensor):
-        raise TypeError(f"{owner}: parameters must be a list of tensors, got one tensor; pass [tensor]")
-    found = list(parameters)
-    for p in found:
-        if not isinstance(p, Tensor) or not p.is_floating_point():
-            came = f"a tensor of {p.dtype}" if isinstance(p, Tensor) else type(p).__name__
-            raise TypeError(f"{owner}: parameters must be floating-point tensors, got {came}")
-    if not sum(p.numel() for p in found):
-        raise ValueError(f"{owner}: parameters hold no number; there is nothing to optimise")
-    return found

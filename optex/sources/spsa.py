@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from optex.checks import check_integer, check_number
+from optex.checks import check_integer, check_number, check_parameters
 from optex.draws import generator_states, set_generator_states
 from optex.optimizers.mezo.directions import (
     direction,
@@ -82,11 +82,8 @@ class SPSASource(GradientSource):
     ) -> None:
         if not callable(objective):
             raise TypeError(f"SPSASource: objective must be callable, got {type(objective).__name__}")
-        if isinstance(parameters, Tensor):
-            raise TypeError("SPSASource: parameters must be a list of tensors; pass [tensor]")
         self.objective = objective
-        self.parameters: list[Tensor] = list(parameters)
-        _check_parameters(self.parameters)
+        self.parameters: list[Tensor] = check_parameters("SPSASource", parameters)
         self.epsilon: float = check_number("SPSASource", "epsilon", epsilon, open_below=True)
         self.queries: int = check_integer("SPSASource", "queries", queries)
         self.chunk = chunk if chunk is None else check_integer("SPSASource", "chunk", chunk)
@@ -169,17 +166,6 @@ class SPSASource(GradientSource):
         first = self.parameters[0]
         variance = torch.as_tensor(spread / (dimension * count * (count - 1)))
         return variance.clamp_min(0).to(first.device, first.dtype)
-
-
-def _check_parameters(parameters: Sequence[Any]) -> None:
-    for p in parameters:
-        if not isinstance(p, Tensor) or not p.is_floating_point():
-            came = f"a tensor of {p.dtype}" if isinstance(p, Tensor) else type(p).__name__
-            raise TypeError(f"SPSASource: parameters must be floating-point tensors, got {came}")
-    if not sum(p.numel() for p in parameters):
-        raise ValueError(
-            "SPSASource: the parameters hold no number; there is nothing to estimate a gradient of"
-        )
 
 
 def _names_of(module: nn.Module | None, parameters: Sequence[Tensor]) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from optex.checks import check_integer, check_kind, check_number
+from optex.checks import check_integer, check_kind, check_number, check_parameters
 from optex.errors import NonFiniteError
 from optex.sources.deepzero.mask import DynamicMask
 from optex.sources.deepzero.passes import Chunk, Passes, chunks_of, finite
@@ -99,10 +99,7 @@ class CoordinateSource(GradientSource):
     ) -> None:
         if not callable(objective):
             raise TypeError(f"{_OWNER}: objective must be callable, got {type(objective).__name__}")
-        if isinstance(parameters, Tensor):
-            raise TypeError(f"{_OWNER}: parameters must be a list of tensors; pass [tensor]")
-        self.parameters: list[Tensor] = list(parameters)
-        _check_parameters(self.parameters)
+        self.parameters: list[Tensor] = check_parameters(_OWNER, parameters)
         self.mu: float = check_number(_OWNER, "mu", mu, open_below=True)
         self.central = central
         self.chunk: int = check_integer(_OWNER, "chunk", chunk)
@@ -167,15 +164,6 @@ class CoordinateSource(GradientSource):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "executor": None, "group": None}
-
-
-def _check_parameters(parameters: Sequence[Any]) -> None:
-    for p in parameters:
-        if not isinstance(p, Tensor) or not p.is_floating_point():
-            came = f"a tensor of {p.dtype}" if isinstance(p, Tensor) else type(p).__name__
-            raise TypeError(f"{_OWNER}: parameters must be floating-point tensors, got {came}")
-    if not sum(p.numel() for p in parameters):
-        raise ValueError(f"{_OWNER}: the parameters hold no number; there is nothing to estimate a gradient of")
 
 
 def _check_mask(mask: DynamicMask | Sequence[Any] | None, parameters: Sequence[Tensor]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, NoReturn, final
 import torch
 from torch import Tensor
 
-from optex.checks import check_kind
+from optex.checks import check_kind, check_parameters
 from optex.sources.interface import GradientSource
 from optex.sources.sketched.sketch import Sketch
 
@@ -60,18 +60,10 @@ class SketchedSource(GradientSource):
             )
         if not isinstance(sketch, Sketch):
             raise TypeError(f"SketchedSource: sketch must be a Sketch, got {type(sketch).__name__}")
-        if isinstance(parameters, Tensor):
-            raise TypeError("SketchedSource: parameters must be a list of tensors; pass [tensor]")
         check_kind("SketchedSource", "fixed", fixed, bool, "True or False")
         self.source, self.sketch, self.fixed = source, sketch, bool(fixed)
-        self.parameters = list(parameters)
-        for p in self.parameters:
-            if not isinstance(p, Tensor) or not p.is_floating_point():
-                came = f"a tensor of {p.dtype}" if isinstance(p, Tensor) else type(p).__name__
-                raise TypeError(f"SketchedSource: parameters must be floating-point tensors, got {came}")
+        self.parameters: list[Tensor] = check_parameters("SketchedSource", parameters)
         dimension = sum(p.numel() for p in self.parameters)
-        if not dimension:
-            raise ValueError("SketchedSource: the parameters hold no number; there is no gradient to sketch")
         self._moment = sketch.second_moment(dimension)
         self.deterministic = source.deterministic and self.fixed
         self.evaluations = source.evaluations
