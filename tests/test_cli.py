@@ -217,6 +217,20 @@ class TestInterrupted:
         assert again.exit_code == 2  # of another problem first: nothing to measure by
         assert len(json.loads(record.read_text())["runs"]) == 2
 
+    def test_a_record_written_on_the_way_keeps_runs_that_stand_behind(self, monkeypatch, tmp_path):
+        record = tmp_path / "out.json"
+        assert run("compare", "sphere", *SMALL, *self.METHODS, "--json", str(record)).exit_code == 0
+        monkeypatch.setattr("optex.studies.cli.compare._WRITE_EVERY", -1.0)
+        written = []
+        monkeypatch.setattr(
+            "optex.studies.cli.compare.write_json",
+            lambda path, meta, runs: written.append([(each.problem, each.method, each.seed) for each in runs]),
+        )
+        more = run("compare", "ackley", "sphere", *SMALL, *self.METHODS, "--json", str(record), "--resume")
+        assert more.exit_code == 0, more.output
+        assert len(written) == 7  # six runs of the new problem, and the end
+        assert all(sum(case[0] == "sphere" for case in cases) == 6 for cases in written)
+
     def test_other_settings_are_not_mixed(self, tmp_path):
         record = tmp_path / "out.json"
         run("compare", "sphere", *SMALL, "--methods", "target", "--json", str(record))

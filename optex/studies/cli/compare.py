@@ -6,7 +6,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -19,6 +19,7 @@ from optex.studies.cli.app import INTERRUPTED, check_file, progress, refuse
 from optex.studies.cli.settings import read_settings
 from optex.studies.cli.table import Result, print_result, tell
 from optex.studies.comparison import (
+    Case,
     Comparison,
     Run,
     describe,
@@ -28,6 +29,7 @@ from optex.studies.comparison import (
     write_json,
 )
 from optex.studies.html import check_page_path, html_page
+from optex.studies.measures import VANILLA
 from optex.studies.plots import check_plot_path, plot_comparison, write_plot
 from optex.studies.records import write_whole
 
@@ -142,15 +144,25 @@ def _run_all(
                     continue
                 runs.append(run_case(comparison, case))
                 tell(f"{case.problem}, seed {case.seed}: {case.method}")
-                output.keep(meta, runs)
+                output.keep(meta, [*runs, *_measurable(_later(known, runs))])
         except KeyboardInterrupt:
-            # Runs of an earlier command that stand behind this place are not lost with it.
-            there = {run.case for run in runs}
-            runs += [run for case, run in known.items() if case not in there]
+            runs += _later(known, runs)
     counts = Counter(warning.category.__name__ for warning in caught)
     first = {warning.category.__name__: str(warning.message) for warning in reversed(caught)}
     notes = [f"{count} × {kind}, the first: {first[kind]}" for kind, count in counts.items()]
     return runs, notes, len(runs) == len(cases)
+
+
+def _later(known: Mapping[Case, Run], runs: Sequence[Run]) -> list[Run]:
+    """The runs of an earlier command that stand behind these: what replaces the record is not to lose them."""
+    there = {run.case for run in runs}
+    return [run for case, run in known.items() if case not in there]
+
+
+def _measurable(runs: Sequence[Run]) -> list[Run]:
+    """Those whose start has a vanilla run among them, without which there is no summary."""
+    starts = {(run.problem, run.seed) for run in runs if run.method == VANILLA}
+    return [run for run in runs if (run.problem, run.seed) in starts]
 
 
 def _say_how_to_go_on(made: int, planned: int, output: Output) -> None:
