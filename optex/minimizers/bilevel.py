@@ -6,19 +6,18 @@ Approximation*, ICLR 2024, arXiv 2309.01753.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from scipy.optimize import OptimizeResult
 from torch import Tensor
 from torch.optim import Optimizer
 
+from optex.callback import Callback
 from optex.checks import check_integer, check_positive
 from optex.errors import NonFiniteError
 from optex.evaluators import Evaluator, WorkersEvaluator
@@ -194,15 +193,7 @@ class _BetweenRounds:
         saved = self._source.state_dict()
         intermediate_result.y = self._form.present(saved["y"])
         intermediate_result.z = self._form.present(saved["z"])
-        return _ask(self._callback, intermediate_result)
-
-
-def _ask(callback: Callable[..., Any], result: OptimizeResult) -> Any:
-    try:
-        modern = set(inspect.signature(callback).parameters) == {"intermediate_result"}
-    except ValueError:  # a builtin that does not tell
-        modern = False
-    return callback(intermediate_result=result) if modern else callback(result.x)
+        return Callback(self._callback).ask(intermediate_result)
 
 
 def _double(
@@ -241,6 +232,7 @@ def _single(
 ) -> OptimizeResult:
     status, message, batch = 1, "Maximum number of iterations has been exceeded.", None
     left = itertools.repeat(None) if batches is None else iter(batches)
+    told = Callback(callback)
     while loop.steps < settings.maxiter:
         try:
             batch = next(left)
@@ -256,18 +248,10 @@ def _single(
         if batches is None and largest <= settings.gtol:
             status, message = 0, "Optimization terminated successfully: the direction is within gtol."
             break
-        if callback is not None and _stops(callback, _single_result(loop, forms, 99, _STOPPED, batch)):
+        if told.stops(lambda: _single_result(loop, forms, 99, _STOPPED, batch)) is not None:  # noqa: B023
             status, message = 99, _STOPPED
             break
     return _single_result(loop, forms, status, message, batch)
-
-
-def _stops(callback: Callable[..., Any], result: OptimizeResult) -> bool:
-    try:
-        answer = _ask(callback, result)
-    except StopIteration:
-        return True
-    return isinstance(answer, (bool, np.bool_)) and bool(answer)
 
 
 def _single_result(

@@ -17,9 +17,9 @@ import torch
 from scipy.optimize import OptimizeResult
 from torch import Tensor
 
+from optex.callback import Callback
 from optex.checks import check_integer, check_positive
 from optex.errors import NonFiniteError, WorkerLostError, warn
-from optex.minimizers.callback import Callback
 from optex.minimizers.points import Points, read_points
 from optex.sources.consensus import Consensus
 

@@ -17,11 +17,11 @@ import torch
 from scipy.optimize import OptimizeResult
 from torch import Tensor
 
+from optex.callback import Callback
 from optex.checks import check_integer, check_kind, check_number, check_positive
 from optex.errors import NonFiniteError, WorkerLostError
 from optex.evaluators import EvaluationRequest, Evaluator, SequentialEvaluator, WorkersEvaluator
 from optex.evaluators.randomness import RandomDraws, seeded_states
-from optex.minimizers.callback import Callback
 from optex.sources import GaussianMechanism, GradientSource, Sketch
 from optex.sources.functions import Jac, Point, PointForm, check_function, function_source, read_start
 from optex.stepping import ParameterVector

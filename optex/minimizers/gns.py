@@ -12,6 +12,7 @@ import torch
 from scipy.optimize import OptimizeResult
 from torch import Tensor
 
+from optex.callback import Callback
 from optex.checks import check_integer, check_number
 from optex.errors import WorkerLostError
 from optex.evaluators import (
@@ -24,7 +25,6 @@ from optex.evaluators import (
     WorkersEvaluator,
 )
 from optex.minimizers.arguments import read_evaluator
-from optex.minimizers.callback import Callback
 from optex.minimizers.second import Second
 from optex.optimizers.gns import Curvature, Metric, SearchSettings, StepSearch, Trial
 from optex.sources import GradientSource

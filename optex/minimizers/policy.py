@@ -15,6 +15,7 @@ from scipy.optimize import OptimizeResult
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from optex.callback import stops_by_result
 from optex.checks import check_integer, check_number
 from optex.errors import NonFiniteError
 from optex.optimizers import HARPG, NIGT
@@ -165,7 +166,7 @@ class _Run:
             if not all(bool(p.isfinite().all()) for p in self._source.parameters):
                 self._restore(kept)
                 return self._result(2, f"The policy is not finite after {self._taken} steps; lower lr.")
-            if callback is not None and _stops(callback, self._result(99, "The run has not ended.")):
+            if callback is not None and stops_by_result(callback, self._result(99, "The run has not ended.")):
                 return self._result(99, "The callback asked to stop.")
         return self._result(0, "All steps were taken.")
 
@@ -207,10 +208,3 @@ class _Run:
             status=status,
             message=message,
         )
-
-
-def _stops(callback: Callable[[OptimizeResult], Any], result: OptimizeResult) -> bool:
-    try:
-        return callback(result) is True
-    except StopIteration:
-        return True

@@ -19,10 +19,10 @@ from scipy.optimize import OptimizeResult
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from optex.callback import Callback
 from optex.checks import check_integer, check_number, check_positive
 from optex.errors import NonFiniteError, WorkerLostError
 from optex.evaluators import Evaluator, SequentialEvaluator, VectorizedEvaluator, WorkersEvaluator
-from optex.minimizers.callback import Callback
 from optex.optimizer import OptEx
 from optex.sources import LayerSampler, MinimaxPenaltySource, SourceWeights
 from optex.stepping import OPTIMIZERS, check_name

@@ -9,8 +9,8 @@ from typing import Any, Final
 
 from scipy.optimize import OptimizeResult
 
+from optex.callback import Callback
 from optex.errors import NonFiniteError, NotPositiveDefiniteError, WorkerLostError
-from optex.minimizers.callback import Callback
 from optex.minimizers.rate import AutomaticRate
 from optex.minimizers.tracker import Tracker
 from optex.optimizer import OptEx

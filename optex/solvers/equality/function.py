@@ -6,13 +6,13 @@ Sketching*, ICML 2023, arXiv 2305.18379.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from scipy.optimize import OptimizeResult
 
+from optex.callback import Callback
 from optex.checks import check_integer, check_number
 from optex.errors import NonFiniteError
 from optex.solvers.equality.derivatives import OWNER, Array, numbers, read_form, smooth
@@ -131,9 +131,13 @@ def minimize_equality(
     first = check_number(OWNER, "delta", delta, open_below=True, most=1.0, open_above=True)
     objective = smooth("f", f, form, jac, _unweighted(hess), ("jac", "hess"))
     constraints = smooth("c", c, form, constraint_jac, constraint_hess, ("constraint_jac", "constraint_hess"))
-    told = _told(callback)
+    if not (callback is None or callable(callback)):
+        raise TypeError(f"{OWNER}: callback must be callable or None, got {type(callback).__name__}")
+    told = Callback(callback)
     newton = Newton(objective, constraints, form, solver, merit, first, constants, _generator(seed))
-    return newton.run(_start(newton, start, lam0), tolerance, limit, told)
+    return newton.run(
+        _start(newton, start, lam0), tolerance, limit, lambda result: told.stops(lambda: result) is not None
+    )
 
 
 def _unweighted(hess: Any) -> Any:
@@ -188,24 +192,3 @@ def _generator(seed: Any) -> np.random.Generator:
     if isinstance(seed, np.random.Generator):
         return seed
     return np.random.default_rng(None if seed is None else check_integer(OWNER, "seed", seed, least=0))
-
-
-def _told(callback: Any) -> Callable[[OptimizeResult], bool]:
-    """Whether the callback asks to stop; it is called as SciPy calls it."""
-    if callback is None:
-        return lambda _: False
-    if not callable(callback):
-        raise TypeError(f"{OWNER}: callback must be callable or None, got {type(callback).__name__}")
-    try:
-        modern = set(inspect.signature(callback).parameters) == {"intermediate_result"}
-    except ValueError:  # a builtin that does not tell
-        modern = False
-
-    def stops(result: OptimizeResult) -> bool:
-        try:
-            answer = callback(intermediate_result=result) if modern else callback(result.x)
-        except StopIteration:
-            return True
-        return isinstance(answer, (bool, np.bool_)) and bool(answer)
-
-    return stops

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy.optimize import OptimizeResult
 from torch import Tensor
 
+from optex.callback import stops_by_result
 from optex.checks import check_integer, check_number
 from optex.errors import NotPositiveDefiniteError, RankDeficientError
 from optex.solvers.outcome import Status, check_tolerance, outcome
@@ -123,7 +124,7 @@ def newton_schulz_inverse(
     run = _Run(scaled, first, tol, definite=isinstance(init, str) and init == "trace")
     while run.running() and run.nit < maxiter:
         run.iterate()
-        if callback is not None and _stops(callback, present(run, Status.LIMIT)):
+        if callback is not None and stops_by_result(callback, present(run, Status.LIMIT)):
             return present(run, Status.STOPPED)
     return present(run, run.worst())
 
@@ -277,10 +278,3 @@ def _from_trace(
         )
     identity = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
     return identity / diagonal.sum(dim=-1)[:, None, None]
-
-
-def _stops(callback: Callable[..., Any], now: OptimizeResult) -> bool:
-    try:
-        return callback(now) is True
-    except StopIteration:
-        return True

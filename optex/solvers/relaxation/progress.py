@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 from scipy.optimize import OptimizeResult
 
+from optex.callback import stops_by_result
 from optex.checks import check_integer
 from optex.small import Array
 from optex.solvers.outcome import Status, check_tolerance, outcome
@@ -104,7 +105,4 @@ class Progress:
     def _stopped(self, x: Array, norm: float, taken: int) -> bool:
         assert self._callback is not None
         now = OptimizeResult(x=self._system.present(x), residual_norm=norm, nit=taken)
-        try:
-            return self._callback(now) is True
-        except StopIteration:
-            return True
+        return stops_by_result(self._callback, now)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import OptimizeResult
 
-__all__ = ["Callback"]
+__all__ = ["Callback", "stops_by_result"]
 
 
 class Callback:
@@ -24,6 +24,12 @@ class Callback:
         self._function = function
         self._modern = function is not None and _takes_intermediate_result(function)
 
+    def ask(self, now: OptimizeResult) -> Any:
+        """What it answers to the run as it is now; ``StopIteration`` passes through."""
+        if self._function is None:
+            return None
+        return self._function(intermediate_result=now) if self._modern else self._function(now.x)
+
     def stops(self, result: Callable[[], OptimizeResult]) -> str | None:
         """The message to stop with, if the callback asks for it.
 
@@ -32,12 +38,19 @@ class Callback:
         """
         if self._function is None:
             return None
-        now = result()
         try:
-            answer = self._function(intermediate_result=now) if self._modern else self._function(now.x)
+            answer = self.ask(result())
         except StopIteration:
             return "`callback` raised `StopIteration`."
         return "`callback` returned True." if isinstance(answer, (bool, np.bool_)) and answer else None
+
+
+def stops_by_result(function: Callable[[OptimizeResult], Any], now: OptimizeResult) -> bool:
+    """Whether a callback that takes the result, whatever its parameter is called, asks to stop."""
+    try:
+        return function(now) is True
+    except StopIteration:
+        return True
 
 
 def _takes_intermediate_result(callback: Callable[..., Any]) -> bool:
