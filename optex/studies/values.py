@@ -18,13 +18,13 @@ _NUMBER = re.compile(r"[-−]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 def read_value(record: object, path: str) -> object:
     """What stands at a path of a record.
 
-    Each part of the path, between slashes, is one of these: a key of an object; a position in a list; in a list of
-    objects, the ``name`` of one or its beginning; the position of a number in a text.
+    Each part of the path, between slashes, is one of these: a key of an object; a position in a list; in a list
+    of objects, the ``name`` of one or its beginning; the position of a number in a text.
 
     Args:
         record: what a JSON file holds.
-        path: for example ``checks/cosine/measured/1``, the second number in the text ``measured`` of the check whose
-            name begins with "cosine".
+        path: for example ``checks/cosine/measured/1``, the second number in the text ``measured`` of the check
+            whose name begins with "cosine".
 
     Raises:
         LookupError: nothing, or more than one element, is there.
@@ -65,8 +65,8 @@ def _written(value: object, form: str | None) -> str:
 def fill_values(text: str, records: Path) -> str:
     """The page with every value in its sentences as its record has it.
 
-    A place is ``<!-- value:RECORD#PATH -->``, what stands there, ``<!-- end -->``. RECORD is a JSON file below
-    ``records``, without ``.json``; PATH is as in ``read_value``. With ``| FORM`` behind PATH the value is written
+    A place is ``<!-- value:RECORD#PATH -->``, what stands there, ``<!-- end -->``. RECORD is a JSON file
+    below ``records``, without ``.json``; PATH is as in ``read_value``. With ``| FORM`` behind PATH the value is written
     with that format specification of Python (``.2f``, ``.0%``), otherwise as it is.
 
     Args:
