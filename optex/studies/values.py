@@ -66,8 +66,8 @@ def fill_values(text: str, records: Path) -> str:
     """The page with every value in its sentences as its record has it.
 
     A place is ``<!-- value:RECORD#PATH -->``, what stands there, ``<!-- end -->``. RECORD is a JSON file
-    below ``records``, without ``.json``; PATH is as in ``read_value``. With ``| FORM`` behind PATH the value is written
-    with that format specification of Python (``.2f``, ``.0%``), otherwise as it is.
+    below ``records``, without ``.json``; PATH is as in ``read_value``. With ``| FORM`` behind PATH the value is
+    written with that format specification of Python (``.2f``, ``.0%``), otherwise as it is.
 
     Args:
         text: the page, in Markdown.
