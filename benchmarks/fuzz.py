@@ -1,6 +1,7 @@
 """Made-up input at three doors: saved states, the command line, ``minimize``.
 
     python benchmarks/fuzz.py --seconds 180                 each door for so long, one process
+    pip install atheris && python benchmarks/fuzz_guided.py the same, and atheris looks for new branches
 
 Inputs are built from what is valid, by seed, with something of it put wrong, so that they come past the
 first check: real state dicts with up to three entries deleted, cut short or replaced; commands of the command
@@ -37,7 +38,8 @@ from optex import errors
 from optex.stepping.bases import OPTIMIZERS
 from optex.studies import cli
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[1]
+RECORD = ROOT / "results" / "fuzz.json"
 sys.path.insert(0, str(ROOT))
 
 from tests.faults.injection import Run, mutate  # noqa: E402
@@ -47,16 +49,15 @@ NAMED = tuple(kind for kind in vars(errors).values() if isinstance(kind, type) a
 REFUSALS = (TypeError, ValueError, *(kind for kind in NAMED if not issubclass(kind, Warning)))
 ODD: tuple[Any, ...] = (
     *(None, True, 0, -1, 1, 3, 2.5, 1e300, math.nan, math.inf, "", "strange", b"x", (), [], {}, [1, "x"]),
-    *(torch.ones(2), torch.tensor(2), np.float32(0.5), np.int64(3), np.array(["x"]), 10**30),
+    *(torch.ones(2), torch.tensor(2), np.float32(0.5), np.int64(3), np.array(["x"]), 10**30, 10**400),
 )
 
 
-def saved_state(seed: int) -> str:
+def saved_state(draw: random.Random) -> str:
     """Load a broken state into a run."""
-    draw = random.Random(seed)
     run, ahead = _prepared(2), copy.deepcopy(_prepared(4).optimizer.state_dict())
-    for part in range(draw.choice((1, 1, 2, 3))):
-        ahead = mutate(ahead, torch.Generator().manual_seed(8 * seed + part))[0]
+    for _ in range(draw.choice((1, 1, 2, 3))):
+        ahead = mutate(ahead, torch.Generator().manual_seed(draw.getrandbits(32)))[0]
     before = run.state()
     try:
         run.optimizer.load_state_dict(ahead)
@@ -81,19 +82,8 @@ def _prepared(rounds: int) -> Run:
 PROBLEMS = ("sphere", "rosenbrock", "ackley", "quadratic", "digits-mlp", "no-such-problem")
 VALUES = (
     *("1", "2", "3", "0", "-1", "2.5", "nan", "inf", "1e300", "", "x", "auto", "adam", "sgd", "nag", "true"),
-    *(
-        "vanilla",
-        "optex",
-        "vanilla,target",
-        "optex,optex",
-        ",",
-        "a=b",
-        "size=3",
-        "=",
-        "dim=4",
-        "\u00e9\u0000",
-        "/nowhere/x.json",
-    ),
+    *("vanilla", "optex", "vanilla,target", "optex,optex", ",", "a=b", "size=3", "=", "dim=4"),
+    *("\u00e9\u0000", "/nowhere/x.json"),
 )
 OPTIONS = (
     *(
@@ -120,9 +110,8 @@ OPTIONS = (
 )
 
 
-def command_line(seed: int) -> str:
+def command_line(draw: random.Random) -> str:
     """A command with options, some of them wrong; sizes stay tiny."""
-    draw = random.Random(seed)
     words = [draw.choice(("compare", "compare", "compare", "list", "advise", "reproduce", "fetch", "strange"))]
     if words[0] in ("reproduce", "fetch"):  # long, or from the network: with a wrong name alone
         words.append(draw.choice(("no-such-name", "", "--strange")))
@@ -178,9 +167,8 @@ GOOD: dict[str, tuple[Any, ...]] = {
 }
 
 
-def minimization(seed: int) -> str:
+def minimization(draw: random.Random) -> str:
     """``minimize`` with some arguments, some of them odd."""
-    draw = random.Random(seed)
     chosen = {name: draw.choice(GOOD[name]) for name in draw.sample(sorted(GOOD), draw.choice((0, 1, 2, 4)))}
     for name in draw.sample(sorted(GOOD), draw.choice((0, 0, 1, 2))):
         chosen[name] = draw.choice(ODD)
@@ -199,32 +187,54 @@ def minimization(seed: int) -> str:
 
 # ------------------------------------------------------------------ the run
 
-DOORS: dict[str, Callable[[int], str]] = {
+DOORS: dict[str, Callable[[random.Random], str]] = {
     "load_state_dict": saved_state,
     "command line": command_line,
     "minimize": minimization,
 }
 
 
-def fuzzed(door: str, seconds: float, first: int) -> dict[str, Any]:
-    """Seeds from ``first`` on until the time is up: what came of them, and what was found."""
-    counts: Counter[str] = Counter()
-    findings: dict[str, dict[str, Any]] = {}
-    until, seed = time.monotonic() + seconds, first
-    while time.monotonic() < until:
+class Findings:
+    """What came of the inputs of a door, and each kind of finding with the first inputs that led to it."""
+
+    def __init__(self, door: str) -> None:
+        self.door = door
+        self.counts: Counter[str] = Counter()
+        self.found: dict[str, dict[str, Any]] = {}
+
+    def knock(self, draw: random.Random, name: int | str) -> None:
+        """Try one input, and note under ``name`` whatever is neither taken nor refused."""
         try:
             with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                counts[DOORS[door](seed)] += 1
+                self.counts[DOORS[self.door](draw)] += 1
         except Exception as error:  # noqa: BLE001 (any other error is what is looked for)
-            counts["found"] += 1
+            self.counts["found"] += 1
             place = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{type(error).__name__} at {Path(place.filename).name}, {place.name}"
             notes = " ".join(getattr(error, "__notes__", []))
-            found = findings.setdefault(where, {"seeds": [], "message": f"{error} {notes}"[:300]})
-            found["seeds"] = [*found["seeds"], seed][:5]
+            found = self.found.setdefault(where, {"inputs": [], "message": f"{error} {notes}"[:300]})
+            found["inputs"] = [*found["inputs"], name][:5]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"counts": dict(sorted(self.counts.items())), "findings": self.found}
+
+
+def fuzzed(door: str, seconds: float, first: int) -> dict[str, Any]:
+    """Seeds from ``first`` on until the time is up: what came of them, and what was found."""
+    findings, seed = Findings(door), first
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        findings.knock(random.Random(seed), seed)
         seed += 1
-    return {"seeds": [first, seed], "counts": dict(sorted(counts.items())), "findings": findings}
+    return {"seeds": [first, seed], **findings.as_dict()}
+
+
+def note(**parts: Any) -> None:
+    """Put parts into the record, and leave its others."""
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    RECORD.write_text(json.dumps(record | parts, indent=1) + "\n")
 
 
 def main() -> None:
@@ -237,14 +247,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.seed is not None and options.door:
-        print(DOORS[options.door](options.seed))
+        print(DOORS[options.door](random.Random(options.seed)))
         return
-    document: dict[str, Any] = {"torch": torch.__version__, "seconds": options.seconds, "doors": {}}
+    doors = {}
     for door in [options.door] if options.door else DOORS:
-        found = document["doors"][door] = fuzzed(door, options.seconds, options.first)
-        print(door, json.dumps(found, indent=1), flush=True)
+        doors[door] = fuzzed(door, options.seconds, options.first)
+        print(door, json.dumps(doors[door], indent=1), flush=True)
     if not options.door:
-        (ROOT / "results" / "fuzz.json").write_text(json.dumps(document, indent=1) + "\n")
+        note(torch=torch.__version__, seconds=options.seconds, doors=doors)
 
 
 if __name__ == "__main__":
