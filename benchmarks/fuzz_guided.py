@@ -4,8 +4,8 @@
     python benchmarks/fuzz_guided.py --seconds 180          each door for so long, a process each
 
 Every choice of a door is read from the bytes that atheris hands over, so that a change of a byte is a change
-of one choice. The package is instrumented, torch is not. Findings are told apart by where they are raised, and do
-not end the run; ``--door NAME --input HEX`` runs one again. Puts its part, "guided", into results/fuzz.json.
+of one choice. The package is instrumented, torch is not. Findings are told apart by where they are raised, and
+do not end the run; ``--door NAME --input HEX`` runs one again. Puts its part, "guided", into results/fuzz.json.
 """
 
 from __future__ import annotations
