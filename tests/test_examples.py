@@ -302,6 +302,7 @@ def test_lightning_takes_every_step_and_counts_it(lightning_run):
     optimizer = found["trainer"].optimizers[0]
     assert isinstance(optimizer, optex.OptEx)
     assert optimizer.steps_taken == found["trainer"].global_step == 18
+    assert optimizer.last_report is not None
     assert optimizer.last_report.number + 1 < 18
     assert not found["module"].queue
 
@@ -332,6 +333,7 @@ def test_lightnings_wrapper_takes_a_closure(lightning_run):
 
         def training_step(self, batch, batch_idx):
             optimizer, points = self.optimizers(), []
+            assert not isinstance(optimizer, list)
             self.evaluations.append(points)
 
             def closure():
@@ -347,10 +349,12 @@ def test_lightnings_wrapper_takes_a_closure(lightning_run):
     trainer = lightning.Trainer(
         max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
-    trainer.fit(module, torch.utils.data.DataLoader(range(6), batch_size=1))
+    trainer.fit(module, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.arange(6))))
     # The first point twice, to see whether the closure is deterministic.
     assert [len(points) for points in module.evaluations] == [2, 3, 3, 3, 3, 3]
-    assert trainer.global_step == 6 < trainer.optimizers[0].steps_taken
+    (optimizer,) = trainer.optimizers
+    assert isinstance(optimizer, optex.OptEx)
+    assert trainer.global_step == 6 < optimizer.steps_taken
     assert module.evaluations[-1][0] < module.evaluations[0][0] / 2
 
 

@@ -304,7 +304,7 @@ def test_what_cannot_be_is_refused():
         with pytest.raises(ValueError, match=message):
             make()
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module.*got list.*'role'"):
-        scale_param_groups(list(model.parameters()))
+        scale_param_groups(list(model.parameters()))  # pyright: ignore[reportArgumentType]
 
 
 def test_vectors_need_no_role():
@@ -322,6 +322,7 @@ def test_an_error_names_the_parameter():
     model = Language()
     optimizer = SCALE.of(model)
     language_loss(model, 0).backward()
+    assert model.hidden.weight.grad is not None
     model.hidden.weight.grad[0, 0] = math.inf
     with pytest.raises(ArithmeticError, match=r"parameter 'hidden.weight' \(4, 4\)"):
         optimizer.step()
