@@ -330,6 +330,8 @@ def test_a_group_added_later_shares_the_estimates():
     optimizer.train()
     third.grad = second.grad = torch.ones(1, dtype=torch.float64)
     optimizer.step()
+    assert third.item() < 1.0
+    assert second.item() < 3.0
 
 
 def test_groups_estimate_together():

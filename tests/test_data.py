@@ -446,7 +446,10 @@ class TestListing:
         assert "no data yet: `optex fetch NAME` gets it" in lines
 
     def test_says_nothing_where_none_is_missing(self, made_up_data):
-        assert "no data yet" not in CliRunner().invoke(cli.app, ["list"]).stdout
+        result = CliRunner().invoke(cli.app, ["list"])
+        assert result.exit_code == 0
+        assert "cifar10" in result.stdout
+        assert "no data yet" not in result.stdout
 
 
 def real(name):

@@ -419,4 +419,4 @@ def test_what_cannot_work_is_refused(change, error, words):
 def test_a_numpy_function_without_derivatives_is_told_what_to_do():
     with pytest.raises((RuntimeError, TypeError)) as caught:
         minimize_equality(rosen, lambda x: np.dot(x, x), [1.0, 2.0])
-    assert "equality_method" in str(caught.value.__notes__) or "torch" in str(caught.value)
+    assert any("optex.equality_method" in note for note in caught.value.__notes__)

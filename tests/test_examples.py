@@ -3,6 +3,7 @@
 import re
 import sys
 import warnings
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -95,16 +96,21 @@ def test_cifar10_tests_once_an_epoch(run, capsys):
     assert printed[-1].startswith(f"step    24   round {found['rounds']:5d}")
 
 
-def test_cifar10_batches(made_up_data):
+def test_cifar10_shows_each_image_once_an_epoch_each_time_anew(made_up_data):
     import train_cifar10
 
     images = train_cifar10.Images("train", 12, 0, "cpu")
     labels = torch.cat([images.batch(number)[1] for number in range(10, 20)])
     everything = torch.from_numpy(data.cifar10("train")[1]).long()
-    assert torch.equal(labels.sort().values, everything.sort().values)  # each image once an epoch
+    assert torch.equal(labels.sort().values, everything.sort().values)
     assert not torch.equal(images.batch(0)[0], images.batch(10)[0])
     assert torch.equal(images.batch(3)[0], images.batch(3)[0])
-    # Each is its original behind a black margin, shifted and perhaps mirrored.
+
+
+def test_cifar10_images_are_originals_behind_a_black_margin_shifted_and_perhaps_mirrored(made_up_data):
+    import train_cifar10
+
+    images = train_cifar10.Images("train", 12, 0, "cpu")
     originals = torch.cat([pixels for pixels, _ in images.all()])
     black = (torch.zeros(3) - torch.tensor(train_cifar10.MEAN)) / torch.tensor(train_cifar10.DEVIATION)
     padded = black[:, None, None].repeat(len(originals), 1, 40, 40)
@@ -210,7 +216,7 @@ def test_heat_sampled_gradients_are_the_whole_one_on_average(small_plate):
     parts = [small_plate(m, np.array([heater])) for heater in range(4)]
     assert np.mean([part[0] for part in parts]) == pytest.approx(value)
     np.testing.assert_allclose(np.mean([part[1] for part in parts], axis=0), gradient)
-    batches = [next(batch) for batch in [heat.drawn(3)] for _ in range(9)]
+    batches = list(islice(heat.drawn(3), 9))
     assert {len(set(batch)) for batch in batches} == {3}
     assert len({tuple(batch) for batch in batches}) > 4
 

@@ -41,6 +41,10 @@ def tensor(values) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
+def test_published_values_are_of_functions_that_there_are() -> None:
+    assert NORMS.keys() | VALUES.keys() <= {function.name for function in FUNCTIONS}
+
+
 @each
 def test_value_at_the_start_is_the_published_one(function: TestFunction) -> None:
     start = float(function(tensor(function.start)))

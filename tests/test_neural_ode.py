@@ -303,7 +303,7 @@ def test_training_takes_fewer_evaluations_with_it():
     assert counts[10.0] < 0.8 * counts[0.0]
 
 
-def test_under_optex():
+def test_optex_steps_on_a_regularised_objective():
     weight = torch.nn.Parameter(matrix(scale=1.0))
     flow = Flow(field_of(weight))
     objective = optex.regularise(lambda batch: flow(batch).square().mean(), flow)
@@ -336,7 +336,7 @@ def test_arguments_that_cannot_work():
         Flow(lambda t, u: u.sum(1))(torch.ones(2, 3))
 
 
-def test_tolerances_below_the_dtype():
+def test_tolerances_below_the_dtype_are_refused():
     flow = Flow(lambda t, u: -u, rtol=1e-8, atol=1e-8)
     with pytest.raises(ValueError, match=r"below what torch.float32 resolves.*float64"):
         flow(torch.ones(1, 1))
@@ -376,7 +376,7 @@ def test_terms_and_objectives_that_cannot_work():
         optex.regularise(lambda: flow(torch.ones(2, 1)), flow)()
 
 
-def test_without_torchode(monkeypatch):
+def test_without_torchode_it_says_how_to_get_it(monkeypatch):
     real = builtins.__import__
 
     def missing(name, *args, **kwargs):
