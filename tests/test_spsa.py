@@ -105,6 +105,16 @@ class TestSPSASource:
         # Central differences of a quadratic have no error, however wide they are: ĝ = z zᵀ ∇L.
         torch.testing.assert_close(flat([p.grad for p in parameters]), z * (z @ exact(parameters)))
 
+    def test_the_objective_may_answer_a_plain_number(self):
+        parameters, source = bowl()
+        answers = []
+        for objective in (source.objective, lambda batch: float(source.objective(batch))):
+            torch.manual_seed(0)
+            loss, _ = optex.SPSASource(objective, parameters).gradient(None)
+            answers.append((loss, flat([p.grad for p in parameters])))
+        assert answers[0][1].count_nonzero() == 4
+        assert all(torch.equal(left, right) for left, right in zip(*answers, strict=True))
+
     def test_the_noise_it_tells_is_the_noise_it_has(self):
         parameters, source = bowl(queries=8)
         truth, errors, told = exact(parameters), [], []
@@ -229,6 +239,19 @@ class TestMeZO:
             assert float(loss) == pytest.approx(mean, rel=1e-9)
             for left, right in zip(snapshot(model), snapshot(twin), strict=True):
                 torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-12)
+
+    def test_going_up_is_going_down_the_negative(self):
+        up, down, (batch,) = network(), network(), regression_batches(1)
+        settings = {"lr": 0.02, "weight_decay": 0.1}
+        loss = optex.optimizers.MeZO(up.parameters(), **settings, maximize=True).step(
+            lambda: squared_error(up)(batch), seed=3
+        )
+        negative = optex.optimizers.MeZO(down.parameters(), **settings).step(
+            lambda: -squared_error(down)(batch), seed=3
+        )
+        assert float(loss) == -float(negative)
+        for left, right in zip(snapshot(up), snapshot(down), strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-14)
 
     def test_the_loss_falls(self):
         model, (batch,) = network(), regression_batches(1)
