@@ -7,6 +7,7 @@ import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -269,7 +270,8 @@ class TestEvaluators:
         base = torch.optim.SGD(model.parameters(), 0.01)
         advice = optex.advise(base, regression_batches(24), squared_error(model), model=model, **SHORT)
         assert advice.at_once["vectorized"].keys() <= {1, 2, 4, 8}
-        assert advice._evaluators["vectorized"].randomness == "different"
+        chosen = replace(advice, recommended=candidate(parallelism=4, evaluator="vectorized")).as_kwargs()
+        assert chosen["evaluator"].randomness == "different"
 
     def test_workers_are_measured_where_asked_for(self):
         model = network()

@@ -242,13 +242,10 @@ class TestMeZO:
 
     def test_going_up_is_going_down_the_negative(self):
         up, down, (batch,) = network(), network(), regression_batches(1)
-        settings = {"lr": 0.02, "weight_decay": 0.1}
-        loss = optex.optimizers.MeZO(up.parameters(), **settings, maximize=True).step(
-            lambda: squared_error(up)(batch), seed=3
-        )
-        negative = optex.optimizers.MeZO(down.parameters(), **settings).step(
-            lambda: -squared_error(down)(batch), seed=3
-        )
+        climbing = optex.optimizers.MeZO(up.parameters(), lr=0.02, weight_decay=0.1, maximize=True)
+        loss = climbing.step(lambda: squared_error(up)(batch), seed=3)
+        descending = optex.optimizers.MeZO(down.parameters(), lr=0.02, weight_decay=0.1)
+        negative = descending.step(lambda: -squared_error(down)(batch), seed=3)
         assert float(loss) == -float(negative)
         for left, right in zip(snapshot(up), snapshot(down), strict=True):
             torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-14)
