@@ -375,7 +375,8 @@ def test_numbers_too_short_to_estimate_from_are_refused(known):
 
 
 def test_short_numbers_are_taken_where_nothing_is_estimated():
-    NAG([nn.Parameter(torch.ones(4, dtype=torch.bfloat16))], L=10.0, rule="convex")
+    optimizer = NAG([nn.Parameter(torch.ones(4, dtype=torch.bfloat16))], L=10.0, rule="convex")
+    assert optimizer.param_groups[0]["lr"] == 0.1
 
 
 # ---------------------------------------------------------------------- what is refused

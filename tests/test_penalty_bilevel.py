@@ -165,6 +165,7 @@ class TestWarmStarts:
         asked.gradient(None)
         asked.accept()
         unasked.accept()
+        assert asked.state_dict().keys() == {"y", "z"}
         for one, other in zip(asked.state_dict().values(), unasked.state_dict().values(), strict=True):
             assert torch.equal(one, other)
 

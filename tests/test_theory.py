@@ -216,6 +216,7 @@ def test_predictions_are_of_before_the_round():
     # With pairs of the round itself in the history every error would be that of interpolation: nearly none.
     calibration = Calibration()
     run(HoldLast(), calibration)
+    assert calibration.comparisons
     assert (calibration.actual > 0).all()
 
 
