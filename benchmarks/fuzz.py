@@ -21,6 +21,7 @@ import json
 import math
 import random
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -122,7 +123,9 @@ def command_line(draw: random.Random) -> str:
         words += [draw.choice(PROBLEMS), "--dim", "4", "--seconds", "0.2"]
     for _ in range(draw.choice((0, 1, 1, 2, 3))):
         words += [draw.choice(OPTIONS), draw.choice(VALUES)][: draw.choice((1, 2, 2, 2))]
-    result = CliRunner().invoke(cli.app, words, env={"COLUMNS": "80", "TERM": "dumb"})
+    # Commands write what they are told to, under names drawn from the values: not here.
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        result = CliRunner().invoke(cli.app, words, env={"COLUMNS": "80", "TERM": "dumb"})
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         result.exception.add_note(f"optex {' '.join(map(repr, words))}")
         raise result.exception

@@ -25,7 +25,7 @@ def test_takes_the_recursions_steps(lr):
         torch.nn.utils.vector_to_parameters(point, twin.parameters())
         twin.zero_grad()
         squared_error(twin)(batches[step]).backward()
-        return torch.cat([p.grad.reshape(-1) for p in twin.parameters()])
+        return torch.cat([p.grad.reshape(-1) for p in twin.parameters() if p.grad is not None])
 
     points, sums = adagrad_norm(gradient_of, flat(model), 0.3, 1e-2, 40)
     groups = [{"params": list(model[0].parameters())}, {"params": list(model[2].parameters())}]
@@ -59,9 +59,9 @@ def test_rotations_and_splitting_change_nothing():
     torch.manual_seed(0)
     rotation = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0]
     scales = torch.linspace(1, 9, 6, dtype=torch.float64)
-    whole, pieces = nn.Parameter(torch.ones(6, dtype=torch.float64)), []
+    whole = nn.Parameter(torch.ones(6, dtype=torch.float64))
     turned = nn.Parameter(rotation.T @ whole.detach())
-    pieces = [nn.Parameter(part.clone()) for part in whole.detach().split((1, 2, 3))]
+    pieces: list[torch.Tensor] = [nn.Parameter(part.clone()) for part in whole.detach().split((1, 2, 3))]
     runs = [
         (AdaGradNorm([whole]), lambda: whole),
         (AdaGradNorm([turned]), lambda: rotation @ turned),

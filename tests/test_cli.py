@@ -32,6 +32,13 @@ def _threads_as_before():
     torch.set_num_threads(before)
 
 
+def data_of(page):
+    """What a page of a comparison has for its program."""
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.DOTALL)
+    assert found is not None
+    return json.loads(found[1])
+
+
 def run(*arguments, width=80):
     return CliRunner().invoke(cli.app, list(arguments), env={"COLUMNS": str(width), "TERM": "dumb"})
 
@@ -92,8 +99,7 @@ class TestCompare:
         result = run("compare", "sphere", "digits-mlp", *SMALL, "--methods", "optex", *files)
         assert result.exit_code == 0, result.output
         text = page.read_text()
-        data = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1]
-        assert json.loads(data)["runs"] == json.loads(record.read_text())["runs"]
+        assert data_of(page)["runs"] == json.loads(record.read_text())["runs"]
         for line in result.stdout.splitlines():
             if line.startswith(("sphere: ", "digits-mlp: ")):
                 assert f"<h2>{line}</h2>" in text
@@ -104,8 +110,7 @@ class TestCompare:
         page = tmp_path / "out.html"
         result = run("compare", "sphere", *SMALL, "--methods", "target,optex", "--html", str(page))
         assert result.exit_code == 130
-        data = re.search(r'id="data">(.*?)</script>', page.read_text(), re.DOTALL)[1]
-        assert [run["method"] for run in json.loads(data)["runs"]] == ["vanilla", "target", "optex"]
+        assert [run["method"] for run in data_of(page)["runs"]] == ["vanilla", "target", "optex"]
 
     @pytest.mark.usefixtures("made_up_data")
     def test_options_of_a_problem_are_set_and_shown(self):
@@ -410,16 +415,6 @@ def test_version():
 
 def test_help_has_every_option():
     result = run("compare", "--help")
-    for option in (
-        "--optimizer",
-        "--lr",
-        "--parallelism",
-        "--history",
-        "--rounds",
-        "--seeds",
-        "--dim",
-        "--noise",
-    ):
-        assert option in result.stdout
-    for option in ("--methods", "--batch-size", "--set", "--threads", "--json", "--plot", "--html", "--resume"):
+    options = "--optimizer --lr --parallelism --stride --history --rounds --seeds --dim --noise --methods"
+    for option in f"{options} --batch-size --set --threads --json --plot --html --resume".split():
         assert option in result.stdout

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.lines import Line2D
 
 from optex.stepping import default_rate
 from optex.stepping.bases import OPTIMIZERS
@@ -33,6 +34,7 @@ from optex.studies.measures import (
 )
 from optex.studies.plots import METHOD_STYLES, check_plot_path, plot_comparison, write_plot
 from optex.studies.problems import PROBLEMS
+from optex.studies.problems.text import Shakespeare
 from optex.studies.records import read_lines
 from optex.studies.tables import fill, fill_text, markdown_table, places
 
@@ -213,7 +215,8 @@ class TestSummary:
         assert math.isnan(vanilla.break_even_seconds)
         second = (1 / 1 + 2 / 2 + 4 / 3) / 3
         assert fast.summary.final_loss.mean == 3.0
-        assert fast.summary.rounds_to_vanilla == Spread(2.5, pytest.approx(math.sqrt(0.5)), 2)
+        reached = fast.summary.rounds_to_vanilla
+        assert (reached.mean, reached.deviation, reached.count) == (2.5, pytest.approx(math.sqrt(0.5)), 2)
         assert fast.summary.acceleration.mean == pytest.approx((2 + second) / 2)
         assert fast.summary.acceleration.deviation == pytest.approx((2 - second) / math.sqrt(2))
         assert fast.overhead_seconds == pytest.approx(0.3)
@@ -233,7 +236,9 @@ class TestSummary:
         runs += [made_up("m", [3.0, 2.0], 0), made_up("m", [3.0, math.nan], 1, stopped="too far")]
         row = summarise(runs)[1]
         assert row.summary.stopped == 1
-        assert row.summary.final_loss == Spread(2.0, pytest.approx(math.nan, nan_ok=True), 1)
+        loss = row.summary.final_loss
+        assert (loss.mean, loss.count) == (2.0, 1)
+        assert math.isnan(loss.deviation)
         assert row.summary.acceleration.mean == 0.5
 
     def test_needs_vanilla(self):
@@ -322,7 +327,9 @@ class TestRecords:
         assert comparison.problem("sphere", 0).dimension == 6
         assert comparison.problem("digits-mlp", 0).batch_size == 8
         assert comparison.problem("cifar10", 0).model == "cnn"
-        assert comparison.problem("shakespeare", 0).network.output.in_features == 12
+        shakespeare = comparison.problem("shakespeare", 0)
+        assert isinstance(shakespeare, Shakespeare)
+        assert shakespeare.network.output.in_features == 12
 
     @pytest.mark.usefixtures("made_up_data")
     def test_a_batch_size_that_is_not_given_is_each_problems_own(self):
@@ -388,7 +395,7 @@ class TestPlots:
         figure = plot_comparison(all_runs(comparison), {"quadratic": 0.0, "digits-mlp": None})
         quadratic, digits = figure.axes
         assert [line.get_label() for line in quadratic.lines] == list(comparison.methods)
-        assert all(len(line.get_xdata()) == 5 for line in quadratic.lines)
+        assert all(np.size(line.get_xdata()) == 5 for line in quadratic.lines)
         assert quadratic.get_yscale() == "log"
         assert (quadratic.get_ylabel(), digits.get_ylabel()) == ("loss − minimum (0)", "loss")
         assert "rounds" in quadratic.get_xlabel()
@@ -399,7 +406,7 @@ class TestPlots:
             made_up("vanilla", [5.0, 2.0, 2.0], seed=1),
         ]
         figure = plot_comparison(runs, {"sphere": 1.0})
-        np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), [math.sqrt(32), 2.0])
+        np.testing.assert_allclose(np.asarray(figure.axes[0].lines[0].get_ydata()), [math.sqrt(32), 2.0])
 
     def test_a_line_ends_with_a_cross_where_a_seed_diverged(self, tmp_path):
         nan = math.nan
@@ -407,7 +414,7 @@ class TestPlots:
         runs += [made_up("optex", [9.0, 1e300, 1e306, nan], 0), made_up("optex", [9.0, 8.0, nan, nan], 1)]
         figure = plot_comparison(runs)
         _, line, cross = figure.axes[0].lines
-        assert list(line.get_xdata()) == [0, 1]
+        assert np.asarray(line.get_xdata()).tolist() == [0, 1]
         assert cross.get_marker() == "X"
         write_plot(tmp_path / "plot.png", figure)
 
@@ -420,27 +427,25 @@ class TestPlots:
         assert widths == sorted(widths, reverse=True)
         looks = {(line.get_marker(), line.get_markevery(), line.get_color()) for line in lines}
         assert len(looks) == len(methods)
-        places = {line.get_markevery()[0] for line in lines}
-        assert len(places) > len(methods) / 2, "marks that all stand at one place hide each other"
+        starts = {every[0] for every in (line.get_markevery() for line in lines) if isinstance(every, tuple)}
+        assert len(starts) > len(methods) / 2, "marks that all stand at one place hide each other"
 
     def test_the_legend_says_what_the_ends_of_the_scale_are_and_covers_no_line(self):
         figure = plot_comparison(
             [made_up(method, [3.0, 2.0, 1.0]) for method in ("vanilla", "target", "optex")]
         )
         (legend,) = figure.legends
-        n = made_up("target", [1.0]).parallelism
-        steps = "1 step" if n == 1 else f"{n} steps"
         told = [text.get_text() for text in legend.get_texts()]
-        assert told == ["vanilla: 1 step a round", f"target: {steps} a round, a gradient each", "optex"]
+        assert told == ["vanilla: 1 step a round", "target: 2 steps a round, a gradient each", "optex"]
         figure.canvas.draw()
         assert not legend.get_window_extent().overlaps(figure.axes[0].get_window_extent())
-        markers = [handle.get_marker() for handle in legend.legend_handles]
+        markers = [handle.get_marker() for handle in legend.legend_handles if isinstance(handle, Line2D)]
         assert markers == [line.get_marker() for line in figure.axes[0].lines]
 
     def test_a_panel_that_touches_its_minimum_can_be_drawn(self, tmp_path):
         figure = plot_comparison([made_up("vanilla", [1.0, 0.0, 0.0])], {"sphere": 0.0})
         write_plot(tmp_path / "plot.png", figure)
-        drawn = figure.axes[0].lines[0].get_ydata()
+        drawn = np.asarray(figure.axes[0].lines[0].get_ydata())
         assert drawn[0] == pytest.approx(1.0)
         np.testing.assert_allclose(drawn[1:], np.finfo(float).eps, err_msg="a gap of 0 is drawn at rounding's")
         assert figure.axes[0].get_ylim()[0] > 0

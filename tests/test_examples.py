@@ -3,6 +3,7 @@
 import re
 import sys
 import warnings
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -95,16 +96,21 @@ def test_cifar10_tests_once_an_epoch(run, capsys):
     assert printed[-1].startswith(f"step    24   round {found['rounds']:5d}")
 
 
-def test_cifar10_batches(made_up_data):
+def test_cifar10_shows_each_image_once_an_epoch_each_time_anew(made_up_data):
     import train_cifar10
 
     images = train_cifar10.Images("train", 12, 0, "cpu")
     labels = torch.cat([images.batch(number)[1] for number in range(10, 20)])
     everything = torch.from_numpy(data.cifar10("train")[1]).long()
-    assert torch.equal(labels.sort().values, everything.sort().values)  # each image once an epoch
+    assert torch.equal(labels.sort().values, everything.sort().values)
     assert not torch.equal(images.batch(0)[0], images.batch(10)[0])
     assert torch.equal(images.batch(3)[0], images.batch(3)[0])
-    # Each is its original behind a black margin, shifted and perhaps mirrored.
+
+
+def test_cifar10_images_are_originals_behind_a_black_margin_shifted_and_perhaps_mirrored(made_up_data):
+    import train_cifar10
+
+    images = train_cifar10.Images("train", 12, 0, "cpu")
     originals = torch.cat([pixels for pixels, _ in images.all()])
     black = (torch.zeros(3) - torch.tensor(train_cifar10.MEAN)) / torch.tensor(train_cifar10.DEVIATION)
     padded = black[:, None, None].repeat(len(originals), 1, 40, 40)
@@ -210,7 +216,7 @@ def test_heat_sampled_gradients_are_the_whole_one_on_average(small_plate):
     parts = [small_plate(m, np.array([heater])) for heater in range(4)]
     assert np.mean([part[0] for part in parts]) == pytest.approx(value)
     np.testing.assert_allclose(np.mean([part[1] for part in parts], axis=0), gradient)
-    batches = [next(batch) for batch in [heat.drawn(3)] for _ in range(9)]
+    batches = list(islice(heat.drawn(3), 9))
     assert {len(set(batch)) for batch in batches} == {3}
     assert len({tuple(batch) for batch in batches}) > 4
 
@@ -302,6 +308,7 @@ def test_lightning_takes_every_step_and_counts_it(lightning_run):
     optimizer = found["trainer"].optimizers[0]
     assert isinstance(optimizer, optex.OptEx)
     assert optimizer.steps_taken == found["trainer"].global_step == 18
+    assert optimizer.last_report is not None
     assert optimizer.last_report.number + 1 < 18
     assert not found["module"].queue
 
@@ -332,6 +339,7 @@ def test_lightnings_wrapper_takes_a_closure(lightning_run):
 
         def training_step(self, batch, batch_idx):
             optimizer, points = self.optimizers(), []
+            assert not isinstance(optimizer, list)
             self.evaluations.append(points)
 
             def closure():
@@ -347,10 +355,12 @@ def test_lightnings_wrapper_takes_a_closure(lightning_run):
     trainer = lightning.Trainer(
         max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
     )
-    trainer.fit(module, torch.utils.data.DataLoader(range(6), batch_size=1))
+    trainer.fit(module, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.arange(6))))
     # The first point twice, to see whether the closure is deterministic.
     assert [len(points) for points in module.evaluations] == [2, 3, 3, 3, 3, 3]
-    assert trainer.global_step == 6 < trainer.optimizers[0].steps_taken
+    (optimizer,) = trainer.optimizers
+    assert isinstance(optimizer, optex.OptEx)
+    assert trainer.global_step == 6 < optimizer.steps_taken
     assert module.evaluations[-1][0] < module.evaluations[0][0] / 2
 
 

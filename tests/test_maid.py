@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import optex
 from optex import InexactBilevelSource, LowerLevelError, NonFiniteError, SmoothBilevel, maid
 from optex.sources.inexact_bilevel import hypergradient, solve_lower
-from optex.studies.problems import make_problem
+from optex.studies.problems import Denoise, make_problem
 from tests.references.maid import dense_quadratic, error_bound, exact_descent
 
 DENSE = dense_quadratic(6, 3)
@@ -22,6 +22,11 @@ THETA = torch.ones(3, dtype=torch.float64)
 def levels(dense=DENSE, **changes):
     given_ = {"start": torch.zeros(len(dense.linear), dtype=torch.float64), **dense.constants(), **changes}
     return SmoothBilevel(dense.lower, dense.upper, **given_)
+
+
+def gradient_of(theta):
+    assert theta.grad is not None
+    return theta.grad
 
 
 def found_at(theta, problem=None, epsilon=1e-3, delta=1e-3):
@@ -90,11 +95,12 @@ def test_accept_moves_the_start_and_answers_stay_within_the_bound():
     theta = torch.nn.Parameter(THETA.clone())
     source = InexactBilevelSource(levels(), [theta], epsilon=1e-4, delta=1e-4)
     source.gradient(None)
-    cold, first = source.evaluations, theta.grad.clone()
+    cold, first = source.evaluations, gradient_of(theta).clone()
     source.accept()
     source.gradient(None)
     assert source.evaluations < cold
-    assert (theta.grad - first).norm() <= 2 * source.last.error_bound
+    assert source.last is not None
+    assert (gradient_of(theta) - first).norm() <= 2 * source.last.error_bound
     assert torch.equal(source.problem.start, torch.zeros(6, dtype=torch.float64))
 
 
@@ -102,6 +108,7 @@ def test_told_noise_is_the_square_of_the_bound_over_the_dimension():
     theta = torch.nn.Parameter(THETA.clone())
     loss, noise = InexactBilevelSource(levels(), [theta], tell_noise=True).gradient(None)
     bound = error_bound(DENSE, 1e-3, 1e-3)
+    assert noise is not None
     assert float(noise) == pytest.approx(bound**2 / 3, rel=1e-6)
     assert float(loss) == pytest.approx(DENSE.value(THETA), rel=1e-2)
 
@@ -114,7 +121,7 @@ def test_a_replica_answers_the_same_at_a_point_of_its_own():
     source.gradient(None)
     twin.gradient(None)
     assert point is not theta
-    assert torch.equal(point.grad, theta.grad)
+    assert torch.equal(gradient_of(point), gradient_of(theta))
 
 
 def test_several_parameters_and_one_that_lower_does_not_use():
@@ -122,9 +129,9 @@ def test_several_parameters_and_one_that_lower_does_not_use():
     unused = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
     problem = replace(levels(), lower=lambda x, a, b, _: DENSE.lower(x, torch.cat([a, b])))
     InexactBilevelSource(problem, [*parts, unused], epsilon=1e-9, delta=1e-9).gradient(None)
-    found = torch.cat([p.grad for p in parts])
+    found = torch.cat([gradient_of(p) for p in parts])
     torch.testing.assert_close(found, DENSE.gradient(THETA), rtol=1e-6, atol=0)
-    assert unused.grad.count_nonzero() == 0
+    assert gradient_of(unused).count_nonzero() == 0
 
 
 # ------------------------------------------------------------------ the descent
@@ -180,13 +187,17 @@ def test_what_ends_a_run():
     assert (stopped.status, stopped.nit) == (99, 2)
     at_minimum = replace(levels(), upper=lambda x: 0 * x.sum() + 1)
     flat = maid(at_minimum, THETA)
-    assert flat.status == 2 or flat.jac.norm() == 0
+    assert (flat.status, flat.nit) == (2, 0)
+    assert torch.equal(flat.x, THETA)
 
 
 def test_an_upper_level_that_is_not_convex_has_a_stricter_test():
-    convex, other = maid(levels(), THETA, maxiter=8), maid(levels(convex_upper=False), THETA, maxiter=8)
-    assert other.fun < DENSE.value(THETA)
-    assert other.epsilon <= convex.epsilon * 1.0001
+    coarse = {"epsilon": 0.5, "delta": 0.01, "maxiter": 2}
+    convex, other = maid(levels(), THETA, **coarse), maid(levels(convex_upper=False), THETA, **coarse)
+    # The first steps are one, and from the same point and rate the second has to be shorter.
+    assert other.history["step"][1] == convex.history["step"][1]
+    assert other.history["step"][2] < convex.history["step"][2]
+    assert other.history["loss"][2] < other.history["loss"][0]
 
 
 def test_arrays_come_back_as_arrays():
@@ -226,7 +237,7 @@ def test_levels_that_cannot_be(changes, error, words):
 
 def test_functions_that_cannot_be_called():
     with pytest.raises(TypeError, match="upper must be callable"):
-        SmoothBilevel(DENSE.lower, None, torch.zeros(1), 1.0, 1.0)
+        SmoothBilevel(DENSE.lower, None, torch.zeros(1), 1.0, 1.0)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(
@@ -237,13 +248,16 @@ def test_functions_that_cannot_be_called():
         ({"max_iterations": 0}, "max_iterations must be an integer of at least 1"),
     ],
 )
-def test_sources_that_cannot_be(changes, words):
+def test_settings_of_a_source_out_of_range(changes, words):
     with pytest.raises(ValueError, match=words):
         InexactBilevelSource(levels(), [torch.nn.Parameter(THETA)], **changes)
+
+
+def test_sources_without_parameters_or_levels():
     with pytest.raises(ValueError, match="leaf tensors, at least one"):
         InexactBilevelSource(levels(), [])
     with pytest.raises(TypeError, match="problem must be a SmoothBilevel"):
-        InexactBilevelSource(DENSE, [THETA])
+        InexactBilevelSource(DENSE, [THETA])  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(
@@ -309,10 +323,11 @@ def test_numbers_that_are_not_finite_are_named_and_move_nothing(level):
 
 def test_the_denoiser_has_the_gradient_of_its_objective():
     problem = make_problem("denoise", seed=1, images=3)
+    assert isinstance(problem, Denoise)
     source = problem.source()
     source.epsilon = source.delta = 1e-7
     source.gradient(None)
-    gradient, weights = problem.log_weights.grad, problem.log_weights.detach()
+    gradient, weights = gradient_of(problem.log_weights), problem.log_weights.detach()
     for k in (0, 5):
         values = []
         for shift in (1e-3, -1e-3):
@@ -325,10 +340,11 @@ def test_the_denoiser_has_the_gradient_of_its_objective():
 
 def test_the_denoisers_forward_has_the_sources_loss_and_gradient():
     problem = make_problem("denoise", images=2)
+    assert isinstance(problem, Denoise)
     loss, _ = problem.source().gradient(None)
-    told = problem.log_weights.grad.clone()
+    told = gradient_of(problem.log_weights).clone()
     problem.log_weights.grad = None
     value = problem(None)
     value.backward()
     assert float(value.detach()) == pytest.approx(float(loss), rel=1e-3)
-    torch.testing.assert_close(problem.log_weights.grad, told, rtol=0.01, atol=1e-3)
+    torch.testing.assert_close(gradient_of(problem.log_weights), told, rtol=0.01, atol=1e-3)

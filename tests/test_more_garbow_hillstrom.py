@@ -41,6 +41,10 @@ def tensor(values) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
+def test_published_values_are_of_functions_that_there_are() -> None:
+    assert NORMS.keys() | VALUES.keys() <= {function.name for function in FUNCTIONS}
+
+
 @each
 def test_value_at_the_start_is_the_published_one(function: TestFunction) -> None:
     start = float(function(tensor(function.start)))
@@ -60,7 +64,14 @@ def test_least_squares_from_the_start_ends_at_a_published_minimum(function: Test
         return torch.func.jacrev(function.residuals)(tensor(x)).numpy()
 
     found = scipy.optimize.least_squares(
-        residuals, function.start, jacobian, method="lm", x_scale="jac", xtol=1e-15, ftol=1e-15, gtol=1e-15
+        residuals,
+        function.start,
+        jacobian,  # pyright: ignore[reportArgumentType] - SciPy takes a function, its stubs a word alone
+        method="lm",
+        x_scale="jac",
+        xtol=1e-15,
+        ftol=1e-15,
+        gtol=1e-15,
     )
     assert any(2 * found.cost == pytest.approx(least, rel=1e-5, abs=1e-13) for least in function.minima)
 

@@ -42,6 +42,11 @@ def starts(n=4, seed=1):
     return torch.randn(n, 3, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
+def gradient_of(weight):
+    assert weight.grad is not None
+    return weight.grad
+
+
 def solved(weight, state=None, **options):
     flow = Flow(field_of(weight), **options)
     with flow.recording() as solves:
@@ -115,7 +120,7 @@ def test_the_local_terms_gradient_is_that_of_its_one_step(kind, published):
         nudge = torch.zeros(3, 3, dtype=F64)
         nudge[i, j] = 1e-6
         slope = (value(weight + nudge) - value(weight - nudge)) / 2e-6
-        assert float(weight.grad[i, j]) == pytest.approx(slope, rel=1e-4, abs=1e-7)
+        assert float(gradient_of(weight)[i, j]) == pytest.approx(slope, rel=1e-4, abs=1e-7)
 
 
 def test_a_constant_first_stage_breaks_the_errors_gradient():
@@ -127,7 +132,7 @@ def test_a_constant_first_stage_breaks_the_errors_gradient():
         step = torch.full((1,), 0.01, dtype=F64)
         local = LocalRegularizer(published=published)
         local.at(field_of(weight), step, starts(1), step, rtol=1e-4, atol=1e-4).backward()
-        norms.append(float(weight.grad.norm()))
+        norms.append(float(gradient_of(weight).norm()))
     assert norms[1] > 1000 * norms[0]
 
 
@@ -161,8 +166,8 @@ def test_a_still_field_has_finite_gradients(term):
         loss = flow(starts()).square().sum()
     (loss + term(solves[0])).backward()
     assert term(solves[0]).item() == 0
-    assert bool(weight.grad.isfinite().all())
-    assert bool(weight.grad.any())
+    assert bool(gradient_of(weight).isfinite().all())
+    assert bool(gradient_of(weight).any())
 
 
 def test_gradients_of_the_solution_are_those_of_finite_differences():
@@ -177,7 +182,7 @@ def test_gradients_of_the_solution_are_those_of_finite_differences():
                 Flow(lambda t, u, w=w: torch.tanh(u @ w), rtol=1e-9, atol=1e-9)(starts()).square().sum()
                 for w in (weight + nudge, weight - nudge)
             ]
-            assert float(weight.grad[i, j]) == pytest.approx(float(ends[0] - ends[1]) / 2e-5, rel=1e-4)
+            assert float(gradient_of(weight)[i, j]) == pytest.approx(float(ends[0] - ends[1]) / 2e-5, rel=1e-4)
 
 
 # ------------------------------------------------------------------ the flow
@@ -254,10 +259,11 @@ def test_regularise_adds_its_term(kind):
 
     objective = optex.regularise(plain, flow, kind, strength=0.5)
     loss = objective(starts())
+    assert objective.last_term is not None
     assert loss.item() == pytest.approx(plain(starts()).item() + 0.5 * float(objective.last_term), rel=1e-12)
     assert float(objective.last_term) > 0
     loss.backward()
-    assert bool(weight.grad.isfinite().all())
+    assert bool(gradient_of(weight).isfinite().all())
 
 
 def test_regularise_is_the_objective_where_it_is_off():
@@ -297,7 +303,7 @@ def test_training_takes_fewer_evaluations_with_it():
     assert counts[10.0] < 0.8 * counts[0.0]
 
 
-def test_under_optex():
+def test_optex_steps_on_a_regularised_objective():
     weight = torch.nn.Parameter(matrix(scale=1.0))
     flow = Flow(field_of(weight))
     objective = optex.regularise(lambda batch: flow(batch).square().mean(), flow)
@@ -312,10 +318,11 @@ def test_under_optex():
 def test_arguments_that_cannot_work():
     flow = Flow(lambda t, u: -u)
     with pytest.raises(TypeError, match="Flow: field must be callable"):
-        Flow(3)
-    for name in ("rtol", "atol"):
-        with pytest.raises(ValueError, match=f"Flow: {name} must be a finite number at least 0"):
-            Flow(lambda t, u: u, **{name: -1.0})
+        Flow(3)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="Flow: rtol must be a finite number at least 0"):
+        Flow(lambda t, u: u, rtol=-1.0)
+    with pytest.raises(ValueError, match="Flow: atol must be a finite number at least 0"):
+        Flow(lambda t, u: u, atol=-1.0)
     with pytest.raises(ValueError, match="Flow: max_steps"):
         Flow(lambda t, u: u, max_steps=0)
     for state in (torch.ones(3), torch.ones(0, 2), torch.ones(2, 2, dtype=torch.int64), [[1.0]]):
@@ -329,7 +336,7 @@ def test_arguments_that_cannot_work():
         Flow(lambda t, u: u.sum(1))(torch.ones(2, 3))
 
 
-def test_tolerances_below_the_dtype():
+def test_tolerances_below_the_dtype_are_refused():
     flow = Flow(lambda t, u: -u, rtol=1e-8, atol=1e-8)
     with pytest.raises(ValueError, match=r"below what torch.float32 resolves.*float64"):
         flow(torch.ones(1, 1))
@@ -348,28 +355,28 @@ def test_solves_that_fail_are_named():
 def test_terms_and_objectives_that_cannot_work():
     flow = Flow(lambda t, u: -u)
     with pytest.raises(ValueError, match="GlobalRegularizer: kind must be one of 'error', 'stiffness'"):
-        GlobalRegularizer("speed")
+        GlobalRegularizer("speed")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="GlobalRegularizer: aggregate"):
-        GlobalRegularizer(aggregate="median")
+        GlobalRegularizer(aggregate="median")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="LocalRegularizer: mode"):
-        LocalRegularizer(mode="random")
+        LocalRegularizer(mode="random")  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="LocalRegularizer: generator"):
-        LocalRegularizer(generator=3)
+        LocalRegularizer(generator=3)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="regularise: objective must be callable"):
-        optex.regularise(3, flow)
+        optex.regularise(3, flow)  # pyright: ignore[reportArgumentType]
     with pytest.raises(TypeError, match="regularise: flow must be"):
-        optex.regularise(lambda: 0, lambda t, u: u)
+        optex.regularise(lambda: torch.zeros(()), lambda t, u: u)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="regularise: kind must be one of 'error'"):
-        optex.regularise(lambda: 0, flow, "speed")
+        optex.regularise(lambda: torch.zeros(()), flow, "speed")
     with pytest.raises(ValueError, match="regularise: strength"):
-        optex.regularise(lambda: 0, flow, strength=-1)
+        optex.regularise(lambda: torch.zeros(()), flow, strength=-1)
     with pytest.raises(ValueError, match="did not call flow"):
         optex.regularise(lambda: torch.zeros(()), flow)()
     with pytest.raises(TypeError, match="must return a scalar tensor"):
         optex.regularise(lambda: flow(torch.ones(2, 1)), flow)()
 
 
-def test_without_torchode(monkeypatch):
+def test_without_torchode_it_says_how_to_get_it(monkeypatch):
     real = builtins.__import__
 
     def missing(name, *args, **kwargs):

@@ -325,11 +325,11 @@ def test_predictors_refuse_by_name(predict):
 def test_settings_of_predictors_are_checked():
     inputs, targets = tasks()
     with pytest.raises(ValueError, match='init must be "norm" or "trace"'):
-        iterative_newton_predictor(inputs, targets, 2, init="one")
+        iterative_newton_predictor(inputs, targets, 2, init="one")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="lr must be a finite number above 0"):
         gradient_descent_predictor(inputs, targets, 2, lr=0.0)
     with pytest.raises(ValueError, match="rule must be one of constant, decaying, normalised"):
-        online_gradient_descent_predictor(inputs, targets, rule="fast")
+        online_gradient_descent_predictor(inputs, targets, rule="fast")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="lr must be a finite number above 0 and at most 2"):
         online_gradient_descent_predictor(inputs, targets, rule="normalised", lr=2.5)
 

@@ -3,6 +3,7 @@
 import math
 import sys
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
@@ -90,6 +91,7 @@ class TestEveryProblem:
     def test_every_call_of_batches_starts_anew(self, name):
         problem = small(name)
         first = leaves(problem.batches(), 3)
+        assert bool(first) == (next(problem.batches()) is not None)
         for a, b in zip(first, leaves(problem.batches(), 3), strict=True):
             assert torch.equal(a, b)
 
@@ -123,7 +125,8 @@ class TestEveryProblem:
         assert problem.minimum is None or problem.evaluate() > problem.minimum
 
     def test_a_deterministic_gradient_does_not_depend_on_the_batch(self, name):
-        problem = small(name, **({"noise": 0.0} if "noise" in PROBLEMS[name].options else {}))
+        noiseless: dict[str, Any] = {"noise": 0.0} if "noise" in PROBLEMS[name].options else {}
+        problem = small(name, **noiseless)
         gradients = []
         for batch in islice(problem.batches(), 3):
             found = torch.autograd.grad(problem(batch), list(problem.parameters()))
@@ -237,11 +240,14 @@ class TestClosedForms:
     def test_rosenbrock_gradient(self):
         problem = Rosenbrock(dim=8)
         problem(None).backward()
-        np.testing.assert_allclose(problem.theta.grad, rosen_der(problem.theta.detach().numpy()) / 7)
+        assert problem.theta.grad is not None
+        expected = rosen_der(problem.theta.detach().numpy()) / 7
+        np.testing.assert_allclose(problem.theta.grad.numpy(), expected)
 
     def test_quadratic_gradient_and_condition(self):
         problem = Quadratic(dim=8, condition=50.0)
         problem(None).backward()
+        assert problem.theta.grad is not None
         assert torch.equal(problem.theta.grad, problem.eigenvalues * problem.theta.detach())
         assert float(problem.eigenvalues[0]) == pytest.approx(1 / 50)
         assert float(problem.eigenvalues[-1]) == 1.0
@@ -333,4 +339,4 @@ def test_without_scikit_learn_says_how_to_get_it(name, monkeypatch):
 
 def test_functions_default_to_double_precision():
     assert all(build(dim=3).theta.dtype == torch.float64 for build in FUNCTIONS.values())
-    assert all(issubclass(build, Function) for build in FUNCTIONS.values())
+    assert all(isinstance(build, type) and issubclass(build, Function) for build in FUNCTIONS.values())

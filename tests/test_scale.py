@@ -282,29 +282,39 @@ def test_tied_weights_are_refused_without_a_role(last):
         scale_param_groups(Language(tied=last is None), last=last)
 
 
-def test_what_cannot_be_is_refused():
-    model = Language()
-    refusals = [
-        (lambda: scale_param_groups(model, tied="hidden"), "tied must be one of last, embedding, got 'hidden'"),
-        (lambda: scale_param_groups(model, tied="last"), "'head' shares no weight.*leave it out"),
-        (lambda: scale_param_groups(model, last="tail"), r"last must be one of .*\(table, mixing.*got 'tail'"),
-        (lambda: scale_param_groups(model, last=nn.Linear(2, 2)), "a Linear that is not in the model"),
-        (lambda: scale_param_groups(model, last="norm"), "last='norm' has no matrix"),
-        (lambda: scale_param_groups(nn.Conv1d(2, 2, 1)), "Conv1d has no torch.nn.Linear.*last="),
-        (lambda: SCALE(model.parameters()), r"matrix \(7, 4\) and no role.*SCALE.of\(model\)"),
-        (lambda: SCALE(model.parameters(), role="head"), "role must be one of hidden, embedding.*'head'"),
-        (lambda: SCALE.of(model, momentum=1.0), "momentum must be .* below 1, got 1.0"),
-        (lambda: SCALE.of(model, betas=(0.9, 1.0)), r"betas\[1\]"),
-        (lambda: SCALE.of(model, betas=0.9), "betas must be a pair"),
-        (lambda: SCALE.of(model, eps=0.0), "eps must be .* above 0"),
-        (lambda: SCALE.of(model, weight_decay=-1.0), "weight_decay"),
-        (lambda: base_optimizer("scale", model.parameters()), "scale has to know the layers"),
-    ]
-    for make, message in refusals:
-        with pytest.raises(ValueError, match=message):
-            make()
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda model: scale_param_groups(model, tied="hidden"),
+            "tied must be one of last, embedding, got 'hidden'",
+        ),
+        (lambda model: scale_param_groups(model, tied="last"), "'head' shares no weight.*leave it out"),
+        (
+            lambda model: scale_param_groups(model, last="tail"),
+            r"last must be one of .*\(table, mixing.*got 'tail'",
+        ),
+        (lambda model: scale_param_groups(model, last=nn.Linear(2, 2)), "a Linear that is not in the model"),
+        (lambda model: scale_param_groups(model, last="norm"), "last='norm' has no matrix"),
+        (lambda _: scale_param_groups(nn.Conv1d(2, 2, 1)), "Conv1d has no torch.nn.Linear.*last="),
+        (lambda model: SCALE(model.parameters()), r"matrix \(7, 4\) and no role.*SCALE.of\(model\)"),
+        (lambda model: SCALE(model.parameters(), role="head"), "role must be one of hidden, embedding.*'head'"),
+        (lambda model: SCALE.of(model, momentum=1.0), "momentum must be .* below 1, got 1.0"),
+        (lambda model: SCALE.of(model, betas=(0.9, 1.0)), r"betas\[1\]"),
+        (lambda model: SCALE.of(model, betas=0.9), "betas must be a pair"),
+        (lambda model: SCALE.of(model, eps=0.0), "eps must be .* above 0"),
+        (lambda model: SCALE.of(model, weight_decay=-1.0), "weight_decay"),
+        (lambda model: base_optimizer("scale", model.parameters()), "scale has to know the layers"),
+    ],
+)
+def test_what_cannot_be_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(Language())
+
+
+def test_parameters_in_place_of_a_model_are_refused():
     with pytest.raises(TypeError, match=r"model must be a torch.nn.Module.*got list.*'role'"):
-        scale_param_groups(list(model.parameters()))
+        scale_param_groups(list(Language().parameters()))  # pyright: ignore[reportArgumentType]
 
 
 def test_vectors_need_no_role():
@@ -322,6 +332,7 @@ def test_an_error_names_the_parameter():
     model = Language()
     optimizer = SCALE.of(model)
     language_loss(model, 0).backward()
+    assert model.hidden.weight.grad is not None
     model.hidden.weight.grad[0, 0] = math.inf
     with pytest.raises(ArithmeticError, match=r"parameter 'hidden.weight' \(4, 4\)"):
         optimizer.step()

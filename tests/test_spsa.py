@@ -97,19 +97,32 @@ class TestSPSASource:
 
     def test_is_exact_along_its_direction_on_a_quadratic(self):
         parameters, source = bowl(epsilon=0.3)
+        torch.manual_seed(1)
+        seed = fresh_seed()
+        torch.manual_seed(1)
         source.gradient(None)
-        found = flat([p.grad for p in parameters])
-        z = found / found.norm()
-        # ĝ = z zᵀ ∇L, with z's length unknown here: its direction and sign are
-        assert float(found @ exact(parameters)) > 0
-        assert float(found.norm() * (z @ exact(parameters))) > 0
+        z = flat([direction(seed, 0, place, p) for place, p in enumerate(parameters)])
+        # Central differences of a quadratic have no error, however wide they are: ĝ = z zᵀ ∇L.
+        torch.testing.assert_close(flat([p.grad for p in parameters]), z * (z @ exact(parameters)))
+
+    def test_the_objective_may_answer_a_plain_number(self):
+        parameters, source = bowl()
+        answers = []
+        for objective in (source.objective, lambda batch: float(source.objective(batch))):
+            torch.manual_seed(0)
+            loss, _ = optex.SPSASource(objective, parameters).gradient(None)
+            answers.append((loss, flat([p.grad for p in parameters])))
+        assert answers[0][1].count_nonzero() == 4
+        assert all(torch.equal(left, right) for left, right in zip(*answers, strict=True))
 
     def test_the_noise_it_tells_is_the_noise_it_has(self):
         parameters, source = bowl(queries=8)
         truth, errors, told = exact(parameters), [], []
         for seed in range(400):
             torch.manual_seed(seed)
-            told.append(float(source.gradient(None)[1]))
+            _, noise = source.gradient(None)
+            assert noise is not None
+            told.append(float(noise))
             errors.append(float((flat([p.grad for p in parameters]) - truth).square().mean()))
         formula = 5 * float(truth @ truth) / 8 / 4
         assert sum(told) / 400 == pytest.approx(formula, rel=0.1)
@@ -190,9 +203,9 @@ class TestSPSASource:
         ],
     )
     def test_refuses(self, arguments, options, error, match):
-        arguments = arguments if len(arguments) > 1 else (*arguments, [parameter(1.0)])
+        objective, parameters = arguments if len(arguments) > 1 else (*arguments, [parameter(1.0)])
         with pytest.raises(error, match=match):
-            optex.SPSASource(*arguments, **options)
+            optex.SPSASource(objective, parameters, **options)
 
     @pytest.mark.parametrize(
         ("value", "error", "match"),
@@ -226,6 +239,16 @@ class TestMeZO:
             assert float(loss) == pytest.approx(mean, rel=1e-9)
             for left, right in zip(snapshot(model), snapshot(twin), strict=True):
                 torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-12)
+
+    def test_going_up_is_going_down_the_negative(self):
+        up, down, (batch,) = network(), network(), regression_batches(1)
+        climbing = optex.optimizers.MeZO(up.parameters(), lr=0.02, weight_decay=0.1, maximize=True)
+        loss = climbing.step(lambda: squared_error(up)(batch), seed=3)
+        descending = optex.optimizers.MeZO(down.parameters(), lr=0.02, weight_decay=0.1)
+        negative = descending.step(lambda: -squared_error(down)(batch), seed=3)
+        assert float(loss) == -float(negative)
+        for left, right in zip(snapshot(up), snapshot(down), strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-14)
 
     def test_the_loss_falls(self):
         model, (batch,) = network(), regression_batches(1)
@@ -334,15 +357,20 @@ class TestMeZO:
         for net, _ in pairs:
             assert same(snapshot(net), snapshot(model))
         assert len(shared.log) == 1
+
+    def test_a_state_without_a_log_is_refused(self):
+        x = parameter(1.0)
         with pytest.raises(ValueError, match="has no log"):
-            optimizer.load_state_dict(torch.optim.SGD(model.parameters()).state_dict())
+            optex.optimizers.MeZO([x]).load_state_dict(torch.optim.SGD([x]).state_dict())
 
     def test_frozen_parameters_stay(self):
         model, (batch,) = network(), regression_batches(1)
-        model[0].weight.requires_grad_(False)
-        frozen = model[0].weight.clone()
+        first = model[0]
+        assert isinstance(first, nn.Linear)
+        first.weight.requires_grad_(False)
+        frozen = first.weight.clone()
         optex.optimizers.MeZO(model.parameters(), lr=0.1).step(lambda: squared_error(model)(batch))
-        assert torch.equal(frozen, model[0].weight)
+        assert torch.equal(frozen, first.weight)
 
     @pytest.mark.parametrize("exactly", [False, True])
     @pytest.mark.parametrize("bad", [1, 2, 3, 4])
@@ -393,9 +421,12 @@ class TestMeZO:
             optex.optimizers.MeZO([{"params": [x], "epsilon": 0.1}])
         with pytest.raises(TypeError, match="needs a closure"):
             optex.optimizers.MeZO([x]).step()
-        for seed in (-1, 1.5, True, 2**64):
-            with pytest.raises(ValueError, match="seed must be an integer"):
-                optex.optimizers.MeZO([x]).step(lambda: x.sum(), seed=seed)
+
+    @pytest.mark.parametrize("seed", [-1, 1.5, True, 2**64])
+    def test_refuses_a_seed_that_is_no_whole_number_of_64_bits(self, seed):
+        x = parameter(1.0)
+        with pytest.raises(ValueError, match="seed must be an integer"):
+            optex.optimizers.MeZO([x]).step(lambda: x.sum(), seed=seed)
 
     def test_cannot_be_the_base_of_optex(self):
         assert optex.optimizers.MeZO in bases.REFUSED

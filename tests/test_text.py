@@ -2,6 +2,7 @@
 
 import math
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,13 +11,13 @@ from torch.nn import functional
 
 from optex.studies.problems import data, make_problem
 from optex.studies.problems.networks import initialise
-from optex.studies.problems.text import Shakespeare, Transformer, _encoded
+from optex.studies.problems.text import Shakespeare, Transformer, _Block, _encoded
 from tests import datasets
 from tests.test_data import real
 
 made_up = pytest.mark.usefixtures("made_up_data")
 
-SMALL = {"layers": 1, "heads": 2, "width": 8, "context": 10, "batch_size": 6}
+SMALL: dict[str, Any] = {"layers": 1, "heads": 2, "width": 8, "context": 10, "batch_size": 6}
 
 
 def decoded(codes):
@@ -53,6 +54,7 @@ class TestTransformer:
     @torch.no_grad()
     def test_attention_equals_its_sum_written_out(self):
         block = random_transformer().blocks[0]
+        assert isinstance(block, _Block)
         hidden = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         found = block._attend(hidden)
         for n in range(2):

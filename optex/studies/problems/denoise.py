@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from optex.checks import check_integer
-from optex.sources import GradientSource, InexactBilevelSource, SmoothBilevel
+from optex.sources import InexactBilevelSource, SmoothBilevel
 from optex.sources.inexact_bilevel import solve_lower
 from optex.studies.problems.interface import Problem, seeded_generator
 from optex.studies.problems.tabular import scikit_learn_arrays
@@ -89,7 +89,7 @@ class Denoise(Problem):
         generator = seeded_generator(self.seed, "start")
         self.log_weights.normal_(_START, 0.5, generator=generator)
 
-    def source(self) -> GradientSource:
+    def source(self) -> InexactBilevelSource:
         return InexactBilevelSource(self.levels, [self.log_weights])
 
     @property
