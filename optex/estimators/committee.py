@@ -82,7 +82,7 @@ class CommitteeEstimator(Estimator):
         self.memory = memory
         self.interval = interval
         self._rounds = self._judged = 0
-        self.scores = torch.zeros(len(self.members), dtype=torch.float64)
+        self.scores: Tensor = torch.zeros(len(self.members), dtype=torch.float64)
 
     def best(self, history: GradientHistory) -> int:
         """Index of the member that predicts."""

@@ -188,7 +188,7 @@ class CurlFreePosterior(Posterior):
         super().__init__(history)
         self._estimator = estimator
         self._span = span = _Span.of(history)
-        self.lengthscale = self._choose_lengthscale()
+        self.lengthscale: Array = self._choose_lengthscale()  # []
         floor = NOISE_FLOOR * torch.finfo(history.displacements.dtype).eps
         first, second = self._profiles_between()
         correlations = first + second * span.squared / history.dimension  # of a component, averaged over them

@@ -203,7 +203,7 @@ class WithinTolerance(Acceptance):
             raise ValueError(f"WithinTolerance: needs 0 < lowest <= highest, got {lowest} and {highest}")
         if lookahead is not None and not lookahead >= 1:
             raise ValueError(f"WithinTolerance: lookahead must be at least 1, or None, got {lookahead}")
-        self.tolerance = tolerance
+        self.tolerance: float = tolerance
         self.adaptive: bool = adaptive and tolerance > 0
         self.error = error
         self.lowest = lowest

@@ -196,7 +196,7 @@ class LinearReplay:
         self._basis, self._buffer, self._anchor = _basis(history, rule, [])
         self._offset = self._before = self._proxy(0)
         self._gradient = self._basis.unit(record.slots[0])
-        self.taken = 0
+        self.taken: int = 0
         self.step(self._gradient, measured=True)
 
     def _proxy(self, row: int) -> Array:  # [2 T0 + m]

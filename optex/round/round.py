@@ -24,7 +24,7 @@ from optex.round.record import RoundRecord
 from optex.round.state import RunState
 from optex.round.stride import Stride
 from optex.round.surprise import Surprises
-from optex.round.window import PlannedStep
+from optex.round.window import PlannedStep, Progress
 from optex.sources import GradientSource
 from optex.stepping import Buffers
 
@@ -36,6 +36,7 @@ _UNCHANGED: Final = "parameters and state are those of before the round"
 class Rounds(RunState):
     """The rounds of a run, each told in its order: draft, evaluate, remember, replay, keep."""
 
+    progress: Progress
     record: RoundRecord | None = None  # of the round under way, or the last one
 
     @torch.no_grad()

@@ -49,9 +49,9 @@ class RunState:
     gradient_hook: Callable[[], Any] | None
 
     def __post_init__(self, stride: Stride) -> None:
-        self.progress = Progress(stride=stride)
+        self.progress: Progress = Progress(stride=stride)
         self.queue: BatchQueue = BatchQueue()
-        self.contradicted = False
+        self.contradicted: bool = False
         self.one_thread: OneThread = OneThread()
 
     def plan(self) -> tuple[PlannedStep, ...]:

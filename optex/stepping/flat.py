@@ -42,6 +42,8 @@ class FlatStepper(Stepper):
     Memory: twice the parameters and the base optimizer's state.
     """
 
+    taken: int
+
     def __init__(self, base: Optimizer, vector: ParameterVector, scheduler: LRScheduler | None = None) -> None:
         self._flat: _FlatBase | None = None
         self._is_ahead = False  # steps are taken on the flat vectors, and the base optimizer is at the mark

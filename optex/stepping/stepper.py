@@ -75,7 +75,7 @@ class Stepper:
         self._scheduler = scheduler
         self.vector = vector
         self.mask: GradientMask = (True,) * len(vector.parameters)
-        self.taken = 0
+        self.taken: int = 0
         self.mark()
 
     def mark(self, *, ahead: bool = True) -> None:

@@ -97,7 +97,7 @@ class Calibration:
 
     def __init__(self) -> None:
         self.comparisons: list[Comparison] = []
-        self.skipped = 0
+        self.skipped: int = 0
 
     def watch(
         self,
