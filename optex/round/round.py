@@ -204,10 +204,10 @@ class Rounds(RunState):
             record.buffers,
             self.stepper.observe,
         )
-        evaluation = self._verified(request) if verify else self.evaluator.evaluate(request)
+        evaluation, repeats = self._verified(request) if verify else (self.evaluator.evaluate(request), 0)
         record.gradient_seconds = time.perf_counter() - started
         record.evaluated = chosen
-        record.evaluations = len(chosen) - len(evaluation.lost) + (verify and len(chosen) == 1)
+        record.evaluations = len(chosen) - len(evaluation.lost) + repeats
         record.retried, record.lost = (
             tuple(chosen[i] for i in rows) for rows in (evaluation.retried, evaluation.lost)
         )
@@ -229,8 +229,8 @@ class Rounds(RunState):
         if not (record.usable[0] if chosen.start == 0 else any(record.usable)):
             self._fail(record, chosen.start)
 
-    def _verified(self, request: EvaluationRequest) -> Evaluation:
-        """The evaluation, in which the first point's loss was found twice; says so if the two differ."""
+    def _verified(self, request: EvaluationRequest) -> tuple[Evaluation, int]:
+        """The evaluation with the first point's loss found twice, and how many more gradients that took."""
         again = [i for i in range(1, len(request)) if torch.equal(request.points[i], request.points[0])]
         evaluation = self.evaluator.evaluate(request)
         if again:
@@ -249,7 +249,7 @@ class Rounds(RunState):
                 "closure or objective that draws minibatches, dropout or other random numbers.",
                 NotDeterministicWarning,
             )
-        return evaluation
+        return evaluation, 0 if again else 1
 
     def _fail(self, record: RoundRecord, index: int) -> None:
         record.failed = index
