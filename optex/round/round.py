@@ -90,7 +90,7 @@ class Rounds(RunState):
         return record
 
     def _note_start(self, record: RoundRecord) -> None:
-        """What takes back all that drafting and evaluating change."""
+        """Note how to take back all that drafting and evaluating change."""
         self.stepper.mark(ahead=not self._is_plain())
         record.undo.append(self.stepper.take_back)
         record.undo.append(partial(setattr, self.stepper, "mask", self.stepper.mask))
@@ -102,7 +102,7 @@ class Rounds(RunState):
         record.undo += [partial(step.draws.put_back, step.draws.held()) for step in record.window]
 
     def _ahead(self, source: GradientSource, window: Sequence[PlannedStep]) -> Sequence[PlannedStep]:
-        """Those of the window that this round drafts."""
+        """The steps of the window that this round drafts."""
         if self.acceptance.keeps_window and not len(self.predictor.history) and source.deterministic:
             return window[:1]  # with nothing to predict from, all would be one point and one gradient
         return window[: self.acceptance.ahead(self.parallelism)]
@@ -151,7 +151,7 @@ class Rounds(RunState):
                     gradient = record.drafted[row]
                     row += 1
                 else:
-                    assert posterior is not None  # or no step would be without an evaluation
+                    assert posterior is not None  # without one every step is evaluated
                     gradient = posterior.mean(stepper.point)
                 stepper.step(gradient)
                 if record.positions[row] == position + 1:
@@ -179,7 +179,7 @@ class Rounds(RunState):
 
     @staticmethod
     def _measure_distances(record: RoundRecord) -> None:
-        """From where they were measured, for the steps of earlier rounds; all found at once."""
+        """Prediction distances of the steps measured in earlier rounds; all computed at once."""
         held = {row: step.measured[0] for row in record.predicted if (step := record.window[row]).measured}
         if held:
             gaps = record.space.norms([record.proxies[i] - point for i, point in held.items()])
@@ -304,7 +304,7 @@ class Rounds(RunState):
         rows, gaps, norms = record.comparison
         if record.source.deterministic:
             return known.compared(gaps, norms) if rows else known
-        # What had been measured with the same minibatch before is in the history, noise and all.
+        # The history has seen the noise of minibatches that were measured before.
         rows = [i for i in rows if record.window[i].measured is None]
         usable = [i for i, flag in enumerate(record.usable) if flag]
         if not rows:
@@ -396,7 +396,7 @@ class Rounds(RunState):
 
 @contextmanager
 def _algebra(record: RoundRecord) -> Iterator[None]:
-    """For what is computed between gradients; what is not finite is noticed where it counts, and not before."""
+    """Threads and warnings for the algebra between gradients; values that are not finite are checked later."""
     with linalg.threads_for(record.space.width), np.errstate(all="ignore"):
         yield
 
