@@ -12,8 +12,8 @@ from typing import Any
 
 __version__ = version("optex")
 
-# Where each public name stands, as __init__.pyi tells type checkers. A name is loaded when it is first asked
-# for: torch takes a second or two, and `optex --help` is to come at once.
+# The module of each public name; __init__.pyi says the same to type checkers. A name is loaded when it is first
+# used: importing torch takes a second or two, and `optex --help` is to answer at once.
 _HOMES = {
     "optex.regularisers": ("regularise",),
     "optex.advice": (

@@ -13,11 +13,11 @@ __all__ = ["Callback", "stops_by_result"]
 
 
 class Callback:
-    """Told of every iteration, and may end the run.
+    """Calls the caller's function after every iteration; it may end the run.
 
     Args:
         function: ``function(intermediate_result=result)`` where its one parameter has that name, else
-            ``function(x)``; None is never told.
+            ``function(x)``; with None nothing is called.
     """
 
     def __init__(self, function: Callable[..., Any] | None) -> None:
@@ -25,16 +25,16 @@ class Callback:
         self._modern = function is not None and _takes_intermediate_result(function)
 
     def ask(self, now: OptimizeResult) -> Any:
-        """What it answers to the run as it is now; ``StopIteration`` passes through."""
+        """The function's answer to the run as it is now; ``StopIteration`` passes through."""
         if self._function is None:
             return None
         return self._function(intermediate_result=now) if self._modern else self._function(now.x)
 
     def stops(self, result: Callable[[], OptimizeResult]) -> str | None:
-        """The message to stop with, if the callback asks for it.
+        """The message to stop with, if the function asks for that; None to go on.
 
         Args:
-            result: the run's, as it is now; asked for where there is someone to be told.
+            result: makes the run's result as it is now; called only where there is a function to hand it to.
         """
         if self._function is None:
             return None

@@ -1,4 +1,4 @@
-"""Checks of arguments that every room makes, with one wording."""
+"""Checks of arguments and of saved states, with one wording for every room."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def check_number(
         name: of the argument.
         value: what came; a tensor of one number passes, booleans and NaN do not.
         least, most: the range; infinity never passes.
-        open_below, open_above: its ends do not belong to it.
+        open_below, open_above: whether ``least`` and ``most`` themselves are outside the range.
 
     Raises:
         ValueError: it is no number in this range.
@@ -93,7 +93,7 @@ def _as_float(value: Any) -> float:
 
 
 def check_positive(owner: str, name: str, value: Any, remedy: str = "") -> float:
-    """The value as a positive, finite float; any real number passes that is no boolean.
+    """The value as a positive, finite float; any real number passes, booleans do not.
 
     Raises:
         ValueError: it is not; ``remedy``, if any, ends the message.
@@ -106,7 +106,7 @@ def check_positive(owner: str, name: str, value: Any, remedy: str = "") -> float
 
 
 def check_flag(owner: str, name: str, value: Any) -> bool:
-    """The value, which has to be True or False: a tensor or a word in its place would count as either.
+    """The value, which has to be True or False: a tensor or a string would be taken by its truth value.
 
     Raises:
         TypeError: it is neither.
@@ -130,7 +130,7 @@ def check_parameters(owner: str, parameters: Any) -> list[Tensor]:
     """The parameters as a list.
 
     Raises:
-        TypeError: they are one tensor, a module, or hold something else than floating-point tensors.
+        TypeError: they are one tensor, a module, or hold something other than floating-point tensors.
         ValueError: they hold no number.
     """
     if isinstance(parameters, (Tensor, nn.Module)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -22,7 +23,9 @@ __all__ = [
     "warn",
 ]
 
-_PACKAGE: Final = str(Path(__file__).parent)
+# Folders whose frames are not the user's: this package, and what torch wraps around every optimizer's step.
+_PACKAGE: Final = f"{Path(__file__).parent}{os.sep}"
+_TORCHS: Final = tuple(f"{Path('torch', folder)}{os.sep}" for folder in ("optim", "utils"))
 
 
 class NonFiniteError(ArithmeticError):
@@ -59,7 +62,7 @@ class RankDeficientError(ArithmeticError):
 class RankLostError(RuntimeError):
     """Another rank of a distributed run died, left, or did not answer in time.
 
-    The round cannot be finished, and neither can the process group; the job has to start anew.
+    Neither the round nor the process group can go on; the job has to be started again.
     """
 
 
@@ -86,7 +89,7 @@ class LowerLevelWarning(RuntimeWarning):
 
 
 def warn(message: str, category: type[Warning]) -> None:
-    """Warn, and point at the line of the user's that led here."""
+    """Warn at the caller's line: the innermost one outside this package and torch's wrappers."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and _is_ours(frame.f_code.co_filename):
         level, frame = level + 1, frame.f_back
@@ -94,5 +97,4 @@ def warn(message: str, category: type[Warning]) -> None:
 
 
 def _is_ours(filename: str) -> bool:
-    # torch wraps every optimizer's step.
-    return filename.startswith(_PACKAGE) or f"{Path('torch', 'optim')}" in filename or "torch/utils" in filename
+    return filename.startswith(_PACKAGE) or any(folder in filename for folder in _TORCHS)

@@ -29,7 +29,7 @@ _SHORT: Final = 32_768  # torch splits elementwise work among threads from this 
 
 @contextmanager
 def threads_for(width: int) -> Iterator[None]:
-    """Small systems on one thread; long rows on as many as the user has set, and rows this short on one."""
+    """One thread for small systems, and for rows of this width, too, unless they are long."""
     threads = torch.get_num_threads()
     with small.one_thread():
         if threads == 1 or width >= _SHORT:
@@ -58,8 +58,8 @@ def inner_products(
     """All inner products of two sets of rows, as float64.
 
     Long rows in lower precision are multiplied in blocks and the blocks summed in float64. The distance of
-    nearby iterates is a difference of such products, and one float32 sum over d = 100,000 terms of a sign, as
-    Adam's steps make them, loses a digit more than the difference has.
+    nearby iterates is a difference of such products, and one float32 sum over d = 100,000 terms of equal sign,
+    as Adam's steps make them, loses one digit more than the difference has.
     """
     if left.shape[1] <= _WIDENED or left.dtype == right.dtype == torch.float64:
         return left.to(torch.float64) @ right.to(torch.float64).mT
@@ -90,15 +90,17 @@ def rows_at(
     matrix: Tensor,  # [n, d]
     indices: list[int],  # m
 ) -> Tensor:  # [m, d]
-    """These rows; a view where they follow on each other, as long ones are costly to copy."""
+    """The rows at these indices; a view where the indices are consecutive, as long rows are costly to copy."""
     first = indices[0] if indices else 0
     if indices == list(range(first, first + len(indices))):
         return matrix[first : first + len(indices)]
     return matrix[indices]
 
 
-def product_rounding(rows: Tensor) -> float:
-    """Relative error of ``inner_products`` of such rows, whose terms are rounded each by itself."""
+def product_rounding(
+    rows: Tensor,  # [n, d]
+) -> float:
+    """Typical relative error of ``inner_products`` of such rows, whose terms are rounded independently."""
     if rows.shape[1] <= _WIDENED or rows.dtype == torch.float64:
         return 16 * torch.finfo(torch.float64).eps
     return torch.finfo(_working_dtype(rows.dtype)).eps / rows.shape[1] ** 0.5
@@ -130,7 +132,7 @@ def accumulate_rows(
     coefficients: Tensor,  # [n, m] float64
     rows: Tensor,  # [m, d]
 ) -> None:
-    """Add ``coefficients @ rows``, without a product of its own where dtypes allow."""
+    """Add ``coefficients @ rows`` to ``result``, without memory for the product where dtypes allow."""
     if rows.dtype != result.dtype:
         result += combine_rows(coefficients, rows)
     elif len(result) == 1:

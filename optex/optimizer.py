@@ -79,7 +79,7 @@ class OptEx(OptimizerWrapper):
         history_dtype, history_device: where the history's rows are kept; the parameters' by default.
 
     Attributes:
-        last_report: of the last round, None before it.
+        last_report: the last round's; None before the first.
 
     Memory, in numbers beyond the base optimizer's: ``(2 · T0 + 1) · d`` for the history (of ``history_dtype``),
     ``T0 · d`` more while its anchor moves, ``5 · N · d`` in a round for proxies, predictions, gradients and the
@@ -275,20 +275,21 @@ class OptEx(OptimizerWrapper):
         """Run rounds until ``batches`` is used up; an iterator of one report a round, with a length for tqdm.
 
         A step that is evaluated has one batch for good, in the order they come; steps between have none. At
-        their end the ones at hand are used; leaving the loop early keeps them for the next call. What
-        Accelerate's ``prepare`` made of the optimizer has it as ``prepared.optimizer.rounds``.
+        their end the ones at hand are used; leaving the loop early keeps them for the next call. An optimizer
+        that Accelerate prepared has the method as ``prepared.optimizer.rounds``.
 
         Args:
             batches: one item for each step with a gradient; for a deterministic objective ``repeat(None, n)``.
             objective: the scalar loss of a batch at the parameters' present values, without backward; or a
                 ``GradientSource``, which leaves its gradient itself.
 
-        After ``load_state_dict`` go on behind the batches that were drawn before:
-        ``rounds(itertools.islice(loader, optimizer.batches_drawn, None), objective)``.
+        To resume: ``rounds(itertools.islice(loader, optimizer.batches_drawn, None), objective)``.
 
         Raises:
+            TypeError: ``batches`` cannot be iterated, or ``objective`` cannot be called.
             NonFiniteError: as in ``step``. The batch of the step that failed is let go, the others are kept.
         """
+        arguments.check_run(batches, objective)
         own = arguments.unwrapped(self)
         return RoundLoop(own._reports(batches, objective), batches, own._rounds)
 
@@ -373,14 +374,14 @@ class OptEx(OptimizerWrapper):
             self._refresh_layout()
 
     def gather(self) -> None:
-        """Make parameters whole where they are split among ranks, and as gathered last; every rank has to."""
+        """Make parameters whole on every rank where they are split among ranks; every rank has to call it."""
         self.stepper.gather()
 
     @alone
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state dict with one more entry, ``"optex"``: history, window, schedule.
 
-        The window's batches are in it and where torch's random generators stand; the model is not.
+        It holds the window's batches and the states of torch's random generators, but not the model.
         ``torch.load(..., weights_only=True)`` loads it if it does the batches. Vectors split among ranks are in
         it as ``DTensor``; see :mod:`optex.distributed.checkpoint`.
         """
@@ -398,7 +399,7 @@ class OptEx(OptimizerWrapper):
 
     @alone
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a saved state, bit for bit; torch's random generators are set to where they stood.
+        """Continue from a saved state, bit for bit; torch's random generators are set to their saved states.
 
         A state dict of the base optimizer alone is taken too; the history then starts empty.
 
@@ -438,7 +439,7 @@ class OptEx(OptimizerWrapper):
             if self.scheduler is not None and schedule is not None:
                 if schedule.keys() != self.scheduler.state_dict().keys():
                     raise ValueError(
-                        "OptEx.load_state_dict: the saved schedule is of another kind of scheduler"
+                        "OptEx.load_state_dict: the saved schedule is of another scheduler; build the same kind"
                     )
                 self.scheduler.load_state_dict(schedule)
             self._rounds.load_state_dict(own)

@@ -1,8 +1,8 @@
 """Algebra of the size of a history: T0 × T0 systems in float64.
 
-What lies in main memory is computed by NumPy and LAPACK, whose calls take a fifth of torch's; what lies on an
-accelerator stays there, in torch. The functions here, and what is written with them and with operators, take
-either kind.
+Arrays in main memory are computed by NumPy and LAPACK, whose calls take a fifth of the time of torch's; tensors
+on an accelerator stay there, in torch. The functions here, and code written with them and with operators, take
+both.
 """
 
 from __future__ import annotations
@@ -59,28 +59,28 @@ _UNSAID: ContextVar[bool] = ContextVar("jitter_unsaid", default=False)
 
 
 def jitter_unsaid(function: Callable[[], Answer]) -> Answer:
-    """Call it without warnings of jitter, in this thread: for models that are judged by how they predict."""
+    """Call the function without warnings of jitter: for models that are judged by how they predict."""
 
     def quietly() -> Answer:
         _UNSAID.set(True)
         return function()
 
-    return copy_context().run(quietly)  # so that nothing has to be set back
+    return copy_context().run(quietly)  # a copy, so that the setting ends with the call
 
 
 @cache
 def _pools() -> tuple[Any, ...]:
-    """NumPy's and SciPy's BLAS; found once, as looking for them takes milliseconds."""
+    """The thread pools of NumPy's and SciPy's BLAS; found once, as looking for them takes milliseconds."""
     return tuple(pool for pool in ThreadpoolController().lib_controllers if pool.user_api == "blas")
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Small systems are solved on one thread, whatever the user's setting.
+    """Solve small systems on one thread, whatever the user's setting.
 
-    A second thread gains nothing on matrices of T0 × T0, and where another program holds its core every one of
-    the many small products waits for it: rounds have been seen to take ten times as long. The setting comes
-    back; a thread of the user's that computes in between may find it.
+    A second thread gains nothing on T0 × T0 matrices, and where another program holds its core every one of the
+    many small products waits for it: rounds have been seen to take ten times as long. The setting is restored
+    afterwards; a thread of the user's that computes meanwhile may be held to one thread, too.
     """
     many = [(pool, threads) for pool in _pools() if (threads := pool.num_threads) and threads != 1]
     try:
@@ -94,7 +94,7 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def tensors() -> Iterator[None]:
-    """Everything in torch, in main memory, too: as it is on an accelerator, and as torch compiles it."""
+    """Compute in torch in main memory, too, as on an accelerator and under ``torch.compile``."""
     token = _TENSORS.set(True)
     try:
         yield
@@ -102,40 +102,40 @@ def tensors() -> Iterator[None]:
         _TENSORS.reset(token)
 
 
-# ------------------------------------------------------------------ either kind
+# ------------------------------------------------------------------ arrays and tensors
 
 
 def array(
     values: Tensor,  # [...]
 ) -> Array:  # [...]
-    """The tensor as NumPy sees it, sharing its memory; itself where it is on an accelerator."""
+    """The tensor as a NumPy array that shares its memory; the tensor itself where it is on an accelerator."""
     if values.device.type != "cpu" or torch.compiler.is_compiling() or _TENSORS.get():
         return values  # a context variable cannot be read in what torch compiles
     return values.numpy()
 
 
 def tensor(values: Array) -> Tensor:
-    """The way back."""
+    """The array as a tensor that shares its memory; a tensor passes through."""
     return values if isinstance(values, Tensor) else torch.as_tensor(values)
 
 
 def exp(values: Array) -> Array:
-    """e to the power of each."""
+    """e to the power of each value."""
     return torch.exp(values) if isinstance(values, Tensor) else np.exp(values)
 
 
 def sqrt(values: Array) -> Array:
-    """The root of each."""
+    """The square root of each value."""
     return values.sqrt() if isinstance(values, Tensor) else np.sqrt(values)
 
 
 def maximum(left: Array, right: Array) -> Array:
-    """The larger of each two; NaN where one is."""
+    """The larger value of each pair; NaN where either is NaN."""
     return torch.maximum(left, right) if isinstance(left, Tensor) else np.maximum(left, right)
 
 
 def nonnegative(values: Array) -> Array:
-    """0 where one is less; NaN stays."""
+    """Negative values set to 0; NaN stays."""
     return values.clamp_min(0) if isinstance(values, Tensor) else np.maximum(values, 0)
 
 
@@ -150,19 +150,19 @@ def full(
     value: float,
     like: Array,
 ) -> Array:
-    """An array of this kind, filled with one number."""
+    """An array of the kind of ``like``, filled with one number."""
     if isinstance(like, Tensor):
         return like.new_full((shape,) if isinstance(shape, int) else shape, value)
     return np.full(shape, value)
 
 
 def eye(size: int, like: Array) -> Array:
-    """The identity, of this kind."""
+    """The identity matrix, of the kind of ``like``."""
     return torch.eye(size, dtype=like.dtype, device=like.device) if isinstance(like, Tensor) else np.eye(size)
 
 
 def copy(values: Array) -> Array:
-    """In memory of its own."""
+    """A copy."""
     return values.clone() if isinstance(values, Tensor) else values.copy()
 
 
@@ -175,7 +175,7 @@ def plus_diagonal(
     matrix: Array,  # [n, n]
     values: Array,  # [n]
 ) -> Array:  # [n, n]
-    """A copy with these added to its diagonal."""
+    """A copy with these values added to the diagonal."""
     if isinstance(matrix, Tensor):
         return matrix + torch.diag(values)
     result = matrix.copy()
@@ -187,7 +187,7 @@ def select(
     matrix: Array,  # [n, n]
     slots: list[int],
 ) -> Array:  # [m, m]
-    """Rows and columns of these slots; itself where they are all there are."""
+    """The rows and columns of these slots, in order; the matrix itself where they are all of its slots."""
     return matrix if len(slots) == len(matrix) else matrix[slots][:, slots]
 
 
@@ -204,7 +204,7 @@ def squared_distances(
 
 
 def _cholesky(matrix: Array) -> tuple[Array, bool]:
-    """A lower factor, with anything above it, and whether there is one."""
+    """A lower factor, whose upper triangle holds anything, and whether there is one."""
     if isinstance(matrix, Tensor):
         factor, info = torch.linalg.cholesky_ex(matrix)
         return factor, not info
@@ -299,7 +299,8 @@ def conjugate_gradients(
 ) -> Array:  # [...]
     """Preconditioned conjugate gradients for a symmetric positive definite product of arrays of one shape.
 
-    Stops when the residual's norm is ``tolerance`` times the right side's; warns when it cannot get there.
+    Stops when the residual's norm is at most ``tolerance`` times the right-hand side's, or after that many
+    iterations; warns if the relative residual is above 1e-6 then.
 
     Source: Golub and Van Loan, *Matrix Computations*, 4th edition, algorithm 11.5.1.
     """

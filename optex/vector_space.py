@@ -1,4 +1,4 @@
-"""The space that flat vectors live in: where a sum over their coordinates is more than one process's."""
+"""The space of flat vectors: sums over their coordinates, which may be split among processes."""
 
 from __future__ import annotations
 
@@ -15,24 +15,27 @@ __all__ = ["VectorSpace"]
 class VectorSpace:
     """Vectors of length ``dimension``, held whole by this process.
 
-    Everything that sums over coordinates goes through here; all else is done coordinate by coordinate, and does
-    not depend on how many of them are at hand. Where vectors are split among processes, a subclass adds up what
-    each of them finds, so that every process goes on with the same numbers.
+    Everything that sums over coordinates goes through here; all else works coordinate by coordinate, on whole
+    vectors and on slices alike. Where vectors are split among processes, a subclass adds up the sums of all
+    processes, so that each of them goes on with the same numbers.
+
+    Args:
+        dimension: d, the length of a vector.
 
     Attributes:
         dimension: d.
         width: how many of the coordinates (padding included) this process holds: the length of its rows.
-        is_split: whether other processes hold the others.
+        is_split: whether the other coordinates are held by other processes.
     """
 
-    is_split = False
+    is_split: bool = False
 
     def __init__(self, dimension: int) -> None:
         self.dimension = dimension
         self.width = dimension
 
     def total(self, *parts: Tensor) -> tuple[Tensor, ...]:
-        """Sums over this process's coordinates made sums over all, several in one message; same shapes."""
+        """Sums over all coordinates from those over this process's, several in one message; same shapes."""
         return parts
 
     def inner_products(
@@ -55,25 +58,25 @@ class VectorSpace:
         rows: Tensor,  # [n, width]
     ) -> Tensor:  # [n] bool
         """Which rows hold neither infinities nor NaN."""
-        sums = rows.sum(1).isfinite()  # of finite terms alone, where it is; else it may have overflowed
+        sums = rows.sum(1).isfinite()  # a finite sum has finite terms; another may only have overflowed
         return sums if bool(sums.all()) else torch.linalg.vector_norm(rows, float("inf"), dim=1).isfinite()
 
     def broadcast(self, values: Tensor) -> Tensor:
-        """Numbers that decide what is done next, the first process's for all: processors round differently."""
+        """The first process's values on every process, for decisions: each process rounds in its own way."""
         return values
 
     def whole(
         self,
         rows: Tensor,  # [..., width]
     ) -> Tensor:  # [..., d]
-        """Rows as a checkpoint keeps them: a copy of the full length."""
+        """Copies of rows at full length, as a checkpoint keeps them."""
         return rows.clone()
 
     def local(
         self,
         rows: Tensor,  # [..., d]
     ) -> Tensor:  # [..., width]
-        """The part of such rows that belongs here."""
+        """This process's slices of rows of full length."""
         return rows
 
     def empty_whole(
@@ -82,6 +85,6 @@ class VectorSpace:
         dtype: torch.dtype,
         device: torch.device,
     ) -> Tensor:  # [..., d]
-        """Room for rows as a checkpoint keeps them, to be read into."""
+        """Uninitialised rows of full length, for a checkpoint to be read into."""
         del device  # a checkpoint is read into main memory
         return torch.empty(shape, dtype=dtype)

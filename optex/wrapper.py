@@ -13,10 +13,10 @@ class OptimizerWrapper(Optimizer):
     """A ``torch.optim.Optimizer`` whose groups and state are those of another.
 
     Attributes:
-        base: the other.
+        base: that other optimizer.
     """
 
-    _mixes = "the history"  # what gradients scaled by different factors would come together in
+    _mixes = "the history"  # where gradients scaled by different factors would meet
 
     def __init__(self, base: Optimizer) -> None:
         self.base = base

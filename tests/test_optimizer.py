@@ -5,12 +5,14 @@ import copy
 import io
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau, StepLR
 
+import optex
 from optex import (
     HoldLast,
     JitterWarning,
@@ -179,6 +181,15 @@ def test_step_without_closure_is_one_plain_step_that_counts_and_is_clipped():
     assert same(snapshot(model), snapshot(plain))
     assert len(optimizer.history) == 0
     assert optimizer.steps_taken == 3
+
+
+def test_a_warning_points_at_a_file_beside_the_package():
+    package = Path(optex.errors.__file__).parent
+    beside = str(package.with_name(f"{package.name}_script.py"))
+    code = compile("warn('said', RuntimeWarning)", beside, "exec")
+    with pytest.warns(RuntimeWarning, match="said") as caught:
+        exec(code, {"warn": optex.errors.warn})
+    assert caught[0].filename == beside
 
 
 def test_a_step_at_rate_zero_warns_nobody():
@@ -666,6 +677,18 @@ def test_an_error_names_the_point_that_was_evaluated():
 # ---------------------------------------------------------------- sampled or deterministic
 
 
+@pytest.mark.parametrize(
+    ("batches", "objective", "message"),
+    [
+        (5, torch.sum, r"OptEx.rounds: batches must be iterable, got int; hand over a list or a DataLoader"),
+        ([None], 3, r"OptEx.rounds: objective must be a function of a batch .*, got int"),
+    ],
+)
+def test_rounds_name_what_cannot_be_iterated_or_called(batches, objective, message):
+    with pytest.raises(TypeError, match=message):
+        OptEx(adam([nn.Parameter(torch.ones(2))])).rounds(batches, objective)
+
+
 def drawing_closure(optimizer, model, batches):
     batches = iter(batches)
 
@@ -687,6 +710,23 @@ def test_a_closure_counts_as_sampled_unless_declared():
     declared.step(closure_of(declared, model, regression_batches(1)[0]))
     assert not declared.history.is_sampled
     assert declared.last_report.evaluated == 2  # the start, once more to see whether it is true
+
+
+@pytest.mark.parametrize("lr", [0.0, 0.1])
+def test_the_evaluation_that_checks_a_declaration_is_counted(lr):
+    # At rate 0 all proxies are one point, and the check costs nothing more.
+    p = nn.Parameter(torch.ones(3))
+    sgd = torch.optim.SGD([p], lr=lr, weight_decay=0.1)
+    optimizer = OptEx(sgd, acceptance=Last(), deterministic=True)
+    asked = []
+
+    def objective(batch):
+        asked.append(batch)
+        return p.square().sum()
+
+    evaluated = [report.evaluated for report in optimizer.rounds([None] * 8, objective)]
+    assert evaluated == [4 if lr == 0 else 5, 4]
+    assert len(asked) == sum(evaluated)
 
 
 def test_a_declaration_that_does_not_hold_is_said_once_and_dropped():

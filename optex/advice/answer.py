@@ -1,4 +1,4 @@
-"""What measuring found, and what follows from it."""
+"""What measuring found, and the recommendation that follows."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Advice:
         deterministic: gradients are not sampled.
         gradient_seconds: of one gradient in the plain loop, median.
         step_seconds: of the base optimizer's step, median.
-        at_once: seconds of N gradients, by evaluator and N: 1, 2, 4, 8; those that did not fit into the time
-            are missing.
-        refused: why an evaluator has no row there.
+        at_once: seconds of N gradients, by evaluator and N (1, 2, 4, 8); entries that did not fit into the
+            time are missing.
+        refused: why an evaluator has no row in ``at_once``, by its name.
         batches_drawn: taken from ``batches``.
-        seconds: that measuring took.
+        seconds: wall time of the measuring.
     """
 
     recommended: Candidate | None
@@ -51,10 +51,10 @@ class Advice:
     _evaluators: Mapping[str, Any] = field(repr=False, compare=False, default_factory=dict)
 
     def as_kwargs(self) -> dict[str, Any]:
-        """The keyword arguments that do as advised: ``OptEx(base, **advice.as_kwargs())``.
+        """The keyword arguments of the advice: ``OptEx(base, **advice.as_kwargs())``.
 
-        With them come ``model``, ``deterministic``, ``scheduler`` and ``gradient_hook`` as they were measured
-        with. Where nothing is recommended the run is the base optimizer's: ``parallelism=1, stride=1``.
+        ``model``, ``deterministic``, ``scheduler`` and ``gradient_hook`` are among them as they were measured.
+        Where nothing is recommended the run is the base optimizer's: ``parallelism=1, stride=1``.
         """
         chosen = self.recommended
         if chosen is None:
@@ -64,7 +64,7 @@ class Advice:
         return found if evaluator is None else {**found, "evaluator": evaluator}
 
     def as_dict(self) -> dict[str, Any]:
-        """All numbers and texts, for JSON; seconds, bytes. Infinite and NaN are as Python has them."""
+        """All numbers and texts, for JSON; times in seconds, memory in bytes. Infinity and NaN stay floats."""
         hidden = ("_options", "_evaluators", "recommended", "candidates", "at_once", "refused")
         plain = {name: value for name, value in vars(self).items() if name not in hidden}
         plain["notes"] = list(self.notes)

@@ -1,4 +1,4 @@
-"""A way to run OptEx, and how it did."""
+"""One way to run OptEx, and what was measured of it."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ __all__ = ["Candidate"]
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to run OptEx, as it did over some rounds from the present parameters.
+    """One way to run OptEx, measured over some rounds from the present parameters.
 
     Attributes:
         parallelism: N, gradients evaluated at once.
         stride: as ``OptEx`` takes it.
-        evaluator: who computes them: ``"sequential"`` (in turn), ``"vectorized"``, ``"workers"``, or the class
-            of one's own.
-        rounds: that were run; all that follows is of their second half.
+        evaluator: what computes them: ``"sequential"`` (in turn), ``"vectorized"``, ``"workers"``, or the name
+            of another evaluator's class.
+        rounds: those run; all that follows is measured over their second half.
         steps: kept in a round, on average.
         stride_reached: steps drafted for each gradient, in the last round.
         prediction_error: how wrong predictions were, ``‖μ - ∇F‖ / ‖∇F‖`` as in ``RoundReport``, median; NaN
             where nothing was predicted, infinite where gradients had nothing in common.
-        gradient_seconds: of a round's N gradients.
-        overhead_seconds: of a round beyond them: predicting, stepping, remembering.
+        gradient_seconds: time of a round's N gradients.
+        overhead_seconds: time of a round beyond them: predicting, stepping, remembering.
         plain_gradient_seconds, plain_step_seconds: of the base optimizer alone, to compare with.
-        memory_bytes: at most, beyond the base optimizer's own; what the evaluator needs comes on top.
+        memory_bytes: upper bound beyond the base optimizer's own; the evaluator's needs come on top.
     """
 
     parallelism: int
@@ -44,22 +44,22 @@ class Candidate:
 
     @property
     def seconds_per_step(self) -> float:
-        """Of a step taken: a round's seconds over its steps."""
+        """Seconds of a round over the steps that it keeps."""
         return (self.gradient_seconds + self.overhead_seconds) / self.steps
 
     @property
     def relative_time(self) -> float:
-        """That over the base optimizer's own seconds a step; below 1 it is faster."""
+        """``seconds_per_step`` over the base optimizer's own; below 1 OptEx is faster."""
         return self.seconds_per_step / (self.plain_gradient_seconds + self.plain_step_seconds)
 
     @property
     def gradient_ratio(self) -> float:
-        """Time of a round's gradients in units of one gradient: 1 where N at once cost no more, N in turn."""
+        """Time of a round's gradients over that of one: 1 where N at once take no longer, N in turn."""
         return self.gradient_seconds / self.plain_gradient_seconds
 
     @property
     def break_even_seconds(self) -> float:
-        """How slow a gradient must be for this to pay, all else equal; 0 if always, infinite if never."""
+        """Seconds that a gradient must take for this to pay, all else equal; 0 if always, infinite if never."""
         gain = self.steps - self.gradient_ratio
         cost = self.overhead_seconds - self.steps * self.plain_step_seconds
         if gain <= 0:
@@ -67,6 +67,6 @@ class Candidate:
         return max(0.0, cost / gain)
 
     def as_dict(self) -> dict[str, Any]:
-        """Attributes and what follows from them."""
+        """The attributes, and the properties that follow from them."""
         derived = ("seconds_per_step", "relative_time", "gradient_ratio", "break_even_seconds")
         return {**asdict(self), **{name: getattr(self, name) for name in derived}}

@@ -28,7 +28,7 @@ from optex.advice.timing import (
     time_plain_loop,
 )
 from optex.advice.trial import PARALLELISM, run_trials
-from optex.checks import check_kind
+from optex.checks import check_flag, check_kind
 from optex.errors import NotDeterministicWarning, warn
 from optex.evaluators import (
     Evaluation,
@@ -45,7 +45,7 @@ from optex.stepping import check_base
 
 __all__ = ["BATCHES", "advise"]
 
-# Enough that no batch comes again while the history or the window have it: T0 and the largest N.
+# Enough that no batch comes again while the history or the window holds it: T0 plus the largest N.
 BATCHES: Final = default_history_size(max(PARALLELISM)) + max(PARALLELISM)
 _PLAIN_SHARE: Final = 0.1  # of the seconds, for the plain loop
 _AT_ONCE_SHARE: Final = 0.3  # of those left, for gradients at once
@@ -75,8 +75,8 @@ def advise(
 
     Everything is put back, to the bit, whatever ends the call: parameters and their ``.grad``, the base
     optimizer's state, the schedule, the model's persistent buffers, the random generators of torch, NumPy and
-    Python, and an ``OptEx`` with its history. The batches drawn are used up. Not put back is what the objective
-    or hooks of the optimizer change elsewhere, random generators of their own among it.
+    Python, and an ``OptEx`` with its history. The batches drawn are used up. What the objective or hooks of the
+    optimizer change elsewhere is not put back, nor are random generators of their own.
 
     Args:
         optimizer: any optimizer of torch that ``OptEx`` takes; or an ``OptEx``, of which base, scheduler,
@@ -90,7 +90,8 @@ def advise(
             it is checked. A ``GradientSource`` declares its own.
         workers: measure these worker processes, too, as ``WorkersEvaluator`` takes them; the objective is then
             pickled. Processes that are started here end with the call.
-        seconds: to spend, about; starting processes comes on top, and a gradient that is slower than that.
+        seconds: time to spend, roughly; starting processes comes on top, and so does a gradient that takes
+            longer.
         file: to print to, as in ``print``; standard output by default.
         quiet: print nothing.
 
@@ -213,9 +214,8 @@ def _check_arguments(
             f"GradientSource, got {type(objective).__name__}"
         )
     check_kind("advise", "model", model, nn.Module, "the torch.nn.Module that the objective uses")
-    for name, value in (("deterministic", deterministic), ("quiet", quiet)):
-        if not isinstance(value, bool):
-            raise TypeError(f"advise: {name} must be True or False, got {value!r}")
+    check_flag("advise", "deterministic", deterministic)
+    check_flag("advise", "quiet", quiet)
     if isinstance(seconds, bool) or not isinstance(seconds, Real) or not 0 < float(seconds) < math.inf:
         raise ValueError(
             f"advise: seconds must be a positive, finite number of seconds to spend, got {seconds!r}"
@@ -231,7 +231,7 @@ def _draw(batches: Iterable[Any], count: int) -> list[Any]:
             "for a deterministic objective that needs none"
         ) from None
     drawn = list(itertools.islice(iterator, count))
-    again = iterator is not batches  # as an epoch after the other
+    again = iterator is not batches  # epoch after epoch
     while drawn and again and len(drawn) < count:
         more = list(itertools.islice(iter(batches), count - len(drawn)))
         if not more:
@@ -246,13 +246,13 @@ def _draw(batches: Iterable[Any], count: int) -> list[Any]:
 
 
 def _checked(subject: Subject, reference: Evaluation) -> Subject:
-    """With gradients counted as sampled, if two losses at one point show that they are."""
+    """The subject, its gradients counted as sampled if two losses at one point show that they are."""
     source = subject.source
     if not source.deterministic or not isinstance(source, ObjectiveSource):
         return subject
     losses = reference.losses.tolist()
     rounding = 1e-4 if reference.losses.dtype.itemsize < 8 else 1e-8
-    if not abs(losses[0] - losses[1]) > rounding * max(map(abs, losses)):  # one that is no number is no other
+    if not abs(losses[0] - losses[1]) > rounding * max(map(abs, losses)):  # NaN shows nothing
         return subject
     warn(
         f"advise: deterministic=True was declared, but the losses at one point were {losses[0]:g} and "
@@ -260,11 +260,4 @@ def _checked(subject: Subject, reference: Evaluation) -> Subject:
         "draws minibatches, dropout or other random numbers.",
         NotDeterministicWarning,
     )
-    return Subject(
-        subject.base,
-        replace(source, deterministic=False),
-        subject.batches,
-        subject.scheduler,
-        subject.model,
-        subject.gradient_hook,
-    )
+    return replace(subject, source=replace(source, deterministic=False))

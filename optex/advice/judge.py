@@ -1,4 +1,4 @@
-"""What to do, by rule, from what was measured; and why."""
+"""The rule that turns what was measured into a recommendation with its reason."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WRONG: Final = 0.5  # relative error of predictions beyond which they are of no
 def candidates_of(
     trials: Sequence[Trial], at_once: Mapping[str, Mapping[int, float]], loop: PlainLoop
 ) -> tuple[Candidate, ...]:
-    """Every trial with every evaluator: steps and overhead are the trial's, whoever computes the gradients."""
+    """Every trial with every evaluator: steps and overhead are the trial's, gradient times the evaluator's."""
     return tuple(
         Candidate(
             parallelism=trial.parallelism,
@@ -38,7 +38,7 @@ def candidates_of(
         )
         for trial in trials
         for name, row in at_once.items()
-        # One gradient needs nobody to compute it at once.
+        # A single gradient is computed in turn.
         if trial.parallelism in row and (trial.parallelism > 1 or name == IN_TURN)
     )
 
@@ -50,9 +50,9 @@ def judge(
 
     Args:
         candidates: to choose from; none of them kept fewer than one step a round.
-        loop: what they have to beat.
+        loop: the plain loop that they have to beat.
         base: name of the base optimizer.
-        seconds: that measuring might take.
+        seconds: the time that measuring was given.
     """
     if not candidates:
         wanted = math.ceil(max(4 * FEWEST * loop.gradient_seconds, 3 * seconds))
@@ -92,7 +92,7 @@ def _setting(candidate: Candidate) -> str:
 
 
 def _nothing_saved(candidates: Sequence[Candidate]) -> str:
-    """Why not even rounds that cost nothing but their gradients would be faster."""
+    """Why rounds would not be faster even without overhead."""
     alone = candidates[0]
     error = alone.prediction_error
     said = f"A round of {_setting(alone)} took {alone.steps:.1f} steps"
@@ -118,7 +118,7 @@ def notes_for(
     deterministic: bool,
     in_turn_alone: bool,
 ) -> tuple[str, ...]:
-    """What a reader has to know beside the advice."""
+    """What a reader should know beside the advice."""
     notes = [f"{text}." for text in missing]
     if candidates:
         notes.append(

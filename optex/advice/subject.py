@@ -1,4 +1,4 @@
-"""What is measured, and all of it put back."""
+"""What is measured, and how all that measuring changes is put back."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _STEPPED: Final = "_opt_called"
 
 @dataclass(frozen=True)
 class Subject:
-    """A training loop: whose steps are taken, on which gradients.
+    """A training loop: the optimizer that steps, and the gradients that it steps on.
 
     Attributes:
         base: takes the steps.
         source: of the gradients.
-        batches: that were drawn, at least one; a run goes through them again and again.
+        batches: those drawn, at least one; a run goes through them again and again.
         scheduler: ticks with every step; None without one.
         model: whose buffers follow the steps taken; None where it is not known.
         gradient_hook: changes every true gradient in place.
@@ -59,7 +59,7 @@ class Subject:
 
     @property
     def name(self) -> str:
-        """Of the base optimizer's class."""
+        """Name of the base optimizer's class."""
         return type(self.base).__name__
 
     def request(self, count: int) -> EvaluationRequest:
@@ -76,19 +76,19 @@ class Subject:
         )
 
     def refuses(self, evaluator: Evaluator) -> str | None:
-        """Why the base optimizer cannot do with this evaluator; None where it can."""
+        """Why the base optimizer cannot use this evaluator; None where it can."""
         if evaluator.observes or not isinstance(self.base, ObservesEvaluations):
             return None
         return f"answers gradients alone, and {self.name} needs more"
 
     def wait(self) -> None:
-        """Until the device has done what it was given: clocks are read after that."""
+        """Wait until the device has finished, so that a clock can be read."""
         if self.vector.device.type == "cuda":
             torch.cuda.synchronize(self.vector.device)
 
 
 class Kept:
-    """All that measuring changes, as it was: entering the block notes it, leaving it puts it back.
+    """Entering the block saves all that measuring changes, leaving it puts all back.
 
     Parameters, their ``.grad``, the base optimizer's state and settings, the schedule, the model's persistent
     buffers, and the random generators of torch, NumPy and Python.
@@ -118,7 +118,9 @@ class Kept:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None):
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
         try:
             self._put_back()
         except BaseException:

@@ -12,7 +12,7 @@ from optex.advice.candidate import Candidate
 __all__ = ["at_once_table", "candidates_table", "duration", "heading", "size", "wrapped"]
 
 _WIDTH: Final = 80
-_NAME: Final = 10  # letters of an evaluator's
+_NAME: Final = 10  # letters of an evaluator's name
 _LEGEND: Final = (
     "steps: kept in a round. stride: steps drafted for a gradient. error: of predicted gradients, relative; at "
     "1 they say nothing. overhead: a round's time beyond its gradients. vs plain: time of a step, the plain "
@@ -24,7 +24,7 @@ _LEGEND: Final = (
 def heading(
     optimizer: str, dimension: int, gradient_seconds: float, step_seconds: float, deterministic: bool
 ) -> list[str]:
-    """What is optimised, and what a step of the plain loop takes."""
+    """The optimizer, and the time that a step of the plain loop takes."""
     kind = "deterministic" if deterministic else "sampled"
     plain = gradient_seconds + step_seconds
     return [

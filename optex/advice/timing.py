@@ -1,4 +1,4 @@
-"""How long things take: a step of the plain loop, and N gradients at once."""
+"""Times of a step of the plain loop and of N gradients at once."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ __all__ = [
 ]
 
 IN_TURN: Final = "sequential"
-NUMBERS: Final = (1, 2, 4, 8)  # gradients at once
+NUMBERS: Final = (1, 2, 4, 8)  # values of N: gradients at once
 _STEPS: Final = 16  # of the plain loop, at most
 _REPEATS: Final = 5
 _AGREEMENT: Final = 0.05  # relative difference of gradients in turn and vectorized: bfloat16's, with room
 
 
 class Clock:
-    """Seconds that measuring may take in all."""
+    """Counts down the seconds that measuring may take."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.perf_counter() + seconds
 
     @property
     def left(self) -> float:
-        """Seconds, 0 at least."""
+        """Seconds left, at least 0."""
         return max(0.0, self._end - time.perf_counter())
 
 
@@ -51,9 +51,9 @@ class PlainLoop:
     """Medians over some steps of the loop that OptEx would replace.
 
     Attributes:
-        gradient_seconds: of a gradient.
-        step_seconds: of the base optimizer's step with it.
-        state_numbers: that the base optimizer keeps beside the parameters once it has stepped.
+        gradient_seconds: time of a gradient.
+        step_seconds: time of the base optimizer's step with it.
+        state_numbers: how many numbers the base optimizer keeps beside the parameters once it has stepped.
     """
 
     gradient_seconds: float
@@ -62,12 +62,16 @@ class PlainLoop:
 
     @property
     def seconds(self) -> float:
-        """Of a step with its gradient."""
+        """Time of a step with its gradient."""
         return self.gradient_seconds + self.step_seconds
 
 
 def time_plain_loop(subject: Subject, kept: Kept, seconds: float) -> PlainLoop:
-    """Take some steps, two at least where they are quick, and take them back."""
+    """Time some steps, as many as fit into the seconds but at least one, and take them back.
+
+    Raises:
+        NonFiniteError: the loss at the present parameters is not finite.
+    """
     gradients, steps = [], []
     clock = Clock(seconds)
     for i in range(_STEPS):
@@ -106,9 +110,9 @@ def time_plain_loop(subject: Subject, kept: Kept, seconds: float) -> PlainLoop:
 def find_evaluators(
     subject: Subject, given: Mapping[str, Evaluator], reference: Evaluation
 ) -> tuple[dict[str, Evaluator], dict[str, str]]:
-    """Those that work for this objective, by name, and why others do not.
+    """The evaluators that work for this objective, by name, and why others do not.
 
-    Their first evaluation, in which processes are started and kernels compiled, is behind them then.
+    Each has made its first evaluation then, in which processes are started and kernels compiled.
 
     Args:
         subject: whose gradients they are.
@@ -162,7 +166,7 @@ def _agree(found: Tensor, expected: Tensor) -> bool:
 
 
 def _in_short(error: Exception) -> str:
-    """The first sentence of a message, without the name of who raises it."""
+    """The first sentence of a message, without the name of the class that raised it."""
     text = " ".join(str(error).split()) or type(error).__name__
     text = text.removeprefix("VectorizedEvaluator: ").removeprefix("WorkersEvaluator: ")
     first = text.split("; ")[0].split(". ")[0].rstrip(".")
@@ -177,7 +181,7 @@ def time_at_once(
 ) -> tuple[dict[str, dict[int, float]], dict[str, str]]:
     """Seconds of N gradients, by evaluator and N, and why an evaluator has none.
 
-    What would not fit into the time is left out; in turn it is N times one.
+    Measurements that would not fit into the time are left out; for gradients in turn N times one is taken.
     """
     table: dict[str, dict[int, float]] = {}
     refused: dict[str, str] = {}
@@ -223,7 +227,7 @@ def _typical_seconds(subject: Subject, evaluator: Evaluator, count: int, seconds
 
 
 def reference_gradients(subject: Subject, kept: Kept) -> Evaluation:
-    """Two gradients in turn, as the rounds compute them: whatever is wrong with the objective shows here."""
+    """Two gradients in turn, as rounds compute them: an objective that does not work raises here."""
     with torch.no_grad():
         found = SequentialEvaluator().evaluate(subject.request(2))
     kept.rewind()

@@ -22,20 +22,20 @@ __all__ = ["FEWEST", "PARALLELISM", "Trial", "run_trials"]
 
 PARALLELISM: Final = (1, 4, 8)
 _SHARES: Final = (0.4, 0.5, 1.0)  # of the time left, in this order
-# N = 1 rests after 32 rounds without a gain, and the rounds of a rest say nothing.
+# N = 1 rests after 32 rounds without a gain, and rounds of a rest show nothing.
 _MOST: Final = {1: 32, 4: 16, 8: 12}
 FEWEST: Final = 8  # rounds to judge by: half of them count, and history and stride have to grow before
 
 
 @dataclass(frozen=True)
 class Trial:
-    """The second half of some rounds, when history and stride have grown.
+    """What was measured over the second half of some rounds, when history and stride have grown.
 
     Attributes:
         parallelism: N.
-        rounds: run, those of the first half among them.
-        steps: kept, a round.
-        overhead_seconds: beyond the gradients, a round.
+        rounds: all that were run, the first half included.
+        steps: kept a round, on average.
+        overhead_seconds: time of a round beyond its gradients, on average.
         stride: the last round's.
         prediction_error: median of the rounds that knew one; NaN where none did.
         memory_bytes: beyond the base optimizer's, by the formula of ``OptEx``.
@@ -58,7 +58,7 @@ def run_trials(
     loop: PlainLoop,
     clock: Clock,
 ) -> tuple[list[Trial], list[str]]:
-    """A trial of every N, and why one is missing. Each N is run with what is fastest at it."""
+    """A trial of every N with the evaluator that is fastest at it, and why trials are missing."""
     trials, missing = [], []
     for parallelism, share in zip(PARALLELISM, _SHARES, strict=True):
         name = min(at_once, key=lambda name: at_once[name].get(parallelism, math.inf))
@@ -81,7 +81,7 @@ def run_trials(
         if len(reports) < FEWEST:
             missing.append(f"N = {parallelism}: only {len(reports)} rounds fit into these seconds")
             continue
-        # Work on a device is waited for where its result is read: gradients timed alone are the ones to trust.
+        # On a device a round's own clocks stop before the work is done: gradients timed alone are exact.
         device = None if subject.vector.device.type == "cpu" else gradients
         trials.append(_trial(reports, spent, device, parallelism, _memory(subject, parallelism, loop)))
     return trials, missing

@@ -1,4 +1,4 @@
-"""New pairs on their way into a history: what they have in common with it, computed once."""
+"""New pairs on their way into a history: their inner products with it, each computed once."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class _History(StoredPairs, Protocol):
 class Arrivals:
     """Pairs that a history does not hold yet, and their inner products with its rows and with each other.
 
-    To judge predictions of them and to remember them takes the same products; what drafting has found of the
-    points is not looked for again.
+    Judging predictions of the pairs and remembering the pairs takes the same products, and drafting has
+    computed some of them already: each is computed once.
 
     Attributes:
         points, gradients: [n, d].
@@ -60,17 +60,17 @@ class Arrivals:
 
     @cached_property
     def offsets_among(self) -> Array:  # [n, n]
-        """Inner products of offsets with offsets."""
+        """Inner products of the offsets with each other."""
         return self._products(self.locations.offsets, self.locations.offsets)
 
     @cached_property
     def mixed_among(self) -> Array:  # [n, n]
-        """Of gradients with offsets."""
+        """Inner products of the gradients with the offsets."""
         return self._products(self._rows, self.locations.offsets)
 
     @cached_property
     def gradients_among(self) -> Array:  # [n, n]
-        """Of gradients with gradients."""
+        """Inner products of the gradients with each other."""
         return self._products(self._rows, self._rows)
 
     @property
@@ -80,17 +80,17 @@ class Arrivals:
 
     @property
     def is_exact(self) -> bool:
-        """Whether what the history will store are these very numbers, and not numbers of fewer digits."""
+        """Whether the history stores these numbers as they are, in the same dtype and on the same device."""
         stored = self.history.displacements
         exact = self.locations.offsets.dtype == stored.dtype == self.gradients.dtype
         return exact and self.gradients.device == stored.device
 
     @property
     def knows_cross(self) -> bool:
-        """Whether all inner products of gradients and displacements are found already, or nearly."""
+        """Whether the offsets' products with the stored gradients, half of the cross products, are known."""
         return self.locations.knows_gradients
 
     @property
     def knows_gradients(self) -> bool:
-        """Whether those of gradients with gradients are."""
+        """Whether the gradients' products with the stored gradients are known."""
         return "on_gradients" in self.__dict__

@@ -22,7 +22,7 @@ from optex.small import jitter_unsaid
 
 __all__ = ["CommitteeEstimator", "CommitteePosterior", "default_members"]
 
-YOUNG: Final = 8
+YOUNG: Final = 8  # rounds
 HANDICAP: Final = 0.2  # in nats of error
 
 
@@ -54,13 +54,13 @@ class CommitteeEstimator(Estimator):
     badly pass that test.
 
     Args:
-        members: estimators to choose from; ``default_members()`` by default. In doubt the earlier one serves.
-            If gradients are noisy and nobody told how much, ``HANDICAP`` is added to the scores of all but the
-            one that reckons with the most noise, and forgotten like them: to fit noise does more harm than to
-            smooth.
+        members: estimators to choose from; ``default_members()`` by default. Of equal scores the first wins.
+            If gradients carry noise of unknown size, ``HANDICAP`` is added to the scores of all members but
+            those that assume the most noise, and decays like the scores: fitting noise does more harm than
+            smoothing.
         memory: how slowly scores forget, in [0, 1).
-        interval: judge every so many rounds, at least 1; judging fits every member. While minibatches are
-            new, the first ``YOUNG`` rounds, every round is judged: one judgement may be chance.
+        interval: rounds from one judgement to the next, at least 1; judging fits every member. Where gradients
+            are sampled, each of the first ``YOUNG`` rounds is judged, as a single judgement may be chance.
 
     A member whose kernel matrix needs jitter gives no warning here: what it predicts is judged, jitter and all.
 
@@ -82,7 +82,7 @@ class CommitteeEstimator(Estimator):
         self.memory = memory
         self.interval = interval
         self._rounds = self._judged = 0
-        self.scores = torch.zeros(len(self.members), dtype=torch.float64)
+        self.scores: Tensor = torch.zeros(len(self.members), dtype=torch.float64)
 
     def best(self, history: GradientHistory) -> int:
         """Index of the member that predicts."""
@@ -105,7 +105,7 @@ class CommitteeEstimator(Estimator):
         young = posterior.history.is_sampled and self._rounds <= YOUNG
         if not young and (self._rounds - 1) % self.interval:
             return
-        with np.errstate(all="ignore"):  # a member may predict what is no number
+        with np.errstate(all="ignore"):  # a member may predict NaN
             squares = squared_errors(posterior.fitted, arrivals, held)  # [members, n]
         floor = torch.finfo(torch.float64).tiny
         errors = squares.to("cpu").nan_to_num(nan=torch.inf).clamp_min(floor).log() / 2
@@ -131,8 +131,8 @@ class CommitteeEstimator(Estimator):
 
 
 def _fit(member: Estimator, history: GradientHistory) -> Posterior:
-    # A member that needs jitter, or cannot be fitted at all, is not repaired in silence: it is judged by how it
-    # predicts, and without a model that is as the last gradient does.
+    # No warning: a member that needs jitter is judged by how it predicts with it, and one that cannot be fitted
+    # at all by how the last gradient predicts in its place.
     try:
         return jitter_unsaid(lambda: member.fit(history))
     except NotPositiveDefiniteError:

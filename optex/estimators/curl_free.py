@@ -1,4 +1,4 @@
-"""A Gaussian process on the objective itself: its gradients are curl-free and know of each other."""
+"""A Gaussian process on the objective itself: its gradients are curl-free, and their components correlated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from optex.small import Array, array, tensor
 
 __all__ = ["CurlFreeEstimator", "CurlFreePosterior"]
 
-NOISE_FLOOR: Final = 4.0
+NOISE_FLOOR: Final = 4.0  # units in the last place
 DENSE_LIMIT: Final = 1200  # unknowns up to which the system in the span is factorised
 
 
@@ -32,7 +32,7 @@ class CurlFreeEstimator(Estimator):
         K(θ, θ') = -2 φ'(r²) I - 4 φ''(r²) δ δᵀ,    here in units of -2 φ'(0).
 
     Where the separable process treats the coordinates as unrelated, this one knows that a gradient field
-    has a symmetric derivative: a change seen along one direction says something of others.
+    has a symmetric derivative: a change observed along one direction informs about others.
 
     The second term acts in the span of the displacements alone, whose dimension is less than T0; across it
     K is the separable -2 φ' I. Solving the two parts apart is exact and never forms a d × d matrix: one
@@ -45,12 +45,12 @@ class CurlFreeEstimator(Estimator):
         lengthscale: in units of the iterates; None for ``median_multiple`` times the median distance in
             the history.
         median_multiple: that factor.
-        noise_variance: σ², in units of the prior variance of a gradient component, where the history does not
-            tell the gradients' noise; at least
-            ``NOISE_FLOOR`` units in the last place of the history's dtype, which its distances cannot resolve.
+        noise_variance: σ², in units of the prior variance of a gradient component, used where the history does
+            not know the gradients' noise, and else a floor; at least ``NOISE_FLOOR`` units in the last place of
+            the history's dtype, which its distances cannot resolve.
         prior_mean: ``"last"`` (the newest gradient, so that what is predicted is the change from it),
-            ``"gls"`` (the generalised least-squares mean of the history) or ``"zero"``. Where the history tells
-            the gradients' noise, ``"last"`` is ``"gls"``: the newest gradient would bring its noise with it.
+            ``"gls"`` (the generalised least-squares mean of the history) or ``"zero"``. Where the history knows
+            the gradients' noise, ``"last"`` is ``"gls"``: the newest gradient would bring its noise along.
         solver: ``"dense"``, ``"cg"``, or ``"auto"`` by size.
 
     Raises:
@@ -115,7 +115,7 @@ class CurlFreeEstimator(Estimator):
 
 @dataclass(frozen=True)
 class _Span:
-    """What fits to one history share, whatever their kernel and noise. X: its n iterates from the newest.
+    """What all fits to one history share, whatever kernel and noise. X: its n iterates less the newest one.
 
     Attributes:
         slots: the n slots that stand for an iterate.
@@ -144,7 +144,7 @@ class _Span:
 
     @classmethod
     def of(cls, history: GradientHistory) -> _Span:
-        """That of this history, found once."""
+        """The span of this history, computed once."""
         return history.derived("span", lambda: cls._found(history))
 
     @classmethod
@@ -188,7 +188,7 @@ class CurlFreePosterior(Posterior):
         super().__init__(history)
         self._estimator = estimator
         self._span = span = _Span.of(history)
-        self.lengthscale = self._choose_lengthscale()
+        self.lengthscale: Array = self._choose_lengthscale()  # []
         floor = NOISE_FLOOR * torch.finfo(history.displacements.dtype).eps
         first, second = self._profiles_between()
         correlations = first + second * span.squared / history.dimension  # of a component, averaged over them
@@ -209,7 +209,7 @@ class CurlFreePosterior(Posterior):
         self._cross_offset = self._from_gradients @ span.newest_cross  # [n]
 
     def _profiles_between(self) -> tuple[Array, Array]:  # [n, n], [n, n]
-        """Those of the history's own iterates, shared by fits that differ in noise alone."""
+        """The two profiles between the history's iterates, shared by fits that differ only in noise."""
         estimator, span = self._estimator, self._span
         key = ("profiles", estimator.kernel, float(self.lengthscale))
         return self.history.derived(key, lambda: estimator.profiles(span.squared, self.lengthscale))
@@ -259,7 +259,7 @@ class CurlFreePosterior(Posterior):
         return Coefficients(first @ self._on_g + self._mean_coefficients, on_d, total)
 
     def variance(self, point: Tensor) -> Tensor:
-        """The posterior variance of a component, averaged over the components: it differs by direction."""
+        """Posterior variance averaged over the components, which differ in it; in units of the prior's."""
         dimension, span = self.history.dimension, self._span
         on_rows, norms = self._along_span(self.locate(point[None]))
         first, second = (profile[0] for profile in self._profiles(on_rows, norms))
@@ -296,7 +296,7 @@ def _directions(
     gram: Array,  # [n, n], of the rows X
     dtype: torch.dtype,  # that the rows are stored in
 ) -> tuple[Array, Array]:  # [n, r], [r]
-    """U and √λ of the Gram matrix, without directions that are rounding."""
+    """U and √λ of the Gram matrix, without the directions that are only rounding."""
     values, vectors = small.eigh(gram)
     eps = torch.finfo(dtype).eps if dtype.itemsize >= 4 else torch.finfo(torch.float32).eps
     kept = values > len(gram) ** 0.5 * eps * small.maximum(values[-1], 0 * values[-1] + small.TINY)
@@ -342,7 +342,7 @@ class _SpanSystem:
         return system.reshape(count * rank, count * rank)
 
     def _dense(self) -> Array:  # [n r, n r]
-        """The system; all but the noise is what fits that differ in noise alone share."""
+        """The system matrix; fits that differ only in noise share all but its diagonal."""
         noise = self._noise[:, None] + small.full((1, self._span.coordinates.shape[1]), 0.0, self._noise)
         return small.plus_diagonal(self._shared(self._noiseless), noise.reshape(-1))
 
@@ -351,7 +351,7 @@ class _SpanSystem:
         right: Array,  # [n, r]
         solver: str,
     ) -> Array:  # [n, r]
-        """The rows A."""
+        """The solution A."""
         size = right.shape[0] * right.shape[1]
         if not size:
             return right

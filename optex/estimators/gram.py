@@ -1,4 +1,4 @@
-"""What a history does to its T0 × T0 matrices."""
+"""Algebra of a history's T0 × T0 matrices."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def fill(
     rows: Array,  # [n, T0]
     *columns: Array,  # [T0, n]
 ) -> None:
-    """Rows of these slots, then their columns, if any are handed over."""
+    """Set the rows of these slots, then their columns, if any are given."""
     here = array(matrix)
     here[slots] = rows
     for values in columns:
@@ -39,7 +39,7 @@ def merged(
     groups: Sequence[int | None],  # T0
     held: Sequence[int],
 ) -> tuple[list[int], NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
-    """Pairs at one iterate made one.
+    """Merge pairs at the same iterate.
 
     Args:
         groups: a number for each slot, the same for those at one iterate.

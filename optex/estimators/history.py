@@ -47,13 +47,12 @@ class GradientHistory:
 
     Args:
         size: T0, how many pairs are kept, at least 1.
-        dimension: d, the length of a flat iterate; or the vector space that iterates live in.
+        dimension: d, the length of a flat iterate; or the vector space of the iterates.
         dtype: of the stored rows; the small matrices are float64 whatever it is.
         device: of the stored rows.
 
-    Memory: 2 · T0 · d + d numbers of ``dtype`` (the anchor: of the iterates' dtype). In a space
-    that is split among processes the rows here are this process's slices, and the Gram matrices are of the
-    whole.
+    Memory: 2 · T0 · d + d numbers of ``dtype`` (the anchor: of the iterates' dtype). In a space that is split
+    among processes the rows here are this process's slices; the Gram matrices are of whole vectors.
 
     Raises:
         ValueError: ``size`` is less than 1.
@@ -70,15 +69,14 @@ class GradientHistory:
         check_integer("GradientHistory", "size", size)
         self.space: VectorSpace = dimension if isinstance(dimension, VectorSpace) else VectorSpace(dimension)
         self.dimension: int = self.space.dimension
-        self.size = size
+        self.size: int = size
         self.anchor: Tensor | None = None  # [d]
-        self.appended = 0
+        self.appended: int = 0
         width = self.space.width
-        self.displacements = torch.zeros(size, width, dtype=dtype, device=device)  # [T0, d]
+        self.displacements: Tensor = torch.zeros(size, width, dtype=dtype, device=device)  # [T0, d]
         self.gradients: Tensor = torch.zeros(size, width, dtype=dtype, device=device)  # [T0, d]
-        nothing = self.gradients.new_empty(0, width)
-        self._spare = nothing, nothing  # rows that may have to be put back
-        self.iterate_gram = torch.zeros(size, size, dtype=torch.float64, device=device)  # [T0, T0]
+        self._spare = self.gradients[:0], self.gradients[:0]  # rows that may have to be put back
+        self.iterate_gram: Tensor = torch.zeros(size, size, dtype=torch.float64, device=device)  # [T0, T0]
         self._groups: list[int | None] = [None] * size  # slots of one iterate share a number
         self._derived: dict[Hashable, Any] = {}
         self._noise = [0.0] * size  # variance of one component by slot; NaN where it is not known
@@ -89,7 +87,7 @@ class GradientHistory:
         self._cross_stale: set[int] = set()  # rows and columns of the cross Gram matrix, likewise
 
     def __len__(self) -> int:
-        """Pairs held."""
+        """How many pairs are held."""
         return min(self.appended, self.size)
 
     @property
@@ -132,7 +130,7 @@ class GradientHistory:
 
     @property
     def cross_gram(self) -> Tensor:  # [T0, T0] float64
-        """Inner products of gradient i with displacement j, brought up to date on demand likewise."""
+        """Inner products of gradient i with displacement j, brought up to date on demand, too."""
         if self._cross_stale:
             rows = sorted(self._cross_stale)
             parts = [inner_products(rows_at(self.gradients, rows), self.displacements)]
@@ -145,7 +143,7 @@ class GradientHistory:
 
     @property
     def row_gram(self) -> Array:  # [2 T0, 2 T0] float64
-        """Inner products of all rows, gradients first and displacements behind."""
+        """Inner products of all rows, the gradients before the displacements."""
         parts = self.gradient_gram, self.cross_gram, self.iterate_gram
         return self.derived("rows", lambda: joined(*map(array, parts)))
 
@@ -155,7 +153,7 @@ class GradientHistory:
         return torch.arange(self.size, device=self.counts.device) < self.appended
 
     def derived(self, key: Hashable, find: Callable[[], Any]) -> Any:
-        """What follows from the pairs held now, found once for all posteriors."""
+        """What ``find`` computes from the pairs held now, kept under ``key`` until they change."""
         if key not in self._derived:
             self._derived[key] = find()
         return self._derived[key]
@@ -190,7 +188,7 @@ class GradientHistory:
 
     @property
     def median_distance(self) -> Array:  # [] float64
-        """Its root; 1 where there is none."""
+        """Root of the median squared distance; 1 where there is none."""
         median = small.sqrt(self.median_squared_distance)
         return median.nan_to_num(nan=1.0) if isinstance(median, Tensor) else np.nan_to_num(median, nan=1.0)
 
@@ -198,7 +196,7 @@ class GradientHistory:
         self,
         points: Tensor,  # [n, d]
     ) -> Locations:
-        """Points as predictions need to know them; good until the next ``append``."""
+        """Inner products of points with the history, for predictions; valid until the next ``append``."""
         return Locations(self, points)
 
     def locate_stored(
@@ -206,7 +204,7 @@ class GradientHistory:
         slot: int,
         point: Tensor,  # [d]
     ) -> Locations:
-        """The same of the iterate in a slot, for nothing where it is stored to the last digit."""
+        """The iterate in a slot, located without new inner products where it is stored without rounding."""
         if self.displacements.dtype != point.dtype or self.displacements.device != point.device:
             return self.locate(point[None])
         row, gram = slice(slot, slot + 1), array(self.iterate_gram)
@@ -223,7 +221,7 @@ class GradientHistory:
 
     @property
     def reference(self) -> Tensor:  # [d]
-        """The anchor, not to be changed.
+        """The anchor itself; do not change it.
 
         Raises:
             RuntimeError: the history is empty.
@@ -245,7 +243,7 @@ class GradientHistory:
             points, gradients: the pairs.
             noise_variance: of one component of each gradient, in squared units of the gradient: 0 where it is
                 exact (the default), NaN where it is noisy and nobody knows how much.
-            arrivals: these pairs, with what inner products are known of them.
+            arrivals: these pairs with the inner products that are known of them.
 
         Raises:
             ValueError: shapes differ from [n, dimension], or a variance is negative.
@@ -314,7 +312,7 @@ class GradientHistory:
         return [(self.appended + i) % self.size for i in range(min(count, self.size))]
 
     def before_append(self, count: int) -> Overwritten:
-        """What appending ``count`` pairs would change; ``take_back`` puts it there again, until the next call.
+        """What appending ``count`` pairs would change, for ``take_back``; valid until the next call.
 
         Memory: the rows that are overwritten, at most 2 · count · d numbers.
         """
@@ -323,15 +321,15 @@ class GradientHistory:
         # What is changed in place is copied; what an append replaces as a whole is kept as it is.
         changed = ("iterate_gram", "_gradient_gram", "_cross_gram")
         attributes: dict[str, Any] = {name: getattr(self, name).clone() for name in changed}
-        attributes |= {"_groups": list(self._groups), "_noise": list(self._noise)}
-        attributes |= {"_stale": set(self._stale), "_cross_stale": set(self._cross_stale)}
+        collections = ("_groups", "_noise", "_stale", "_cross_stale")
+        attributes |= {name: getattr(self, name).copy() for name in collections}
         replaced = ("displacements", "anchor", "appended", "averaging", "counts", "_same", "representatives")
         attributes |= {name: getattr(self, name) for name in replaced}
         attributes["_derived"] = self._derived
         return Overwritten(slots, self._spare, attributes)
 
     def _copy_rows(self, slots: list[int]) -> None:
-        """Into memory of its own, the same every time: fresh pages would cost more than the copies."""
+        """Copy rows into memory that is used every time: fresh pages would cost more than the copies."""
         shape = (len(slots), self.space.width)
         if self._spare[0].shape != shape:
             self._spare = self.gradients.new_empty(shape), self.gradients.new_empty(shape)
@@ -340,7 +338,7 @@ class GradientHistory:
             torch.index_select(rows, 0, index, out=spare)
 
     def take_back(self, overwritten: Overwritten) -> None:
-        """Be as before the append that ``before_append`` was asked about; may be called again."""
+        """Undo the append that ``before_append`` was called for; may be called again."""
         for name, value in overwritten.attributes.items():
             setattr(self, name, value)
         displacements, gradients = overwritten.rows
@@ -384,23 +382,25 @@ class GradientHistory:
         self._merge_groups()
 
     def _same_iterate(self, left: int, right: int, eps: float) -> bool:
-        gap, norm = self.space.norms(
-            [self.displacements[left] - self.displacements[right], self.displacements[left]]
-        )
+        row, other = self.displacements[left], self.displacements[right]
+        gap, norm = self.space.norms([row - other, row])
         return bool(gap <= 2 * eps * norm)
 
     def _merge_groups(self) -> None:
         # The newest member stands for its group: it is the last to be overwritten.
         newest_first = [(self.newest - age) % self.size for age in range(len(self))]
-        self.representatives, *matrices = merged(self._groups, newest_first)
+        slots, counts, averaging, same = merged(self._groups, newest_first)
         device = self.displacements.device
-        self.counts, self.averaging, self._same = (torch.from_numpy(values).to(device) for values in matrices)
+        self.representatives: list[int] = slots
+        self.counts: Tensor = torch.from_numpy(counts).to(device)
+        self.averaging: Tensor = torch.from_numpy(averaging).to(device)
+        self._same = torch.from_numpy(same).to(device)
 
     def clear(self) -> None:
         """Forget everything."""
-        for tensor in (self.displacements, self.gradients, self.iterate_gram, self._gradient_gram):
+        grams = self.iterate_gram, self._gradient_gram, self._cross_gram
+        for tensor in (self.displacements, self.gradients, *grams):
             tensor.zero_()
-        self._cross_gram.zero_()
         self._stale.clear()
         self._cross_stale.clear()
         self.anchor = None

@@ -38,9 +38,8 @@ class Posterior(ABC):
     """An estimator fitted to a history: predicts the gradient at points not yet evaluated.
 
     Every prediction is a combination of the stored rows and of the point's offset from the history's anchor,
-    μ(θ) = a(θ)ᵀ G + b(θ)ᵀ D + c(θ) ξ; a posterior says with which ``coefficients``. It holds no copy of the
-    rows: it is good until the history changes. A point is located once, by ``locate``, for all that is then
-    asked about it.
+    μ(θ) = a(θ)ᵀ G + b(θ)ᵀ D + c(θ) ξ; a posterior answers the ``coefficients``. It holds no copy of the rows,
+    so it is valid until the history changes. A point is located once, by ``locate``, for all predictions at it.
     """
 
     def __init__(self, history: GradientHistory) -> None:
@@ -55,7 +54,7 @@ class Posterior(ABC):
 
     @abstractmethod
     def coefficients(self, locations: Locations) -> Coefficients:
-        """Of the predictions at n points."""
+        """Coefficients of the predictions at n points."""
 
     @abstractmethod
     def variance(
@@ -65,11 +64,12 @@ class Posterior(ABC):
         """Posterior variance of one component of the gradient, in units of the prior's."""
 
     def prior_variance(self) -> Tensor:  # [] float64
-        """That unit, s², in squared units of the gradient; NaN where the history is too short to tell.
+        """Prior variance s² of a component, in squared units of the gradient; NaN for a short history.
 
-        Here the sample variance of a component over the history; a model with a covariance has it by maximum
-        likelihood, s² = Σ_c y_cᵀ A⁻¹ y_c / (n d), with y_c the residuals of component c from the prior mean and
-        A the covariance of the n pairs in units of s². With a mean that the pairs themselves give, n - 1 for n.
+        By default the sample variance of a component over the history. A model with a covariance takes the
+        maximum-likelihood estimate s² = Σ_c y_cᵀ A⁻¹ y_c / (n d), with y_c the residuals of component c from
+        the prior mean and A the covariance of the n pairs in units of s²; n - 1 stands in place of n where the
+        prior mean is estimated from the pairs.
         """
         slots, history = self.history.representatives, self.history
         weights = array(history.averaging)[slots]
@@ -128,7 +128,7 @@ def _add_scaled(
     weights: Array,  # [n]
     rows: Tensor,  # [n, d]
 ) -> None:
-    if len(result) == 1 and not isinstance(weights, Tensor):  # the number itself: nothing has to be waited for
+    if len(result) == 1 and not isinstance(weights, Tensor):  # a plain number, not a tensor: no synchronisation
         result.add_(rows, alpha=float(weights[0]))
     else:
         factors = tensor(weights).to(result.device, result.dtype)[:, None]
@@ -139,8 +139,8 @@ class Estimator(ABC):
     """Settings of a predictor; ``fit`` makes a posterior and leaves the estimator as it was.
 
     Attributes:
-        assumed_noise_variance: the noise that it reckons with where the history does not tell, in units of the
-            prior's variance; 0 where it has no such setting.
+        assumed_noise_variance: the noise variance assumed where the history does not know the gradients', in
+            units of the prior's variance; 0 where there is no such setting.
     """
 
     @property
@@ -162,8 +162,8 @@ class Estimator(ABC):
         Args:
             posterior: fitted to the history without these pairs.
             arrivals: the pairs.
-            held: where a point's step had been measured elsewhere before, with the same minibatch, that
-                point and that gradient: what is asked there is the difference. None elsewhere.
+            held: for a pair whose step was measured elsewhere before, with the same minibatch, that point
+                and that gradient: what is judged there is the predicted difference. None for other pairs.
         """
 
     def state_dict(self) -> dict[str, Any]:

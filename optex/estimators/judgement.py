@@ -24,10 +24,15 @@ def squared_errors(
 ) -> Tensor:  # [posteriors, n] float64
     """‖μ(x_i) - g_i‖² of pairs that the posteriors, all of one history, have not seen.
 
-    A prediction is a combination a of stored rows R and of few vectors E at hand, and so is its error; its
-    squared length a R Rᵀ aᵀ + ... needs their inner products alone, most of which remembering the pairs takes
-    anyway. Where a step had been measured elsewhere before (``held``), what is judged is the difference:
-    ‖g' + μ(x_i) - μ(x') - g_i‖². Errors below the rounding of the products count as that.
+    A prediction is a combination of the stored rows and of the point's offset, and its error one of these and
+    of the gradient; so its squared length needs inner products alone, most of which remembering the pairs needs
+    anyway. For a step that was measured at x' before (``held``) the predicted difference is judged:
+    ‖g' + μ(x_i) - μ(x') - g_i‖². Values below the rounding of the products are raised to it.
+
+    Args:
+        posteriors: all of one history.
+        arrivals: the pairs.
+        held: (x', g') for the pairs that have them, None for the others.
     """
     history, locations = arrivals.history, arrivals.locations
     assert isinstance(history, GradientHistory)

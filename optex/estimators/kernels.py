@@ -1,8 +1,8 @@
 """Stationary kernels as functions of the squared distance, with two derivatives.
 
-A kernel here is ``k(r²)`` with ``k(0) = 1``. Written in ``r²`` its derivatives have no square roots of
-coordinates in them, and they are what the covariance of gradients is made of: for a Gaussian process on
-the objective with covariance ``φ(r²)``, the gradients have covariance ``-2 φ'(r²) I - 4 φ''(r²) δ δᵀ``.
+A kernel here is ``k(r²)`` with ``k(0) = 1``. Its derivatives with respect to ``r²`` need no square roots of
+coordinates, and the covariance of gradients is made of them: for a Gaussian process on the objective with
+covariance ``φ(r²)``, the gradients have covariance ``-2 φ'(r²) I - 4 φ''(r²) δ δᵀ``.
 
 Formulas: Rasmussen and Williams, *Gaussian Processes for Machine Learning*, 2006, section 4.2.1.
 """
@@ -131,7 +131,14 @@ class Matern52(Kernel):
 
 @dataclass(frozen=True)
 class RationalQuadratic(Kernel):
-    """``(1 + r² / 2αℓ²)^(-α)``: a mixture of squared exponentials over length scales, α > 0."""
+    """``(1 + r² / 2αℓ²)^(-α)``: a mixture of squared exponentials over length scales.
+
+    Args:
+        alpha: α, positive; the smaller, the wider the mixture.
+
+    Raises:
+        ValueError: ``alpha`` is not positive.
+    """
 
     alpha: float = 1.0
 

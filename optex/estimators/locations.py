@@ -16,7 +16,7 @@ __all__ = ["Locations", "StoredPairs"]
 
 
 class StoredPairs(Protocol):
-    """What is asked of a history."""
+    """What points need of a history to be located in it."""
 
     space: VectorSpace
     displacements: Tensor  # [T0, d]
@@ -60,14 +60,14 @@ class Locations:
         on_displacements: Array,  # [n, T0]
         on_gradients: Array | None,  # [n, T0]
     ) -> Locations:
-        """Points of which this is known."""
+        """Locations whose inner products are known already; None for those that are not."""
         found = cls(history, points)
         found._offsets, found._on_gradients, found._near = offsets, on_gradients, (norms, on_displacements)
         return found
 
     @classmethod
     def joined(cls, parts: Sequence[Locations], points: Tensor) -> Locations:
-        """Several of one history as one, with what is known of any; ``points`` are theirs, in that order."""
+        """Several locations in one history as one; ``points`` are their points, in this order."""
         found = cls(parts[0].history, points)
         if any(part._on_gradients is not None for part in parts):
             found._on_gradients = small.concatenate([part.on_gradients for part in parts])
@@ -80,7 +80,7 @@ class Locations:
         return len(self.points)
 
     def __getitem__(self, index: int) -> Locations:
-        """One of the points, with what is known of it."""
+        """One of the points, with the inner products known of it."""
         if self.history.space.is_split:
             _ = self.on_gradients  # of all points in one message, rather than one for each
         row = slice(index, index + 1)
@@ -109,7 +109,7 @@ class Locations:
 
     @property
     def on_gradients(self) -> Array:  # [n, T0]
-        """Inner products of the offsets with the stored gradients; they bring the others along."""
+        """Inner products of the offsets with the stored gradients; computes the other two kinds, too."""
         if self._on_gradients is None:
             products = inner_products(self.offsets, self.history.gradients)
             if self._near is not None:
@@ -121,7 +121,7 @@ class Locations:
 
     @property
     def knows_gradients(self) -> bool:
-        """Whether ``on_gradients`` costs nothing any more."""
+        """Whether ``on_gradients`` is computed already."""
         return self._on_gradients is not None
 
     def _products_nearby(self) -> tuple[Array, Array]:  # [n], [n, T0]

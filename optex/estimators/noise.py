@@ -1,4 +1,4 @@
-"""Noise of the gradients in the units that estimators think in: those of the prior's variance."""
+"""Noise of the gradients in the units that estimators use: those of the prior's variance."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from optex.small import Array, array
 
 __all__ = ["relative_noise"]
 
-LARGEST: Final = 1e3  # noise variance over the prior's; beyond it a prediction is a mean of all there is
+LARGEST: Final = 1e3  # noise variance over the prior's; beyond it a prediction is a mean of all gradients
 
 
 def relative_noise(
@@ -25,13 +25,19 @@ def relative_noise(
 ) -> Array:  # [n]
     """Noise variance of the merged gradients in these slots, over the prior variance of a component.
 
-    Where it is not told, and as a floor where it is (it also stands for what the model does not see), it is
-    ``assumed / count``. A variance v_i that is told has to be put in units of the prior's variance s², which
-    the spread of the gradients gives: with correlations c_ij of the kernel,
+    Where the history does not know the noise it is ``assumed / count``, and that is a floor where it does: it
+    also stands for what the model cannot represent. A known variance v_i has to be divided by the prior's
+    variance s², which follows from the spread of the gradients: with correlations c_ij of the kernel,
 
         E ‖g_i - g_j‖² / d = 2 s² (1 - c_ij) + v_i + v_j,
 
     summed over all pairs i < j and solved for s².
+
+    Args:
+        history: of the gradients.
+        slots: n slots that stand for an iterate.
+        correlations: of the kernel between their iterates.
+        assumed: noise variance of a single gradient, in units of the prior's, where it is not known.
     """
     floor = assumed / array(history.counts)[slots]
     if not history.tells_noise:

@@ -1,4 +1,4 @@
-"""A history as it is put aside: what an append overwrites, and what a checkpoint holds."""
+"""Saved histories: what an append overwrites, and what a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class SavedHistory:
 
 
 def check_saved(state: Any, size: int, space: VectorSpace) -> SavedHistory:
-    """A saved state as a history of this size in this space may take it over.
+    """A saved state, checked against the size and the space of the history that loads it.
 
     Raises:
         ValueError: size or dimension differ, or an entry is missing, of another kind, or not finite.

@@ -40,8 +40,8 @@ class SeparableEstimator(Estimator):
         kernel: a :class:`~optex.estimators.kernels.Kernel` or the name of one.
         lengthscale: in units of the iterates; ``"median"`` of the distances in the history; or
             ``"leave-one-out"``, the multiple of that median with the least closed-form leave-one-out error.
-        noise_variance: σ² in units of the kernel's variance (the prior variance of a component), where the
-            history does not tell the gradients' noise; or ``"leave-one-out"``.
+        noise_variance: σ² in units of the kernel's variance (the prior variance of a component), used where the
+            history does not know the gradients' noise, and else a floor; or ``"leave-one-out"``.
         prior_mean: m. ``"zero"`` (the paper), ``"last"`` (the newest gradient) or ``"gls"`` (the
             generalised least-squares mean ``(1ᵀA⁻¹1)⁻¹ 1ᵀA⁻¹G``, A = K + σ²I, whose own uncertainty
             enters the variance: universal kriging).

@@ -27,10 +27,10 @@ __all__ = [
 ]
 
 LEAST_AHEAD: Final = 4  # steps drafted under a lookahead, however few were kept
-# Of the tolerance, where steps go without gradients of their own:
-EARNED: Final = 1.4  # between gradients; such strides come of rounds that were kept whole
-EXTRAPOLATED: Final = 0.8  # behind the only one
-LONGER: Final = 1.5  # than predictions were
+# Factors of the tolerance, where steps are taken without gradients of their own:
+EARNED: Final = 1.4  # between gradients: strides get that long where rounds were kept whole
+EXTRAPOLATED: Final = 0.8  # after a round's only gradient
+LONGER: Final = 1.5  # longest prediction stepped on, in usual lengths of a prediction
 NEAREST: Final = 3  # predictions a round that the tolerance learns from
 
 
@@ -39,7 +39,7 @@ class Acceptance(ABC):
 
     Attributes:
         keeps_window: steps not accepted keep their minibatch and their measured gradient for later rounds;
-            otherwise a round uses its minibatches up.
+            if False, a round uses its minibatches up.
     """
 
     keeps_window: bool = False
@@ -81,7 +81,7 @@ class Acceptance(ABC):
 
     @abstractmethod
     def replay(self, record: RoundRecord) -> int:
-        """Leave the stepper where the round ends; how many steps from its start that is, at least one."""
+        """Take the round's steps; answer how many the stepper is from the round's start then, at least one."""
 
 
 class _Selection(Acceptance):
@@ -165,9 +165,9 @@ class WithinTolerance(Acceptance):
         tolerance: how far, in steps, a gradient may have been measured from where it is used; ≥ 0. With
             ``adaptive`` the value to start from; 0 stays 0.
         adaptive: learn the tolerance.
-        error: the relative error of a gradient that is put up with, > 0.
+        error: the relative error of a gradient that is tolerated, > 0.
         lowest, highest: bounds of the adaptive tolerance.
-        absurd: a gradient more than this many times longer than step 0's counts as implausible: it is neither
+        absurd: a gradient more than this many times as long as step 0's counts as implausible, and is neither
             remembered nor stepped on; at least 1.
         lookahead: draft and evaluate at most this many times the steps that the last round kept, at least
             ``LEAST_AHEAD``; saves gradients where they are not free. None evaluates all N: proxies that are
@@ -203,7 +203,7 @@ class WithinTolerance(Acceptance):
             raise ValueError(f"WithinTolerance: needs 0 < lowest <= highest, got {lowest} and {highest}")
         if lookahead is not None and not lookahead >= 1:
             raise ValueError(f"WithinTolerance: lookahead must be at least 1, or None, got {lookahead}")
-        self.tolerance = tolerance
+        self.tolerance: float = tolerance
         self.adaptive: bool = adaptive and tolerance > 0
         self.error = error
         self.lowest = lowest
@@ -221,11 +221,13 @@ class WithinTolerance(Acceptance):
         return self.tolerance > 0
 
     def plausible(self, gradients: Tensor, space: VectorSpace) -> Tensor:
-        if len(gradients) == 1:  # step 0's is the measure
+        if len(gradients) == 1:  # step 0's own
             return super().plausible(gradients, space)
         norms = space.norms(gradients)
         longest = self.absurd * norms[0].clamp_min(torch.finfo(norms.dtype).tiny)
-        return (norms <= longest) | ~norms[0].isfinite()  # then there is nothing to measure by
+        return (norms <= longest) | ~norms[
+            0
+        ].isfinite()  # if it is not finite, there is nothing to compare with
 
     def state_dict(self) -> dict[str, Any]:
         return {"tolerance": self.tolerance, "kept": self._kept, "length": self._length}
@@ -274,9 +276,9 @@ class WithinTolerance(Acceptance):
                     break
                 gradient = replay.corrected(rows[gaps.index(gap)], gap)
             else:
-                # No minibatch's gradient is better than a prediction. One much longer than usual is none of
-                # those whose errors are known: a model that has just been chosen may hold a single gradient,
-                # noise and all, through every step.
+                # A gradient measured at another step has another minibatch's noise: a prediction is better.
+                # The errors known are of predictions of usual length: a model chosen just now may predict one
+                # gradient, noise and all, at every step.
                 if record.posterior is None:
                     break
                 gradient, length = replay.predicted()

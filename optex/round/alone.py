@@ -16,10 +16,10 @@ _Answer = TypeVar("_Answer")
 
 
 class OneThread:
-    """Lets one thread in at a time, again and again if it likes, and refuses others: they do not wait.
+    """A reentrant lock that refuses a second thread instead of letting it wait.
 
     A second thread that waited for its turn would take steps that its caller did not mean to follow the first
-    one's. A copy, or what is unpickled, has nobody in it.
+    one's. Copies and unpickled ones are not held by anyone.
     """
 
     def __init__(self) -> None:
@@ -30,10 +30,10 @@ class OneThread:
 
     @contextmanager
     def entered(self, what: str) -> Iterator[None]:
-        """Be in there.
+        """Hold the lock inside the block; ``what`` names the caller in the error.
 
         Raises:
-            RuntimeError: another thread is; nothing has changed.
+            RuntimeError: another thread holds it; nothing has changed.
         """
         if not self._lock.acquire(blocking=False):
             raise RuntimeError(
@@ -50,7 +50,7 @@ class OneThread:
 def alone(
     method: Callable[Concatenate[_Owner, _Args], _Answer],
 ) -> Callable[Concatenate[_Owner, _Args], _Answer]:
-    """A method that one thread at a time may be in, of a class whose ``_rounds.one_thread`` says so."""
+    """Make a method one that a single thread at a time may run, by the owner's ``_rounds.one_thread``."""
 
     @wraps(method)
     def guarded(self: _Owner, *args: _Args.args, **kwargs: _Args.kwargs) -> _Answer:

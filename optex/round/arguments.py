@@ -1,4 +1,4 @@
-"""What ``OptEx`` is built from: checked, and made as the paper has it."""
+"""The arguments of ``OptEx``: checked, and made as the paper has them."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ __all__ = [
     "check_evaluator",
     "check_layout",
     "check_parts",
+    "check_run",
     "check_stride",
     "is_exact",
     "named_evaluator",
@@ -41,7 +42,7 @@ PLAIN_STEP: Final = (
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """The optimizer itself, of which Lightning's wrapper is a subclass whose ``step`` takes closures alone."""
+    """The optimizer inside Lightning's wrapper, a subclass of its class whose ``step`` takes closures alone."""
     inner = getattr(optimizer, "_optimizer", None)
     return inner if isinstance(optimizer, type(inner)) else optimizer
 
@@ -69,10 +70,10 @@ def published_parts(
 
 
 def named_evaluator(evaluator: Any, model: Any) -> Any:
-    """The evaluator of that name, made of the model where it needs one; anything else as it is.
+    """The evaluator of that name, built for the model where it needs one; anything else passes through.
 
     Raises:
-        ValueError: there is none of that name, or no module to make it of.
+        ValueError: the name is unknown, or the evaluator needs a module and there is none.
     """
     if evaluator is None or evaluator == "sequential":
         return SequentialEvaluator()
@@ -93,7 +94,11 @@ def named_evaluator(evaluator: Any, model: Any) -> Any:
 def check_parts(
     base: Optimizer, estimator: Any, acceptance: Any, evaluator: Any, scheduler: Any, model: Any
 ) -> None:
-    """Refuse parts that are of another kind, or that do not go with the base optimizer."""
+    """Refuse parts of the wrong type, or that do not work with the base optimizer.
+
+    Raises:
+        TypeError, ValueError: one is; the message names it.
+    """
     check_kind("OptEx", "estimator", estimator, Estimator, "an optex.estimators.Estimator")
     check_kind("OptEx", "acceptance", acceptance, Acceptance, "an optex.Acceptance")
     check_evaluator(base, evaluator)
@@ -109,7 +114,11 @@ def check_parts(
 
 
 def check_evaluator(base: Optimizer, evaluator: Any) -> None:
-    """Refuse what is no evaluator, or one that cannot tell the base optimizer what its steps need."""
+    """Refuse what is no evaluator, or one that cannot hand the base optimizer all that its steps need.
+
+    Raises:
+        TypeError, ValueError: it is such.
+    """
     check_kind("OptEx", "evaluator", evaluator, Evaluator, "an optex.evaluators.Evaluator")
     if evaluator is not None and isinstance(base, ObservesEvaluations) and not evaluator.observes:
         while isinstance(evaluator, WrappingEvaluator):
@@ -120,10 +129,28 @@ def check_evaluator(base: Optimizer, evaluator: Any) -> None:
         )
 
 
+def check_run(batches: Any, objective: Any) -> None:
+    """Refuse batches that cannot be iterated, and an objective that cannot be called.
+
+    Raises:
+        TypeError: they are such.
+    """
+    if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
+        raise TypeError(
+            f"OptEx.rounds: batches must be iterable, got {type(batches).__name__}; hand over a list or a "
+            "DataLoader, or itertools.repeat(None, n) where the objective needs no batch"
+        )
+    if not isinstance(objective, GradientSource) and not callable(objective):
+        raise TypeError(
+            "OptEx.rounds: objective must be a function of a batch that returns the scalar loss, or a "
+            f"GradientSource, got {type(objective).__name__}"
+        )
+
+
 def source_of(
     base: Optimizer, objective: Callable[[Any], Tensor] | GradientSource, *, deterministic: bool
 ) -> GradientSource:
-    """The objective's gradients, with their graph where the base optimizer differentiates them again."""
+    """A source of the objective's gradients, with their graph where the base optimizer differentiates them."""
     given = isinstance(objective, GradientSource)
     source = objective if given else ObjectiveSource(objective, deterministic)
     needs_graph = isinstance(base, ObservesEvaluations) and base.needs_graph
@@ -134,7 +161,7 @@ def check_stride(stride: Any, acceptance: Acceptance) -> float:
     """The largest stride.
 
     Raises:
-        TypeError, ValueError: it is none, or the acceptance takes no steps without gradients of their own.
+        TypeError, ValueError: ``stride`` is not one, or the acceptance takes no steps on predictions alone.
     """
     try:
         largest = read_stride(stride)
@@ -157,7 +184,11 @@ def is_exact(acceptance: Acceptance, parallelism: int, stride: float) -> bool:
 
 
 def check_choices(deterministic: Any, gradient_hook: Any, on_nonfinite: Any) -> None:
-    """Refuse settings that are none of those to choose from."""
+    """Refuse values that these settings do not have.
+
+    Raises:
+        TypeError, ValueError: one came; the message names the setting.
+    """
     if not isinstance(deterministic, bool):
         raise TypeError(
             "OptEx: deterministic must be True (the same answer whenever it is asked at a point) or False, got "
@@ -173,7 +204,11 @@ def check_choices(deterministic: Any, gradient_hook: Any, on_nonfinite: Any) -> 
 
 
 def check_layout(shard: Any, history_dtype: Any, history_device: Any) -> None:
-    """Refuse what says nothing of where vectors and the history lie."""
+    """Refuse values that do not say where vectors and the history are kept.
+
+    Raises:
+        TypeError, ValueError: one came; the message names the argument.
+    """
     check_kind("OptEx", "shard", shard, bool, "True, False or None")
     check_kind("OptEx", "history_dtype", history_dtype, torch.dtype, "a floating-point torch.dtype or None")
     if history_dtype is not None and not history_dtype.is_floating_point:

@@ -1,4 +1,4 @@
-"""An optimizer in a few lines."""
+"""An optimizer's ``repr``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["described"]
 
 
 class _Described(Protocol):
-    """What is told of it."""
+    """What the description is made from."""
 
     parallelism: int
     history_size: int
@@ -34,7 +34,7 @@ class _Described(Protocol):
 
 
 def described(optimizer: _Described) -> str:
-    """Base optimizer, settings, and how far it is: four lines, whatever the parts."""
+    """Base optimizer, settings and progress in four lines."""
     estimator = optimizer.estimator
     what = repr(estimator)
     if isinstance(estimator, CommitteeEstimator):

@@ -1,9 +1,9 @@
 """Rounds of a base optimizer that is linear in the gradients: small algebra, and one product at the end.
 
-Every point of such a draft is a combination of the rows of the history and of a few vectors at hand (where it
-starts, the momentum). Predictions ask for inner products alone, and those of a combination follow from those of
-its parts. So the history is read once to find what it has in common with the few, and once to write the points
-out, however many steps there are between. A replay needs no more than the history itself.
+Every point of such a draft is a combination of the rows of the history and of a few other vectors (its start,
+the momentum). Predictions need inner products alone, and those of a combination follow from those of its parts.
+So the history is read once for its inner products with the other vectors, and once to compute the points,
+however many steps there are. A replay needs no more than the history itself.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from optex.stepping import LinearRule
 
 __all__ = ["draft_linearly", "linear_replay", "linear_rule"]
 
-# Large coefficients that cancel make more of the inner products' rounding than vectors do, and ever more in a
-# long draft. On short vectors walking takes no longer.
-LONGEST: Final = 16  # steps
-SHORTEST: Final = 4097  # numbers
+# Large coefficients that cancel amplify the rounding of inner products more than vectors do, and ever more in a
+# long draft. On short vectors the base optimizer's own steps take no longer.
+LONGEST: Final = 16  # steps of a draft
+SHORTEST: Final = 4097  # numbers in a vector
 
 
 class _Basis:
-    """Rows of a history, gradients first, and vectors beside it; a combination of them has 2 T0 + m numbers."""
+    """The rows of a history, gradients first, and m other vectors; a combination has 2 T0 + m numbers."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class _Basis:
         combination: Array,  # [2 T0 + m], of an offset from the anchor
         point: Tensor,  # [1, d], where that will be written
     ) -> Locations:
-        """A point as the history sees it."""
+        """The point's inner products with the history, from those of the basis."""
         size, products = self._history.size, (self.gram @ combination)[None]
         norm = small.nonnegative((products * combination).sum(1))
         return Locations.known(
@@ -71,7 +71,7 @@ class _Basis:
         here: Locations,
         combination: Array,  # [2 T0 + m]
     ) -> Array:  # [2 T0 + m]
-        """μ at a point."""
+        """The prediction μ at a point, as a combination."""
         coefficients, size = posterior.coefficients(here), self._history.size
         slope = 0.0 if coefficients.on_offsets is None else coefficients.on_offsets[0]
         result = slope * combination
@@ -84,7 +84,7 @@ class _Basis:
         self,
         combinations: Array,  # [n, 2 T0 + m]
     ) -> Tensor:  # [n, d]
-        """The vectors themselves."""
+        """The vectors that the combinations stand for."""
         history, size = self._history, self._history.size
         result = combine_rows(tensor(combinations[:, :size]), history.gradients)
         accumulate_rows(result, tensor(combinations[:, size : 2 * size]), history.displacements)
@@ -95,14 +95,14 @@ class _Basis:
         self,
         combination: Array,  # [2 T0 + m]
     ) -> float:
-        """Of the vector that it is."""
+        """Length of the vector that the combination stands for."""
         return float(small.nonnegative(combination @ self.gram @ combination)) ** 0.5
 
 
 def _basis(
     history: GradientHistory, rule: LinearRule, vectors: list[Tensor]
 ) -> tuple[_Basis, Array | None, Array]:
-    """The history's rows with these vectors, the momentum and the anchor beside it; where those two are."""
+    """A basis of the history's rows, these vectors, the momentum and the anchor; and the last two in it."""
     count, first = len(vectors), 2 * history.size
     if rule.buffer is not None:
         vectors = [*vectors, rule.buffer]
@@ -117,7 +117,7 @@ def _basis(
 
 
 def linear_rule(record: RoundRecord, posterior: Posterior | None) -> LinearRule | None:
-    """The rule to draft by, if it is a linear one and to go by inner products pays and is good enough."""
+    """The linear rule to draft by; None where there is none, or inner products are too slow or too inexact."""
     vector, last = record.stepper.vector, record.positions[-1]
     if posterior is None or not last or posterior.history.space.is_split:
         return None
@@ -135,13 +135,13 @@ def draft_linearly(
     rule: LinearRule,
     origins: Mapping[int, Locations],
 ) -> None:
-    """Fill the record's proxies, predictions and drafted gradients as walking the base optimizer would.
+    """Fill the record's proxies, predictions and drafted gradients as the base optimizer's own steps would.
 
     Args:
-        record: of the round; its first proxy is there.
-        posterior: predicts.
-        rule: the base optimizer's.
-        origins: where steps were measured before, by row.
+        record: of the round; its first proxy is set.
+        posterior: of the history.
+        rule: of the base optimizer's steps.
+        origins: by row, where steps were measured before.
     """
     history, window = posterior.history, record.window
     held = {row: pair for row in origins if row < len(window) - 1 and (pair := window[row].measured)}
@@ -178,7 +178,7 @@ def draft_linearly(
 
 
 def linear_replay(record: RoundRecord) -> LinearReplay | None:
-    """A replay by small algebra, where the base optimizer is linear and the history holds what was measured."""
+    """A replay by small algebra; None where the base optimizer is not linear, or a measured pair not stored."""
     posterior = record.posterior
     rule = linear_rule(record, posterior)
     usable = [row for row, flag in enumerate(record.usable) if flag]
@@ -196,7 +196,7 @@ class LinearReplay:
         self._basis, self._buffer, self._anchor = _basis(history, rule, [])
         self._offset = self._before = self._proxy(0)
         self._gradient = self._basis.unit(record.slots[0])
-        self.taken = 0
+        self.taken: int = 0
         self.step(self._gradient, measured=True)
 
     def _proxy(self, row: int) -> Array:  # [2 T0 + m]

@@ -1,4 +1,4 @@
-"""Rounds over batches, as something that can be iterated, and asked how long it is."""
+"""Rounds over batches, as an iterator with a length."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class RoundLoop(Iterator[RoundReport]):
     batches left can be enough for, N of them a round. It grows where a round uses fewer, and ends exact.
 
     Args:
-        reports: makes the rounds.
-        batches: that they use.
-        rounds: what makes them, which knows how many batches it has drawn and not used.
+        reports: runs a round for each report.
+        batches: that the rounds use.
+        rounds: runs them, and knows how many batches are drawn and not used yet.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The predictor: history, estimator and the fitted posterior in one hand."""
+"""The predictor: it owns history, estimator and fitted posterior."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class _Before:
 
 
 class Predictor:
-    """Predicts gradients from those remembered; the round asks it and tells it.
+    """Predicts gradients from those remembered; a round asks for its posterior and hands it what was measured.
 
     Attributes:
         estimator: makes posteriors of the history, and learns from how they did.
@@ -67,16 +67,15 @@ class Predictor:
         measured: Sequence[tuple[Tensor, Tensor] | None],  # n
         located: Locations | None = None,
     ) -> list[int]:
-        """Let the estimator learn how well it had predicted these gradients, then put the pairs into the
-        history.
+        """Put the pairs into the history, after the estimator has learned how well it had predicted them.
 
         Args:
             points, gradients, noise_variance: the pairs, as in ``GradientHistory.append``.
             measured: where their steps had been measured before, as in ``Estimator.judge``.
-            located: the points as the draft has seen them, if it has.
+            located: the points as the draft located them; None where it did not.
 
         Returns:
-            Where they are in the history, in their order; of more than it holds the last alone.
+            Their slots in the history, in their order; of more pairs than it holds, those of the last ones.
         """
         posterior, arrivals = self.posterior(), None
         if posterior is not None:
@@ -88,22 +87,22 @@ class Predictor:
         return [(self.history.newest - age) % self.history.size for age in reversed(range(held))]
 
     def before_remembering(self, count: int) -> _Before:
-        """What remembering ``count`` pairs would change; ``take_back`` puts it there again."""
+        """What remembering ``count`` pairs would change, for ``take_back``."""
         return _Before(self.history.before_append(count), self.estimator.state_dict(), self._posterior)
 
     def take_back(self, before: _Before) -> None:
-        """Be as before; may be called again."""
+        """Undo what happened since ``before_remembering``; may be called again."""
         self._posterior = None
         self.history.take_back(before.history)
         self.estimator.load_state_dict(before.estimator)
         self._posterior = before.posterior
 
     def state_dict(self) -> dict[str, Any]:
-        """History, and what the estimator has learned."""
+        """The history, and what the estimator has learned."""
         return {"history": self.history.state_dict(), "estimator": self.estimator.state_dict()}
 
     def loaded(self, state: dict[str, Any]) -> Predictor:
-        """A predictor of these settings with a saved history and what was learned; this one stays as it is.
+        """A new predictor with these settings and a saved history; this one stays as it is.
 
         Raises:
             ValueError: the history is of another size or dimension, or the state is not what is saved here.

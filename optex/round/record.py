@@ -28,7 +28,7 @@ __all__ = ["RoundRecord"]
 
 @dataclass
 class RoundRecord:
-    """What a round knows. Attributes are set by the part they are listed under, and read by later ones.
+    """What a round knows. Each attribute is set by the part that it is listed under, and read by later parts.
 
     Attributes:
         number: rounds before this one.
@@ -37,9 +37,9 @@ class RoundRecord:
         steps: K >= n, drafted.
         positions: n, which of the K those of the window are, the first 0.
         stepper: the base optimizer, marked at the round's start.
-        space: where all vectors of the round live; lengths and finiteness are asked of it.
+        space: of all vectors of the round; it has their lengths, and says which are finite.
         buffers: what an evaluation changes beside the gradients; None where that is not known.
-        undo: what takes the round back, in reverse; each entry is there before what it takes back begins.
+        undo: calls that take the round back, the last first; each is added before the change it takes back.
 
         **Draft.** proxies: [n, d], the points drafted for the window's steps; row 0 is the round's start.
         drafted: [n, d], the gradients predicted there; zeros where none was.
@@ -53,23 +53,23 @@ class RoundRecord:
         evaluations: gradients computed, those lost left out.
         losses: [n], NaN where not evaluated.
         gradients: [n, d], true gradients at the proxies.
-        noise_variance: n, of one component of each gradient; NaN where noisy by an amount nobody knows.
+        noise_variance: n, of one component of each gradient; NaN where the noise is of unknown size.
         usable: n flags: evaluated, loss and gradient finite, gradient plausible.
         mask: parameters that got a gradient at the first point evaluated.
         buffers_after: per point evaluated, the buffers behind it; None where there are none.
         observations: per row, what the base optimizer observed there; None where it asked for nothing.
         retried, lost: indices of proxies whose evaluation was lost at first, and for good.
         gradient_seconds: wall time of the evaluations.
-        failed: index of the step whose loss or gradient ended the round; None where that was not it.
+        failed: index of the step whose loss or gradient ended the round; None where none did.
 
         **Remember.** surprises: what the gradients said of their predictions, with those of earlier rounds.
         slots: by row, where a proxy is in the history now.
-        posterior: the estimator fitted to the history with this round's pairs in it; None where
-            the acceptance does not ask it.
+        posterior: the estimator fitted to the history with this round's pairs; None where the acceptance
+            does not use it.
 
         **Replay.** accepted: steps kept.
 
-        **Keep.** after: how far the run is when the round has ended.
+        **Keep.** after: the run's progress behind the round.
     """
 
     number: int
@@ -111,13 +111,13 @@ class RoundRecord:
     after: Progress | None = None
 
     def take_back(self) -> None:
-        """Undo all that the round did, the last first."""
+        """Undo all that the round did, the last change first."""
         while self.undo:
             self.undo[-1]()
             self.undo.pop()
 
     def report(self) -> RoundReport:
-        """What the user sees of it."""
+        """The report of the round, for the user."""
         noise = self._mean_noise()
         return RoundReport(
             number=self.number,
@@ -140,7 +140,7 @@ class RoundRecord:
         )
 
     def note_distance(self, row: int, here: Locations) -> None:
-        """How far the nearest pair is that a row is predicted from, where its gradient is no sample's."""
+        """Note a row's distance to the nearest iterate in the history, where gradients are deterministic."""
         if self.source.deterministic:  # else a pair of another minibatch is no measurement of this step
             nearest = here.squared_distances[0, here.history.representatives].min()
             self.distances[row] = tensor(nearest).sqrt()

@@ -1,4 +1,4 @@
-"""The ground that a replay walks on: how far its steps go, and which gradients there are."""
+"""How a replay takes its steps: their lengths, and the gradients that they use."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Replay(Protocol):
         ...
 
     def step(self, gradient: Any, *, measured: bool) -> None:
-        """A step with such a gradient; not ``measured``: it has none of its own."""
+        """A step with such a gradient; ``measured`` says whether one was measured for this step."""
         ...
 
     def finish(self) -> None:
-        """Leave the stepper where the last step led."""
+        """Leave the stepper at the point of the last step."""
         ...
 
 

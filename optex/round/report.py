@@ -20,7 +20,8 @@ class RoundReport:
         drafted: K, steps of the base optimizer that the round drafted.
         accepted: those of them that it kept, 1..K; 0 where the round's first step was skipped because it was
             not finite.
-        evaluated: true gradients computed, 1..N.
+        evaluated: true gradients computed, 1..N; one more where the first point was evaluated twice, to see
+            whether a source that was declared deterministic is.
         stride: K over the steps that were to be evaluated.
         dropped: indices of proxies whose loss or gradient was not finite or not plausible.
         retried: indices of proxies whose evaluation was lost at first (a worker that died, hung or failed).

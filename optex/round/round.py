@@ -24,7 +24,7 @@ from optex.round.record import RoundRecord
 from optex.round.state import RunState
 from optex.round.stride import Stride
 from optex.round.surprise import Surprises
-from optex.round.window import PlannedStep
+from optex.round.window import PlannedStep, Progress
 from optex.sources import GradientSource
 from optex.stepping import Buffers
 
@@ -36,6 +36,7 @@ _UNCHANGED: Final = "parameters and state are those of before the round"
 class Rounds(RunState):
     """The rounds of a run, each told in its order: draft, evaluate, remember, replay, keep."""
 
+    progress: Progress
     record: RoundRecord | None = None  # of the round under way, or the last one
 
     @torch.no_grad()
@@ -89,7 +90,7 @@ class Rounds(RunState):
         return record
 
     def _note_start(self, record: RoundRecord) -> None:
-        """What takes back all that drafting and evaluating change."""
+        """Note how to take back all that drafting and evaluating change."""
         self.stepper.mark(ahead=not self._is_plain())
         record.undo.append(self.stepper.take_back)
         record.undo.append(partial(setattr, self.stepper, "mask", self.stepper.mask))
@@ -101,7 +102,7 @@ class Rounds(RunState):
         record.undo += [partial(step.draws.put_back, step.draws.held()) for step in record.window]
 
     def _ahead(self, source: GradientSource, window: Sequence[PlannedStep]) -> Sequence[PlannedStep]:
-        """Those of the window that this round drafts."""
+        """The steps of the window that this round drafts."""
         if self.acceptance.keeps_window and not len(self.predictor.history) and source.deterministic:
             return window[:1]  # with nothing to predict from, all would be one point and one gradient
         return window[: self.acceptance.ahead(self.parallelism)]
@@ -150,7 +151,7 @@ class Rounds(RunState):
                     gradient = record.drafted[row]
                     row += 1
                 else:
-                    assert posterior is not None  # or no step would be without an evaluation
+                    assert posterior is not None  # without one every step is evaluated
                     gradient = posterior.mean(stepper.point)
                 stepper.step(gradient)
                 if record.positions[row] == position + 1:
@@ -178,7 +179,7 @@ class Rounds(RunState):
 
     @staticmethod
     def _measure_distances(record: RoundRecord) -> None:
-        """From where they were measured, for the steps of earlier rounds; all found at once."""
+        """Prediction distances of the steps measured in earlier rounds; all computed at once."""
         held = {row: step.measured[0] for row in record.predicted if (step := record.window[row]).measured}
         if held:
             gaps = record.space.norms([record.proxies[i] - point for i, point in held.items()])
@@ -203,10 +204,10 @@ class Rounds(RunState):
             record.buffers,
             self.stepper.observe,
         )
-        evaluation = self._verified(request) if verify else self.evaluator.evaluate(request)
+        evaluation, repeats = self._verified(request) if verify else (self.evaluator.evaluate(request), 0)
         record.gradient_seconds = time.perf_counter() - started
         record.evaluated = chosen
-        record.evaluations = len(chosen) - len(evaluation.lost) + (verify and len(chosen) == 1)
+        record.evaluations = len(chosen) - len(evaluation.lost) + repeats
         record.retried, record.lost = (
             tuple(chosen[i] for i in rows) for rows in (evaluation.retried, evaluation.lost)
         )
@@ -228,8 +229,8 @@ class Rounds(RunState):
         if not (record.usable[0] if chosen.start == 0 else any(record.usable)):
             self._fail(record, chosen.start)
 
-    def _verified(self, request: EvaluationRequest) -> Evaluation:
-        """The evaluation, in which the first point's loss was found twice; says so if the two differ."""
+    def _verified(self, request: EvaluationRequest) -> tuple[Evaluation, int]:
+        """The evaluation with the first point's loss found twice, and how many more gradients that took."""
         again = [i for i in range(1, len(request)) if torch.equal(request.points[i], request.points[0])]
         evaluation = self.evaluator.evaluate(request)
         if again:
@@ -248,7 +249,7 @@ class Rounds(RunState):
                 "closure or objective that draws minibatches, dropout or other random numbers.",
                 NotDeterministicWarning,
             )
-        return evaluation
+        return evaluation, 0 if again else 1
 
     def _fail(self, record: RoundRecord, index: int) -> None:
         record.failed = index
@@ -303,7 +304,7 @@ class Rounds(RunState):
         rows, gaps, norms = record.comparison
         if record.source.deterministic:
             return known.compared(gaps, norms) if rows else known
-        # What had been measured with the same minibatch before is in the history, noise and all.
+        # The history has seen the noise of minibatches that were measured before.
         rows = [i for i in rows if record.window[i].measured is None]
         usable = [i for i, flag in enumerate(record.usable) if flag]
         if not rows:
@@ -395,7 +396,7 @@ class Rounds(RunState):
 
 @contextmanager
 def _algebra(record: RoundRecord) -> Iterator[None]:
-    """For what is computed between gradients; what is not finite is noticed where it counts, and not before."""
+    """Threads and warnings for the algebra between gradients; values that are not finite are checked later."""
     with linalg.threads_for(record.space.width), np.errstate(all="ignore"):
         yield
 

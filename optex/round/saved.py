@@ -20,7 +20,7 @@ OWNER: Final = "OptEx.load_state_dict"
 
 
 def load_progress(state: Any, vector: ParameterVector, stride: Stride) -> Progress:
-    """How far the run was, and its window.
+    """The saved progress of the run, with its window.
 
     Raises:
         ValueError: an entry is missing or of another kind.
@@ -73,10 +73,10 @@ def _load_measured(where: str, measured: Any, vector: ParameterVector) -> tuple[
 
 
 def load_mask(state: Any, count: int) -> GradientMask:
-    """Which parameters get gradients.
+    """Which of ``count`` parameters get gradients.
 
     Raises:
-        ValueError: it is not one flag a parameter.
+        ValueError: the entry is not one flag a parameter.
     """
     mask = saved_entry(OWNER, state, "mask")
     flags = isinstance(mask, (list, tuple)) and all(isinstance(flag, bool) for flag in mask)
@@ -86,10 +86,10 @@ def load_mask(state: Any, count: int) -> GradientMask:
 
 
 def load_generators(state: Any) -> list[Tensor]:
-    """Where torch's random generators stood.
+    """The saved states of torch's random generators.
 
     Raises:
-        ValueError: it is not what they can be set to.
+        ValueError: the generators cannot be set to them.
     """
     return _generators("saved random", saved_entry(OWNER, state, "random"))
 

@@ -1,4 +1,4 @@
-"""What a run of rounds consists of and how far it is: what a checkpoint saves and a failed load puts back."""
+"""The parts and the progress of a run: what a checkpoint saves and a failed load puts back."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["RunState"]
 
 @dataclass
 class RunState:
-    """What the rounds of a run work with, and how far they are.
+    """The parts that the rounds of a run work with, and the run's progress.
 
     Attributes:
         stepper: the base optimizer, to be walked ahead and taken back.
@@ -34,7 +34,7 @@ class RunState:
         evaluator: of true gradients.
         parallelism: N.
         gradient_hook: changes every true gradient in place.
-        progress: how far the run is.
+        progress: rounds and steps so far, and the window ahead.
         queue: batches drawn and not planned yet.
         contradicted: a source that was declared deterministic answered differently at one point.
         one_thread: lets one thread at a time change any of it.
@@ -49,9 +49,9 @@ class RunState:
     gradient_hook: Callable[[], Any] | None
 
     def __post_init__(self, stride: Stride) -> None:
-        self.progress = Progress(stride=stride)
+        self.progress: Progress = Progress(stride=stride)
         self.queue: BatchQueue = BatchQueue()
-        self.contradicted = False
+        self.contradicted: bool = False
         self.one_thread: OneThread = OneThread()
 
     def plan(self) -> tuple[PlannedStep, ...]:
@@ -97,9 +97,9 @@ class RunState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there; the saved state is checked, and all is built aside before anything changes.
+        """Go on from a saved state, which is checked before anything changes.
 
-        What ``held`` gave before puts the rest back, should this be interrupted while it takes over.
+        Should it be interrupted while it takes over, the function that ``held`` answered before puts all back.
 
         Raises:
             ValueError: it is not what ``state_dict`` saves, or of another history, estimator or acceptance.
@@ -117,7 +117,7 @@ class RunState:
         self.progress = progress
 
     def held(self) -> Callable[[], None]:
-        """What puts the rounds back to where they are now."""
+        """A function that puts the rounds back to their present state."""
         parts = self.predictor, self.acceptance, self.stepper.mask, self.progress
         queue, evaluator, random = copy.copy(self.queue), self.evaluator.state_dict(), generator_states()
         put_stepper_back = self.stepper.held()
@@ -138,7 +138,7 @@ class RunState:
         self.progress = replace(self.progress, window=())
 
     def lay_out_anew(self, stepper: Stepper, predictor: Predictor) -> None:
-        """Go on with vectors of another length: what was measured along the old ones is of no use."""
+        """Go on with vectors of another length; what was measured as vectors of the old length is dropped."""
         self.stepper, self.predictor = stepper, predictor
         window = tuple(replace(step, measured=None) for step in self.progress.window)
         self.progress = replace(self.progress, window=window)

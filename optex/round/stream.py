@@ -1,4 +1,4 @@
-"""Reports that are written to a logger on their way."""
+"""Reports of rounds, each written to a logger before it is passed on."""
 
 from __future__ import annotations
 

@@ -13,19 +13,19 @@ from optex.round.surprise import Surprises
 __all__ = ["LARGEST", "Stride", "read_stride"]
 
 LARGEST: Final = 16.0  # for "auto"
-# While predictions hold:
+# Factors of the stride: where predictions hold, and where they do not.
 GROWTH: Final = 3.0
 SAMPLED_GROWTH: Final = 1.25
 SHRINKING: Final = 1.5
 WHOLE: Final = 0.9  # of the drafted steps kept: as good as all
-# Relative errors of deterministic gradients' predictions: no more of them, and none:
-WRONG: Final = 0.5
-WORTHLESS: Final = 1.0
+# Relative errors of predictions of deterministic gradients:
+WRONG: Final = 0.5  # from here on the stride does not grow
+WORTHLESS: Final = 1.0  # from here on it is 1
 # Squared relative errors of a prediction used for many steps, where gradients are sampled:
 HARMLESS: Final = 0.25
 LARGEST_ERROR: Final = 0.65
 SLACK: Final = 1.3  # between growing and shrinking
-# A round of one gradient and one step is the base optimizer's; while that is all there is, it is left alone:
+# A round of one gradient and one step is the base optimizer's; where rounds gain no more, predicting rests:
 WATCH: Final = 32  # rounds without a gain before the first rest
 WATCH_AGAIN: Final = 16  # before the others
 SHORTEST_REST: Final = 16  # rounds; each rest is LENGTHENING times as long as the one before
@@ -37,7 +37,8 @@ def read_stride(stride: Any) -> float:
     """The largest stride of the argument ``stride``.
 
     Raises:
-        TypeError, ValueError: it is none.
+        TypeError: it is neither ``"auto"`` nor a number.
+        ValueError: it is less than 1, or not finite.
     """
     if stride == "auto":
         return LARGEST
@@ -56,24 +57,24 @@ class Stride:
     """Drafted steps per gradient evaluated; a round replaces it as a whole.
 
     It grows while rounds are kept whole and predictions hold, and shrinks to what was kept. With deterministic
-    gradients the acceptance knows what can be kept; the stride does not grow where predictions were wrong by
-    ``WRONG``, and is 1 where they were by ``WORTHLESS``.
+    gradients the acceptance measures what can be kept; the stride does not grow where the relative error of
+    predictions was ``WRONG`` or more, and is 1 where it was ``WORTHLESS`` or more.
 
-    With sampled gradients nothing can be measured of a step that is not evaluated, and what noise is left in a
-    prediction is the same in all the K steps that use it, where that of K gradients would average out. With
-    e² = ‖μ - ∇F‖² / ‖∇F‖² and s² = E‖g - ∇F‖² / ‖∇F‖² (:class:`Surprises`) K predictions are off by K² e², K
-    gradients by K s²: the stride grows where
+    With sampled gradients nothing is measured at steps that are not evaluated, and the noise in a prediction is
+    the same in all the K steps that use it, where that of K gradients would average out. With
+    e² = ‖μ - ∇F‖² / ‖∇F‖² and s² = E‖g - ∇F‖² / ‖∇F‖² (:class:`Surprises`) the squared error of the sum of K
+    steps is K² e² with predictions and K s² with gradients. The stride grows where
 
         e² ≤ min(HARMLESS + s² / K, LARGEST_ERROR)
 
     and shrinks where e² is ``SLACK`` times that.
 
-    Where rounds evaluate one gradient and for many of them no step more was to be had, predicting is given
-    up for a while, as it costs time and memory traffic: the rounds of a rest are the base optimizer's steps.
+    Where rounds of one gradient have gained no step for long, predicting rests for a while, as it costs time
+    and memory traffic: the rounds of a rest are the base optimizer's steps.
 
     Attributes:
-        most: the largest.
-        value: of the next round, 1 to ``most``.
+        most: the largest stride.
+        value: the stride of the next round, 1 to ``most``.
         rest: rounds left to rest.
         pause: how long the next rest will be.
         watched: rounds without a gain since the last rest.
@@ -103,7 +104,7 @@ class Stride:
         return [round(i * last / (count - 1)) for i in range(count)] if count > 1 else [0]
 
     def after(self, count: int, kept: int, surprises: Surprises, *, deterministic: bool) -> Stride:
-        """The stride behind a round that evaluated ``count`` of its steps and kept ``kept``."""
+        """The stride after a round that evaluated ``count`` of its steps and kept ``kept``."""
         value = self.value
         whole = kept >= WHOLE * self.steps(count)
         if deterministic:
@@ -124,7 +125,7 @@ class Stride:
         )
 
     def _watching(self, count: int, kept: int, *, sampled: bool) -> Stride:
-        """With the gain of a round noted; resting, if there was none for long."""
+        """The stride with the gain of a round noted; it rests if there was none for long."""
         if count > 1:
             return self
         if self.value > 1 if sampled else kept > 1:
@@ -138,11 +139,11 @@ class Stride:
         return replace(self, rest=self.rest - 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """All but the bound."""
+        """All attributes but ``most``."""
         return {name: getattr(self, name) for name in ("value", "rest", "pause", "watched")}
 
     def loaded(self, state: dict[str, Any]) -> Stride:
-        """With a saved value, as far as this one's bound allows.
+        """This stride with saved attributes; the value at most this one's ``most``.
 
         Raises:
             ValueError: it is not what ``state_dict`` saves.

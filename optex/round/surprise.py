@@ -20,7 +20,7 @@ FEWEST: Final = 3  # rounds before averages of sampled gradients say anything
 
 @dataclass(frozen=True)
 class _Averages:
-    """Of ‖μ‖², ⟨μ, g⟩, ⟨g_i, g_{i+1}⟩ and ‖g‖² over recent rounds, up to one factor; and of how many."""
+    """Of ‖μ‖², ⟨μ, g⟩, ⟨g_i, g_{i+1}⟩ and ‖g‖² over recent rounds, up to one factor; and their number."""
 
     predicted: float = 0.0
     both: float = 0.0
@@ -39,12 +39,12 @@ class Surprises:
 
         ⟨μ, g⟩ = ⟨μ, ∇F⟩,    ⟨g_i, g_{i+1}⟩ = ‖∇F‖²  (neighbours with different minibatches),
 
-    and ‖μ - ∇F‖² / ‖∇F‖² = (‖μ‖² - 2 ⟨μ, g⟩ + ⟨g_i, g_{i+1}⟩) / ⟨g_i, g_{i+1}⟩ holds what a prediction is
-    wrong by, be it that the model is wrong or that noise of remembered gradients is left in it, and nothing
-    of the noise of the gradient that it is compared with. Deterministic gradients are compared directly.
+    and ‖μ - ∇F‖² / ‖∇F‖² = (‖μ‖² - 2 ⟨μ, g⟩ + ⟨g_i, g_{i+1}⟩) / ⟨g_i, g_{i+1}⟩ contains the error of the
+    prediction, due to the model or to noise of remembered gradients, and none of the noise of the gradient
+    that it is compared with. Deterministic gradients are compared directly.
 
     Attributes:
-        relative_error: ‖μ - ∇F‖ / ‖∇F‖ at the points last predicted and measured; NaN where nothing was, and
+        relative_error: ‖μ - ∇F‖ / ‖∇F‖ at the points last predicted and measured; NaN where there were none,
             infinite where ⟨g_i, g_{i+1}⟩ shows no common gradient.
         relative_noise: E‖g - ∇F‖² / ‖∇F‖², 0 for a deterministic source; NaN where it is not known.
     """
@@ -58,7 +58,7 @@ class Surprises:
         gaps: Tensor,  # [n], ‖μ - g‖
         norms: Tensor,  # [n], ‖g‖
     ) -> Surprises:
-        """With predictions of gradients that carry no noise."""
+        """Updated by predictions of gradients that carry no noise."""
         wrong, length = float(gaps.sum()), float(norms.sum())
         return replace(self, relative_error=wrong / length if length else math.inf, relative_noise=0.0)
 
@@ -69,10 +69,10 @@ class Surprises:
         measured: Tensor,  # [m, d]
         places: list[int],
     ) -> Surprises:
-        """With predictions of sampled gradients.
+        """Updated by predictions of sampled gradients.
 
         Args:
-            space: that the vectors live in.
+            space: of the vectors.
             predicted: from a history without these minibatches.
             measured: at least two gradients of different minibatches, neighbours next to each other.
             places: which of ``measured`` each prediction was made for.
@@ -100,7 +100,7 @@ class Surprises:
         return math.sqrt(self.averages.predicted / weight) if weight else math.inf
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages; what they say follows from them."""
+        """The averages, from which the other attributes follow."""
         averages = self.averages
         return {
             "products": [averages.predicted, averages.both, averages.successive, averages.measured],

@@ -1,4 +1,4 @@
-"""The steps ahead, each with its minibatch and random numbers for good, and how far the run is."""
+"""The steps ahead, each with a minibatch and random numbers of its own, and the progress of the run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class PlannedStep:
         batch: its minibatch.
         number: of the batch, in the order they came; None for a closure's.
         measured: point [d] and gradient [d] of its evaluation in an earlier round; None without one.
-        draws: its random numbers.
+        draws: the random numbers of its evaluations, the same each time.
     """
 
     batch: Any
@@ -48,8 +48,8 @@ class Progress:
     """How far a run is; a round replaces it as a whole, by one assignment.
 
     Attributes:
-        rounds: that ended.
-        steps_taken: of the base optimizer.
+        rounds: ended so far.
+        steps_taken: steps of the base optimizer kept so far.
         planned: batches that became planned steps, those taken among them.
         window: the planned steps that are not taken yet.
         surprises: what measured gradients said of their predictions.
@@ -65,7 +65,7 @@ class Progress:
 
 
 class BatchQueue:
-    """Batches drawn and not planned yet, numbered; filled so that an interrupt between two lines loses none."""
+    """Batches drawn and not planned yet, numbered; an interrupt at any line loses none of them."""
 
     def __init__(self) -> None:
         self._drawn: deque[tuple[int, Any]] = deque()
@@ -91,11 +91,11 @@ class BatchQueue:
         return [PlannedStep(batch, number) for number, batch in self._drawn]
 
     def at_hand(self, progress: Progress) -> int:
-        """How many batches are drawn, and of steps not taken yet."""
+        """How many drawn batches belong to steps not taken yet."""
         return len(progress.window) + len(self.waiting(progress))
 
     def next_number(self, progress: Progress) -> int:
-        """How many batches were drawn in all."""
+        """The number of the next batch: how many were drawn in all."""
         return (
             self._drawn[-1][0] + 1
             if self._drawn and self._drawn[-1][0] >= progress.planned

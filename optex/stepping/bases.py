@@ -52,14 +52,14 @@ OPTIMIZERS: Final[dict[str, Callable[..., Optimizer]]] = {
 if hasattr(torch.optim, "Muon"):  # torch 2.9 and later; two-dimensional parameters only
     OPTIMIZERS["muon"] = torch.optim.Muon
 
-# Of a module, whose layers they have to know: made from that, not from its parameters.
+# Built from a module, whose layers they have to know, and not from its parameters.
 MODEL_OPTIMIZERS: Final[dict[str, Callable[..., Optimizer]]] = {
     "scale": optimizers.SCALE.of,
     "mkor": partial(optimizers.MKOR.with_sgd, momentum=0.9),
     "mkor-h": partial(optimizers.MKOR.with_sgd, momentum=0.9, hybrid=True),
 }
 
-# Steps every coordinate by itself, so that a slice of the parameters can be stepped alone.
+# They step every coordinate by itself, so that a slice of the parameters can be stepped alone.
 ELEMENTWISE: Final[frozenset[type[Optimizer]]] = frozenset(
     {
         torch.optim.SGD,
@@ -76,9 +76,10 @@ ELEMENTWISE: Final[frozenset[type[Optimizer]]] = frozenset(
     }
 )
 
-# Of their state what is one number a parameter; parameters of one number have everything in that shape.
+# Entries of their state that are one number a parameter; by name, as a parameter may be one number itself.
 COUNTERS: Final = ("step", "mu_product", "eta", "mu")
 
+# Reasons, for the message of ``check_base``.
 REFUSED: Final[dict[type[Optimizer], str]] = {
     optimizers.GNS: "it evaluates its closure several times a step, so there is no single next gradient to "
     "predict; optex.minimize_gns evaluates several of its trials at once",
@@ -142,7 +143,7 @@ _RATES: Final[dict[str, float]] = {
 
 
 def default_rate(optimizer: str) -> float:
-    """The learning rate where none is named; 0.01 where the steps are about that long.
+    """The learning rate where none is given, by the optimizer's name; 0.01 unless another suits it better.
 
     >>> default_rate("adam")
     0.01
@@ -156,16 +157,16 @@ def check_settings(
     settings: Mapping[str, Any],
     remedies: Mapping[str, str],
 ) -> None:
-    """Refuse keywords that the optimizer does not know, in the name of the function that they were handed to.
+    """Refuse keywords that the optimizer does not take.
 
     Args:
-        owner: that function.
-        optimizer: a key of ``OPTIMIZERS``, or what makes one.
+        owner: the function that they were handed to, for the message.
+        optimizer: a key of ``OPTIMIZERS``, or a function that makes an optimizer.
         settings: the keywords.
-        remedies: what to do instead, for keywords that people bring from elsewhere.
+        remedies: what to do instead, by keyword, for those known from other libraries.
 
     Raises:
-        TypeError: one is unknown.
+        TypeError: one is unknown; the message names it.
     """
     factory = OPTIMIZERS.get(optimizer) if isinstance(optimizer, str) else optimizer
     if factory is None:  # an unknown name; the error for that is better
@@ -184,7 +185,11 @@ def check_settings(
 
 
 def check_base(base: Any) -> None:
-    """Refuse what cannot be a base optimizer, with the reason."""
+    """Refuse what cannot be a base optimizer.
+
+    Raises:
+        TypeError, ValueError: it cannot; the message says why.
+    """
     if not isinstance(base, Optimizer):
         raise TypeError(
             f"OptEx: base must be a torch.optim.Optimizer instance, got {type(base).__name__}; for example "

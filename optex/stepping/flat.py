@@ -1,4 +1,4 @@
-"""A base optimizer's steps on flat vectors, however many parameters they are made of."""
+"""A base optimizer's steps on flat vectors, however many parameters there are."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from optex.stepping.stepper import Stepper
 
 __all__ = ["FlatStepper"]
 
-# Numbers a thread that CPUs step at a time: a step runs over them a dozen times, and they stay in the cache.
+# Numbers that a CPU thread steps at a time: a step reads them a dozen times, and they stay in the cache.
 _LONGEST: Final = 1 << 17
 
 
@@ -29,18 +29,20 @@ class FlatStepper(Stepper):
     """A stepper that walks on flat copies: nothing is allocated and no loop runs over the parameters.
 
     From the mark on, an optimizer of the same class and settings steps one flat tensor a group (on CPUs in
-    pieces that fit into caches, if it is long). The base optimizer's own parameters and state stay where the
-    mark was until ``settle`` hands the result over; settings and schedule are the base optimizer's all along.
-    Everything is read anew at every mark, so that whatever is edited or loaded in between counts.
+    pieces that fit into caches, if it is long). The base optimizer's own parameters and state stay at the mark
+    until ``settle`` hands the result over; settings and schedule are the base optimizer's all along. Everything
+    is read anew at every mark, so that edits and loads in between count.
 
     That takes a class that steps every coordinate by itself (``ELEMENTWISE``), with gradients for all
     parameters, without step hooks or a step of its user's making, and plain tensors in one dtype on one
-    device with the same counters throughout a group. It is looked at when marking; the way is the plain
-    stepper's from there on where one of it does not hold. On CPUs results were equal to the plain stepper's
-    bit for bit wherever that was tried; kernels need not round alike in shorter and longer tensors, though.
+    device with the same counters throughout a group. The conditions are checked at every mark; where one does
+    not hold, the plain stepper's steps are taken up to the next mark. On CPUs results were equal to the plain
+    stepper's bit for bit wherever that was tried; kernels need not round alike in shorter and longer tensors.
 
     Memory: twice the parameters and the base optimizer's state.
     """
+
+    taken: int
 
     def __init__(self, base: Optimizer, vector: ParameterVector, scheduler: LRScheduler | None = None) -> None:
         self._flat: _FlatBase | None = None
@@ -143,7 +145,7 @@ class FlatStepper(Stepper):
 
 
 def _can_be_flat(base: Optimizer, vector: ParameterVector) -> bool:
-    """Whether one tensor a group can stand for its parameters, by all but their state."""
+    """Whether one tensor can stand for each group's parameters, as far as anything but their state decides."""
     hooks = base._optimizer_step_pre_hooks or base._optimizer_step_post_hooks
     hooks = hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
     if type(base) not in ELEMENTWISE or hooks or not vars(base).keys() <= TORCHS_OWN:
@@ -176,7 +178,7 @@ def _are_same(these: Sequence[Tensor], those: Sequence[Tensor]) -> bool:
 
 
 class _FlatStart:
-    """Where the mark is, to go back there."""
+    """The mark, with what brings the base optimizer back to it."""
 
     def __init__(self, flat: _FlatBase, settings: Settings) -> None:
         self.flat = flat
@@ -197,7 +199,7 @@ class _FlatBase:
 
     Attributes:
         point: [d], the parameters, as walked ahead; the groups' tensors are slices of it.
-        gradient: [d], that of the last step. Handed ones are copied into it: some optimizers change theirs.
+        gradient: [d], a copy of the last step's: some optimizers change the gradient that they step with.
     """
 
     def __init__(self, base: Optimizer, vector: ParameterVector) -> None:
@@ -240,7 +242,7 @@ class _FlatBase:
 
     @torch.no_grad()
     def rewind(self) -> None:
-        """Back to that start; the base optimizer is left alone."""
+        """Back to the start; the base optimizer is left as it is."""
         self.point.copy_(self._start.vector)
         for group in self._groups:
             group.rewind(self._twin.state)
@@ -271,7 +273,7 @@ class _FlatBase:
 
 
 class _Row:
-    """A vector over parameters laid one after the other, with what of it is whose."""
+    """A vector of all parameters, one after the other, and its pieces in their shapes."""
 
     def __init__(self, vector: Tensor, parameters: Sequence[Tensor]) -> None:
         self.vector = vector
@@ -290,7 +292,7 @@ class _FlatGroup:
     def __init__(self, parameters: list[Tensor], tensors: list[Tensor]) -> None:
         self.parameters, self.tensors = parameters, tensors
         self._lengths = [tensor.numel() for tensor in tensors]
-        self._start: dict[str, Tensor | _Row] = {}  # state by name, joined; counters but once
+        self._start: dict[str, Tensor | _Row] = {}  # state by name: joined rows; of counters one for all
         self._rows: dict[str, tuple[_Row, _Row]] = {}  # memory for the start, and for walking on from it
         self._known: list[bool] = []  # which parameters had an entry in the state
 

@@ -39,7 +39,7 @@ class LinearRule:
     buffer: Tensor | None = None
 
     def step(self, point: Any, gradient: Any, buffer: Any) -> tuple[Any, Any]:
-        """The next point and buffer; ``point`` counts from zero, not from an anchor."""
+        """The next point and buffer; ``point`` is the iterate itself, not its displacement from an anchor."""
         direction = -gradient if self.maximize else gradient
         if self.weight_decay:
             direction = direction + self.weight_decay * point
@@ -51,7 +51,7 @@ class LinearRule:
 
 
 def linear_rule(base: Optimizer, vector: ParameterVector) -> LinearRule | None:
-    """The rule of a base optimizer as it is set now; None where it is no such rule, or not one for all."""
+    """The rule of a base optimizer as it is set now; None where it has none, or groups differ."""
     if type(base) is not torch.optim.SGD:
         return None
     groups = [group for group in base.param_groups if group["params"]]

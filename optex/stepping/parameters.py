@@ -19,6 +19,9 @@ class ParameterVector:
 
     The vector's dtype is the widest among the parameters, float32 at least, so that reading loses nothing;
     its device is the first parameter's.
+
+    Args:
+        parameters: the tensors, in the order of their parts in the vector.
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
@@ -33,10 +36,11 @@ class ParameterVector:
         self._space = VectorSpace(self.dimension)
 
     def check(self) -> None:
-        """Refuse parameters that are of another dtype, device or size than when this vector was laid out.
+        """Refuse parameters whose dtype, device or size has changed since this vector was laid out.
 
         Raises:
-            TypeError, ValueError: one is; the message says which and what was and is.
+            TypeError: a dtype or device has changed; the message names the parameter.
+            ValueError: a size has.
         """
         kinds = zip(self.parameters, self._kinds, self.sizes, strict=False)
         for i, (p, (dtype, device), size) in enumerate(kinds):
@@ -58,7 +62,7 @@ class ParameterVector:
 
     @property
     def space(self) -> VectorSpace:
-        """Where the vector lives, and how to sum over its coordinates."""
+        """The vector's space, which sums over its coordinates."""
         return self._space
 
     def parts(self, vector: Tensor) -> list[Tensor]:
@@ -106,14 +110,14 @@ class ParameterVector:
 
 
 class Buffers:
-    """Tensors beside the parameters that an evaluation may change: BatchNorm's running statistics, say."""
+    """Tensors beside the parameters that an evaluation may change, as BatchNorm's running statistics."""
 
     def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
         self.tensors: list[Tensor] = list(tensors)
 
     @classmethod
     def of(cls, model: nn.Module) -> Buffers:
-        """Those of the model's state dict: buffers that are not saved hold data, not what was learned."""
+        """The buffers in the model's state dict; those that are not saved hold data, nothing learned."""
         # Looked up every round, so not through state_dict(), whose hooks (gathering, converting) are for
         # saving.
         found = {

@@ -46,7 +46,7 @@ class Hyperparameters:
             _restore_entries(group, settings)
 
 
-# What torch itself keeps in an optimizer, beside the state and the groups: none of it is a step's to change.
+# Attributes that torch itself keeps in an optimizer; no step changes them, but for state and groups.
 TORCHS_OWN: Final = frozenset(vars(torch.optim.SGD([torch.zeros(1)]))) | {"step", "_opt_called"}
 
 
@@ -55,7 +55,7 @@ class Attributes:
 
     Numbers, strings, tensors and containers of these are saved. An object of another kind is put back where a
     step replaced it; a step that changes one in place is refused, as that could not be taken back. An optimizer
-    that it wraps, whose state is its own, is looked into in the same way.
+    that it wraps, and whose state it shares, is saved in the same way.
     """
 
     def __init__(self, base: Optimizer) -> None:
@@ -111,7 +111,7 @@ def _is_wrapped(value: Any, base: Optimizer) -> bool:
 
 
 def _fingerprint(value: Any) -> bytes | None:
-    """Its content; None where that cannot be told."""
+    """The object's content as bytes; None where it cannot be pickled, or is a function."""
     if callable(value):
         return None
     try:

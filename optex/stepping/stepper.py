@@ -1,4 +1,4 @@
-"""A base optimizer that can be walked ahead with gradients handed to it, and taken back."""
+"""A base optimizer that is walked ahead with given gradients, and taken back."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ __all__ = ["FreezesWhileDrafting", "ObservesEvaluations", "Stepper"]
 class FreezesWhileDrafting(Protocol):
     """A base optimizer that keeps some of its state fixed during steps with predicted gradients.
 
-    Factorisations and curvature estimates are costly to update, and a prediction says nothing new of them:
-    while the context is open, steps use them as they are.
+    Factorisations and curvature estimates are costly to update, and predicted gradients hold no new information
+    on them: while the context is open, steps use them as they are.
     """
 
     def drafting(self) -> AbstractContextManager[None]:
@@ -36,7 +36,7 @@ class FreezesWhileDrafting(Protocol):
 class ObservesEvaluations(Protocol):
     """A base optimizer whose steps need more of an evaluation than its gradient.
 
-    A product with the Hessian, what went into a layer and what came back: it is read off right after the
+    Such as a product with the Hessian, or a layer's inputs and output gradients: it is read off right after the
     backward pass, and handed back before the step that uses that evaluation's gradient. Steps on predictions
     have no evaluation; such an optimizer is ``FreezesWhileDrafting``, too.
 
@@ -47,16 +47,16 @@ class ObservesEvaluations(Protocol):
     needs_graph: bool
 
     def observe(self) -> Any:
-        """What the evaluation that just ended left, taken away from it; the parameters' ``.grad`` are there."""
+        """What the evaluation that just ended left, which is removed; the parameters' ``.grad`` are set."""
         ...
 
     def recall(self, observation: Any) -> None:
-        """The next step uses the gradient of the evaluation that this was observed in."""
+        """Prepare for a step with the gradient of the evaluation in which this was observed."""
         ...
 
 
 class Stepper:
-    """Takes a base optimizer's steps with gradients that are handed to it, and goes back to where they began.
+    """Takes a base optimizer's steps with given gradients, and goes back to where they began.
 
     The scheduler, if any, ticks after every step, so that each step has its own learning rate whether it is
     drafted or final.
@@ -69,20 +69,20 @@ class Stepper:
 
     def __init__(self, base: Optimizer, vector: ParameterVector, scheduler: LRScheduler | None = None) -> None:
         self._base = base
-        # Asked once: whether a protocol is kept takes longer to find out than a small step.
+        # Asked once: to check a protocol takes longer than a small step.
         self._freezing = base if isinstance(base, FreezesWhileDrafting) else None
         self._observing = base if isinstance(base, ObservesEvaluations) else None
         self._scheduler = scheduler
         self.vector = vector
         self.mask: GradientMask = (True,) * len(vector.parameters)
-        self.taken = 0
+        self.taken: int = 0
         self.mark()
 
     def mark(self, *, ahead: bool = True) -> None:
         """Remember this place; ``rewind`` comes back to it.
 
         Args:
-            ahead: several steps may follow; a single one is not worth preparing for.
+            ahead: whether several steps may follow; preparing for a single one does not pay.
         """
         self._start = Snapshot(self._base, self._scheduler)
         self.taken = 0
@@ -97,7 +97,7 @@ class Stepper:
         self._start.check()
 
     def take_back(self) -> None:
-        """Back to the mark as far as that can be, whatever the steps were."""
+        """Back to the mark, without the check that all could be put back."""
         self._start.restore()
         self.taken = 0
 
@@ -107,11 +107,11 @@ class Stepper:
 
     @property
     def observe(self) -> Callable[[], Any] | None:
-        """What the base optimizer reads off every evaluation; None where gradients are all it needs."""
+        """The function that reads off every evaluation what the base needs; None where gradients are enough."""
         return None if self._observing is None else self._observing.observe
 
     def recall(self, observations: Sequence[Any] | None, row: int) -> None:
-        """The next step uses the gradient of this row of an evaluation, and what was observed with it."""
+        """Prepare for a step with the gradient in this row, by what was observed in its evaluation."""
         if self._observing is not None and observations is not None:
             self._observing.recall(observations[row])
 
@@ -124,7 +124,7 @@ class Stepper:
         self._step()
 
     def linear_rule(self) -> LinearRule | None:
-        """The rule of the steps from here, where they are linear in the gradients and of one kind for all."""
+        """The rule of the steps from here; None where they are not linear in the gradients, or not alike."""
         return None
 
     def arrive(
@@ -134,12 +134,12 @@ class Stepper:
         state: Mapping[str, Tensor],  # of [d]
         taken: int,
     ) -> None:
-        """Be where so many steps lead that were worked out elsewhere, as their ``linear_rule`` has it.
+        """Take over the result of steps that were computed elsewhere by ``linear_rule``.
 
         Args:
-            point: where that is.
+            point: where they lead.
             gradient: of the last step.
-            state: the base optimizer's there, by name.
+            state: the base optimizer's after them, by name.
             taken: how many steps.
         """
         self.vector.write(point)
@@ -166,7 +166,7 @@ class Stepper:
         self._base.step()
 
     def settle(self) -> None:
-        """Leave the steps taken with the base optimizer and its parameters, should they be elsewhere."""
+        """Hand the steps taken to the base optimizer and its parameters, should they be kept elsewhere."""
 
     @property
     def point(self) -> Tensor:  # [d]
@@ -177,17 +177,17 @@ class Stepper:
         self,
         point: Tensor,  # [d]
     ) -> None:
-        """Put the parameters here."""
+        """Set the parameters to this point."""
         self.vector.write(point)
 
     def gather(self) -> None:
-        """Make the parameters whole where they are split among processes; every one of them has to."""
+        """Make the parameters whole where they are split among processes; every process has to call it."""
 
     def release(self) -> None:
         """Give parameters and state back to the base optimizer, where the stepper keeps them elsewhere."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's."""
+        """The base optimizer's state dict."""
         return self._base.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -199,7 +199,7 @@ class Stepper:
         self._base.load_state_dict(state)
 
     def held(self) -> Callable[[], None]:
-        """What puts parameters, state, groups and schedule of the base optimizer back to where they are now."""
+        """A function that puts the base optimizer's parameters, state, groups and schedule back as they are."""
         base, state, groups = self._base, self._base.state, self._base.param_groups
         hooks = base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks
         snapshot = Snapshot(base, self._scheduler)
@@ -212,9 +212,9 @@ class Stepper:
         return put_back
 
     def check_step(self) -> None:
-        """Take two steps with gradients of zero, and take them back: a state that cannot be stepped with shows.
+        """Try two steps with zero gradients and take them back, to find a state that cannot be stepped with.
 
-        Two, as the schedule's rate is the second one's.
+        Two steps, as the schedule's new rate is first used in the second.
 
         Raises:
             Exception: whatever the base optimizer or the schedule raise.

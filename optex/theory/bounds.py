@@ -1,4 +1,4 @@
-"""How wrong a predicted gradient may be, and how far steps on such gradients get."""
+"""Bounds on the error of a predicted gradient, and on the gradients along steps with such errors."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ __all__ = ["error_bound", "stationarity_bound"]
 
 
 def error_bound(deviation: float, dimension: int, confidence: float = 0.95) -> float:
-    """What ‖∇F(θ) - μ(θ)‖ stays below with this probability, if the model is right.
+    """Upper bound on ‖∇F(θ) - μ(θ)‖ that holds with this probability, if the model is right.
 
     Given the history, the d components of the error are then independent N(0, s² v), so the squared length over
     s² v is χ² with d degrees of freedom. With x = ln 1/δ, with probability at least 1 - δ,
 
         ‖∇F - μ‖ ≤ √(s² v) · √(d + 2 √(d x) + 2 x).
 
-    It holds at one point, named before its gradient is known, and for independent components, as the separable
-    model has them.
+    It holds at one point, chosen before its gradient is known, and for independent components, as in the
+    separable model.
 
     Args:
         deviation: √(s² v), the predicted standard deviation of one component, not negative.
@@ -53,7 +53,7 @@ def stationarity_bound(
     noise_variance: float = 0.0,
     squared_error: float = 0.0,
 ) -> float:
-    """What the mean of E‖∇F‖² over the N · T steps of T rounds of gradient descent stays below.
+    """Upper bound on the mean of E‖∇F‖² over the N · T steps of T rounds of gradient descent.
 
     Steps θ - η (∇F(θ) + e + n) where e, the error of a prediction, is known before the noise n, which has mean
     zero. For F with an L-Lipschitz gradient and η ≤ 1/L,

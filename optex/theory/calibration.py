@@ -1,4 +1,4 @@
-"""Calibration: what predictions say of their own error, beside the error that they turn out to have."""
+"""Calibration: the error that predictions expect of themselves, beside the error that they have."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class CalibrationSummary:
-    """What comparisons come to. A normal error of the size predicted has coverages of 0.683 and 0.954.
+    """A summary of comparisons. Normal errors of the size predicted have coverages 0.683 and 0.954.
 
     Attributes:
-        count: comparisons.
+        count: how many comparisons.
         skipped: points for which the model had no standard deviation, or one of 0.
-        ratio: geometric mean of actual / predicted: above 1 the model is too sure, below it not sure enough.
-        spread: geometric standard deviation of that; 1 where the ratio is the same everywhere.
-        correlation: Spearman's, of predicted and actual; NaN for fewer than three or equal ones.
+        ratio: geometric mean of actual / predicted: above 1 the model is overconfident, below 1 underconfident.
+        spread: geometric standard deviation of actual / predicted; 1 where it is the same everywhere.
+        correlation: Spearman's, of predicted and actual; NaN for fewer than three, or where either is constant.
         coverage_one, coverage_two: shares of components within one and two standard deviations, mean.
         bounded: share of the errors below ``error_bound`` at 95 %.
         relative_error: median of ‖μ - ∇F‖ / ‖∇F‖.
@@ -72,16 +72,16 @@ class Calibration:
     """Collects predicted standard deviations and true errors of predicted gradients.
 
     The model says that, given the history, a component of ∇F(θ) - μ(θ) has variance s² v(θ) (paper, Proposition
-    4.1): v is ``Posterior.variance`` and s² ``Posterior.prior_variance``. ``watch`` compares that with what a
-    run's own evaluations say, each predicted from the history of before its round; ``record`` with gradients
-    from wherever you have them.
+    4.1): v is ``Posterior.variance`` and s² ``Posterior.prior_variance``. ``watch`` compares that with a run's
+    own evaluations, each predicted from the history before its round; ``record`` with gradients from any
+    other source.
 
-    The run is not touched: it is the same with and without, bit for bit. While a round is under way a copy of
+    A run is the same with and without, bit for bit. While a round is under way a copy of
     the history is held, 2 · T0 · d numbers.
 
     Attributes:
-        comparisons: in the order that they were made.
-        skipped: points without one.
+        comparisons: in the order in which they were made.
+        skipped: points without a comparison.
 
     >>> import itertools, torch, optex
     >>> theta = torch.nn.Parameter(torch.linspace(-2, 2, 50, dtype=torch.float64))
@@ -97,7 +97,7 @@ class Calibration:
 
     def __init__(self) -> None:
         self.comparisons: list[Comparison] = []
-        self.skipped = 0
+        self.skipped: int = 0
 
     def watch(
         self,
@@ -138,7 +138,7 @@ class Calibration:
 
     @staticmethod
     def _fitted(optimizer: OptEx) -> Posterior | None:
-        """What the optimizer predicts from now, over a history of its own."""
+        """The optimizer's present posterior, over a copy of its history."""
         if not len(optimizer.history):
             return None
         history = optimizer.history.like()
@@ -155,7 +155,7 @@ class Calibration:
         points: Tensor,  # [n, d]
         gradients: Tensor,  # [n, d]
     ) -> None:
-        """Compare predictions with true gradients at points that the posterior's history does not have.
+        """Compare predictions with true gradients at points that the posterior's history does not hold.
 
         Raises:
             ValueError: shapes differ from [n, dimension].
@@ -197,7 +197,7 @@ class Calibration:
         return np.array([c.actual for c in self.comparisons])
 
     def summary(self) -> CalibrationSummary:
-        """Of all comparisons so far.
+        """A summary of all comparisons so far.
 
         Raises:
             ValueError: there is none.

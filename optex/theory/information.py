@@ -1,4 +1,4 @@
-"""Information gain: how much a run's points can tell of a gradient under a kernel."""
+"""Information gain: how much the gradients at a run's points can tell under a kernel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["InformationGain", "information_gain"]
 
 @dataclass(frozen=True)
 class InformationGain:
-    """What n points tell of one component of the gradient, in their order.
+    """What n points, in their order, tell of one component of the gradient.
 
     Attributes:
         total: [n] float64, γ_j = ½ log det(I + σ⁻² K_j) of the first j points, in nats.
@@ -32,7 +32,7 @@ class InformationGain:
 
     @property
     def variance_bound(self) -> Tensor:  # [n] float64
-        """What the mean of the first j variances is at most: 2 γ_j / (j ln(1 + σ⁻²))."""
+        """Upper bound on the mean of the first j variances: 2 γ_j / (j ln(1 + σ⁻²))."""
         counts = torch.arange(1, len(self.total) + 1, dtype=torch.float64)
         return 2 * self.total / (counts * math.log1p(1 / self.noise_variance))
 
