@@ -151,7 +151,7 @@ class ConsensusSource(GradientSource):
         if not callable(objective):
             raise TypeError(f"{owner}: objective must be callable, got {type(objective).__name__}")
         self.objective = objective
-        self.parameters = check_parameters(owner, parameters)
+        self.parameters: list[Tensor] = check_parameters(owner, parameters)
         self.samples: int = check_integer(owner, "samples", samples, least=2)
         self.alpha: float = check_positive(owner, "alpha", alpha)
         self.sigma: float = check_positive(owner, "sigma", sigma)
@@ -161,8 +161,10 @@ class ConsensusSource(GradientSource):
             )
         self.antithetic = antithetic
         self.vectorized = vectorized
-        self.evaluations = float(self.samples)
-        self.module = objective if isinstance(objective, nn.Module) and not vectorized else None
+        self.evaluations: float = float(self.samples)
+        self.module: nn.Module | None = (
+            objective if isinstance(objective, nn.Module) and not vectorized else None
+        )
         self.effective_sample_size: float | None = None
 
     @property

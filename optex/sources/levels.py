@@ -43,6 +43,7 @@ class Levels:
                     f"{owner}: {name} must be a function of (x, y, batch), got {type(level).__name__}"
                 )
         self._owner, self._levels = owner, (upper, lower)
+        self.parameters: list[Tensor]
         self.parameters, self._one_x = _tensors(owner, "parameters", parameters)
         pieces, self._one_y = _tensors(owner, "start", start)
         self._shapes = [piece.shape for piece in pieces]
@@ -51,7 +52,7 @@ class Levels:
             raise ValueError(
                 f"{owner}: start has components that are not finite; start at a y where g is defined"
             )
-        self.blame = "nothing was evaluated"
+        self.blame: str = "nothing was evaluated"
         self.sigma = sigma
         _check_precision(owner, self._start.dtype, sigma)
 

@@ -106,18 +106,18 @@ class PenaltyHypergradient(GradientSource):
             _OWNER, "sigma", sigma, "its bias is of the order of sigma: try 1e-2"
         )
         self.inner_steps: int = check_integer(_OWNER, "inner_steps", inner_steps)
-        self.tolerance = (
+        self.tolerance: float | None = (
             None if tolerance is None else check_positive(_OWNER, "tolerance", tolerance, "try 1e-4")
         )
-        self.rate = None if rate is None else check_positive(_OWNER, "rate", rate, "take 1 / (L_g + sigma L_f)")
+        self.rate: float | None = (
+            None if rate is None else check_positive(_OWNER, "rate", rate, "take 1 / (L_g + sigma L_f)")
+        )
         self.deterministic = deterministic
         self.levels: Levels = Levels(_OWNER, upper, lower, parameters, start, self.sigma)
-        self.evaluations = 2.0 * (self.inner_steps + 1) + 3
-        self.lower_gradients = 0
-        self._y, self._z = (
-            self.levels.start(),
-            self.levels.start(),
-        )  # [d] each; changed in place by accept alone
+        self.evaluations: float = 2.0 * (self.inner_steps + 1) + 3
+        self.lower_gradients: int = 0
+        # [d] each; changed in place by accept alone
+        self._y, self._z = self.levels.start(), self.levels.start()
         self._said: set[str] = set()
         self._last: tuple[list[Tensor], Tensor, Tensor] | None = None
 

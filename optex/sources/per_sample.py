@@ -58,7 +58,9 @@ class PerSampleSource(GradientSource):
             raise TypeError(f"PerSampleSource: model must be a torch.nn.Module, got {type(model).__name__}")
         if chunk_size is not None:
             check_integer("PerSampleSource", "chunk_size", chunk_size)
-        self.objective, self.module, self.chunk_size = objective, model, chunk_size
+        self.objective: Callable[[Any], Tensor] = objective
+        self.module: nn.Module | None = model
+        self.chunk_size: int | None = chunk_size
         self._loss = LossModule(model, objective)
         self._reached: tuple[tuple[str, ...], list[bool]] = ((), [])
 

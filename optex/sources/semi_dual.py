@@ -69,10 +69,14 @@ class SemiDualSource(GradientSource):
             raise ValueError(f"{_OWNER}: C must be one problem [m, n], got a batch {list(problem.shape)}")
         if len(alpha) != problem.a.shape[1]:
             raise ValueError(f"{_OWNER}: alpha must be [{problem.a.shape[1]}], got {list(alpha.shape)}")
-        self.alpha = alpha
-        self.a, self.b, self.costs = problem.a[0].to(alpha), problem.b[0].to(alpha), problem.costs[0].to(alpha)
-        self.gamma, self.k, self.sampled = problem.gamma, problem.k, sampled
-        self.deterministic = not sampled
+        self.alpha: Tensor = alpha
+        self.a: Tensor = problem.a[0].to(alpha)
+        self.b: Tensor = problem.b[0].to(alpha)
+        self.costs: Tensor = problem.costs[0].to(alpha)
+        self.gamma: float = problem.gamma
+        self.k: int = problem.k
+        self.sampled: bool = sampled
+        self.deterministic: bool = not sampled
 
     @torch.no_grad()
     def gradient(self, batch: Any) -> tuple[Tensor, Tensor | None]:

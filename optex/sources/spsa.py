@@ -86,10 +86,10 @@ class SPSASource(GradientSource):
         self.parameters: list[Tensor] = check_parameters("SPSASource", parameters)
         self.epsilon: float = check_number("SPSASource", "epsilon", epsilon, open_below=True)
         self.queries: int = check_integer("SPSASource", "queries", queries)
-        self.chunk = chunk if chunk is None else check_integer("SPSASource", "chunk", chunk)
+        self.chunk: int | None = chunk if chunk is None else check_integer("SPSASource", "chunk", chunk)
         self.vectorized = vectorized
-        self.module = objective if isinstance(objective, nn.Module) else None
-        self.evaluations = 2.0 * self.queries
+        self.module: nn.Module | None = objective if isinstance(objective, nn.Module) else None
+        self.evaluations: float = 2.0 * self.queries
         self._names = _names_of(self.module, self.parameters) if vectorized else []
 
     @torch.no_grad()

@@ -54,18 +54,20 @@ class DynamicMask:
         every: int = 5,
         seed: int = 0,
     ) -> None:
-        self.shapes = [tuple(p.shape) for p in parameters]
+        self.shapes: list[tuple[int, ...]] = [tuple(p.shape) for p in parameters]
         if isinstance(ratios, (int, float)):
             ratios = [ratios if len(shape) > 1 else 1.0 for shape in self.shapes]
-        self.ratios = [check_number(_OWNER, "ratios", ratio, most=1.0) for ratio in ratios]
+        self.ratios: list[float] = [check_number(_OWNER, "ratios", ratio, most=1.0) for ratio in ratios]
         if len(self.ratios) != len(self.shapes):
             raise ValueError(
                 f"{_OWNER}: ratios must be one a parameter, {len(self.shapes)}, got {len(self.ratios)}"
             )
-        self.every = check_integer(_OWNER, "every", every)
-        self.seed = check_integer(_OWNER, "seed", seed, least=0)
+        self.every: int = check_integer(_OWNER, "every", every)
+        self.seed: int = check_integer(_OWNER, "seed", seed, least=0)
         sizes = [int(np.prod(shape)) for shape in self.shapes]
-        self.counts = [n - round((1 - ratio) * n) for n, ratio in zip(sizes, self.ratios, strict=True)]
+        self.counts: list[int] = [
+            n - round((1 - ratio) * n) for n, ratio in zip(sizes, self.ratios, strict=True)
+        ]
         if not sum(self.counts):
             raise ValueError(f"{_OWNER}: no coordinate is active at ratios {self.ratios}; raise them")
         # A tensor that is changed in place: evaluators in other processes notice.

@@ -68,7 +68,7 @@ class BlockLoss(nn.Module):
         for name, function in (("loss", loss), ("inputs", inputs)):
             if not callable(function):
                 raise TypeError(f"BlockLoss: {name} must be callable, got {type(function).__name__}")
-        self.blocks = blocks if isinstance(blocks, nn.Sequential) else nn.Sequential(*parts)
+        self.blocks: nn.Sequential = blocks if isinstance(blocks, nn.Sequential) else nn.Sequential(*parts)
         self.loss = loss
         self.inputs = inputs
 
@@ -145,12 +145,12 @@ class Passes:
     ) -> None:
         self.objective = objective
         self.parameters: list[Tensor] = list(parameters)
-        self.shifts = (mu, -mu) if central else (mu,)
-        self.chain = objective if reuse and isinstance(objective, BlockLoss) else None
-        self.module = objective if isinstance(objective, nn.Module) else None
+        self.shifts: tuple[float, ...] = (mu, -mu) if central else (mu,)
+        self.chain: BlockLoss | None = objective if reuse and isinstance(objective, BlockLoss) else None
+        self.module: nn.Module | None = objective if isinstance(objective, nn.Module) else None
         count = len(self.parameters)
-        self.entries = [0] * count if self.chain is None else self.chain.entries(self.parameters)
-        self.names = _names_of(self.module, self.parameters) if vectorized else None
+        self.entries: list[int] = [0] * count if self.chain is None else self.chain.entries(self.parameters)
+        self.names: list[str] | None = _names_of(self.module, self.parameters) if vectorized else None
 
     def share(self, place: int) -> float:
         """Which part of a pass a coordinate of this parameter takes, counted in blocks."""

@@ -107,13 +107,16 @@ class CoordinateSource(GradientSource):
         self.passes: Passes = Passes(
             objective, self.parameters, mu=self.mu, central=central, vectorized=vectorized, reuse=reuse
         )
-        self.mask = mask if mask is None or isinstance(mask, DynamicMask) else list(mask)
+        self.mask: DynamicMask | list[Tensor] | None = (
+            mask if mask is None or isinstance(mask, DynamicMask) else list(mask)
+        )
         _check_mask(self.mask, self.parameters)
         check_executor(executor)
         _check_group(group, executor)
-        self.executor, self.group = executor, group
+        self.executor: Executor | None = executor
+        self.group: Any = group
         self.deterministic = deterministic
-        self.module = objective if isinstance(objective, nn.Module) else None
+        self.module: nn.Module | None = objective if isinstance(objective, nn.Module) else None
 
     @property
     def evaluations(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]

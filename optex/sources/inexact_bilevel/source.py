@@ -71,7 +71,7 @@ class InexactBilevelSource(GradientSource):
     ) -> None:
         if not isinstance(problem, SmoothBilevel):
             raise TypeError(f"InexactBilevelSource: problem must be a SmoothBilevel, got {problem!r:.60}")
-        self.parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        self.parameters: list[Tensor] = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         if not self.parameters or not all(isinstance(p, Tensor) and p.is_leaf for p in self.parameters):
             raise ValueError("InexactBilevelSource: parameters must be leaf tensors, at least one")
         if isinstance(max_iterations, bool) or not isinstance(max_iterations, int) or max_iterations < 1:
@@ -83,8 +83,8 @@ class InexactBilevelSource(GradientSource):
         self.delta: float = check_number("InexactBilevelSource", "delta", delta)
         self.max_iterations = max_iterations
         self.tell_noise = tell_noise
-        self.start = problem.start.detach().clone()
-        self.evaluations = 1.0
+        self.start: Tensor = problem.start.detach().clone()
+        self.evaluations: float = 1.0
         self.last: Hypergradient | None = None
 
     def gradient(self, batch: Any) -> tuple[Tensor, Tensor | None]:

@@ -60,7 +60,7 @@ class GaussianPolicy(nn.Module):
     ) -> None:
         super().__init__()
         sizes = (observations, *hidden, actions)
-        self.mean = _Network("GaussianPolicy", sizes, bias=bias, dtype=dtype)
+        self.mean: nn.Sequential = _Network("GaussianPolicy", sizes, bias=bias, dtype=dtype)
         logarithm = math.log(check_positive("GaussianPolicy", "deviation", deviation))
         start = torch.full((actions,), logarithm, dtype=dtype)
         self.log_deviation: Tensor  # [a]
@@ -104,7 +104,8 @@ class SoftmaxPolicy(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.logits = _Network("SoftmaxPolicy", (observations, *hidden, actions), bias=bias, dtype=dtype)
+        sizes = (observations, *hidden, actions)
+        self.logits: nn.Sequential = _Network("SoftmaxPolicy", sizes, bias=bias, dtype=dtype)
 
     def forward(
         self,

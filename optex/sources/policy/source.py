@@ -93,22 +93,24 @@ class TrajectorySource(GradientSource):
             )
         if estimator not in ("gpomdp", "reinforce"):
             raise ValueError(f"TrajectorySource: estimator must be 'gpomdp' or 'reinforce', got {estimator!r}")
-        self.policy, self.environment = policy, environment
+        self.policy: nn.Module = policy
+        self.environment: Environment = environment
         self.estimator: Literal["gpomdp", "reinforce"] = estimator
-        self.baseline = bool(baseline)
-        self.trajectories = check_integer("TrajectorySource", "trajectories", trajectories)
+        self.baseline: bool = bool(baseline)
+        self.trajectories: int = check_integer("TrajectorySource", "trajectories", trajectories)
         if self.baseline and self.trajectories < 2:
             raise ValueError(
                 "TrajectorySource: baseline=True is the other trajectories' mean, and there is one trajectory; "
                 "raise trajectories"
             )
-        self.discount = check_number("TrajectorySource", "discount", discount, most=1.0, open_below=True)
-        self.parameters = [p for p in policy.parameters() if p.requires_grad]
+        self.discount: float = check_number("TrajectorySource", "discount", discount, most=1.0, open_below=True)
+        self.parameters: list[nn.Parameter] = [p for p in policy.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("TrajectorySource: no parameter of the policy requires a gradient")
-        self.module = policy
-        self.evaluations = float(self.trajectories)
-        self.environment_steps, self.mean_return = 0, float("nan")
+        self.module: nn.Module | None = policy
+        self.evaluations: float = float(self.trajectories)
+        self.environment_steps: int = 0
+        self.mean_return: float = float("nan")
 
     def gradient(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         found, weights = self._sampled()

@@ -113,21 +113,25 @@ class MinimaxPenaltySource(GradientSource):
                 )
         if not isinstance(weights, SourceWeights):
             raise TypeError(f"{_OWNER}: weights must be a SourceWeights, got {type(weights).__name__}")
-        self.validation, self.training = validation, training
-        self.weights, self.model = weights, model
-        self.rival = _rival(model, rival)
+        self.validation: Callable[[Any, Any], Tensor] = validation
+        self.training: Callable[[Any, Any], Any] = training
+        self.weights: SourceWeights = weights
+        self.model: nn.Module = model
+        self.rival: nn.Module = _rival(model, rival)
         self.alpha: float = check_positive(
             _OWNER, "alpha", alpha, "its bias is of the order of 1 / alpha: try 10"
         )
-        self.scale = 1 / self.alpha if scale is None else check_positive(_OWNER, "scale", scale, "or None")
+        self.scale: float = (
+            1 / self.alpha if scale is None else check_positive(_OWNER, "scale", scale, "or None")
+        )
         check_kind(_OWNER, "layers", layers, LayerSampler, "a LayerSampler or None")
         self.layers = layers
         if layers is not None:
             layers.blocks(model)
         self.deterministic = deterministic
-        self.evaluations = 3.0
-        self.module = nn.ModuleList([weights, model, self.rival])
-        self.parameters = [weights.logits, *model.parameters(), *self.rival.parameters()]
+        self.evaluations: float = 3.0
+        self.module: nn.Module | None = nn.ModuleList([weights, model, self.rival])
+        self.parameters: list[nn.Parameter] = [weights.logits, *model.parameters(), *self.rival.parameters()]
         self._said = False
 
     def param_groups(

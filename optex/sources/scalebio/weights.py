@@ -47,7 +47,7 @@ class SourceWeights(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.names = _names(sources)
+        self.names: tuple[str, ...] = _names(sources)
         self.logits: nn.Parameter = nn.Parameter(torch.zeros(len(self.names), dtype=dtype, device=device))
         if not self.logits.is_floating_point():
             raise TypeError(f"{_OWNER}: dtype must be floating-point, got {dtype}")

@@ -30,7 +30,7 @@ class RandomMatrix(ABC):
     def __init__(self, size: int, dimension: int, entropy: tuple[int, ...]) -> None:
         self.size = size
         self.dimension = dimension
-        self.words = np.random.SeedSequence(entropy)
+        self.words: np.random.SeedSequence = np.random.SeedSequence(entropy)
 
     @abstractmethod
     def forward(

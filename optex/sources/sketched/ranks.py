@@ -36,9 +36,9 @@ class SketchState:
             raise TypeError(f"SketchState: sketch must be a Sketch, got {type(sketch).__name__}")
         self.sketch = sketch
         self.process_group = process_group
-        self.number = 0
-        self.bytes_sent = 0
-        self.bytes_plain = 0
+        self.number: int = 0
+        self.bytes_sent: int = 0
+        self.bytes_plain: int = 0
 
     def state_dict(self) -> dict[str, int]:
         """What a resumed run has to take over, for the same matrices."""

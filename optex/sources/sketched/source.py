@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, NoReturn, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from optex.checks import check_kind, check_parameters
 from optex.sources.interface import GradientSource
@@ -61,13 +61,15 @@ class SketchedSource(GradientSource):
         if not isinstance(sketch, Sketch):
             raise TypeError(f"SketchedSource: sketch must be a Sketch, got {type(sketch).__name__}")
         check_kind("SketchedSource", "fixed", fixed, bool, "True or False")
-        self.source, self.sketch, self.fixed = source, sketch, bool(fixed)
+        self.source: GradientSource = source
+        self.sketch: Sketch = sketch
+        self.fixed: bool = bool(fixed)
         self.parameters: list[Tensor] = check_parameters("SketchedSource", parameters)
         dimension = sum(p.numel() for p in self.parameters)
         self._moment = sketch.second_moment(dimension)
-        self.deterministic = source.deterministic and self.fixed
-        self.evaluations = source.evaluations
-        self.module = source.module
+        self.deterministic: bool = source.deterministic and self.fixed
+        self.evaluations: float = source.evaluations
+        self.module: nn.Module | None = source.module
 
     def gradient(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         loss, noise = self.source.gradient(batch)
