@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -42,7 +43,7 @@ class DCDMLoss(nn.Module):
     def __init__(self, A: Any) -> None:
         super().__init__()
         n = dimension_of(_OWNER, A)
-        self.function = A if n is None else None
+        self.function: Callable[[Tensor], Tensor] | None = A if n is None else None
         matrix = None
         if n is not None:
             if not (isinstance(A, Tensor) or hasattr(A, "astype")):

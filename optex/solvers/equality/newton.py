@@ -162,6 +162,9 @@ class Newton:
         steps: the α that were taken.
     """
 
+    point: Point
+    best: Point
+
     def __init__(
         self,
         f: Smooth,

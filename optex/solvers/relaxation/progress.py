@@ -46,7 +46,7 @@ class Progress:
         self._scale = system.matrix.norm(system.right)
         if not math.isfinite(self._scale):
             raise ValueError(f"{owner}: the norm of b overflows; scale the system")
-        self.goal = tolerance * self._scale
+        self.goal: float = tolerance * self._scale
         self._epsilon = torch.finfo(system.dtype).eps
         self._best, self._best_norm, self._best_at = system.start, math.inf, 0
         self._ceiling = self._scale / self._epsilon

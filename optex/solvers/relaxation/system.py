@@ -108,8 +108,8 @@ class SparseMatrix(_HostMatrix):
             columns = columns.copy()
             columns.sum_duplicates()
         self._columns = columns
-        self.size = columns.shape[0]
-        self.diagonal = columns.diagonal()
+        self.size: int = columns.shape[0]
+        self.diagonal: Array = columns.diagonal()
         super().__init__(columns.dtype)
 
     def product(self, x: Array) -> Array:
@@ -141,8 +141,8 @@ class DenseMatrix(_HostMatrix):
 
     def __init__(self, matrix: NDArray[Any]) -> None:
         self._matrix = matrix
-        self.size = len(matrix)
-        self.diagonal = matrix.diagonal().copy()  # a view of one has a stride of n + 1
+        self.size: int = len(matrix)
+        self.diagonal: Array = matrix.diagonal().copy()  # a view of one has a stride of n + 1
         super().__init__(matrix.dtype)
 
     def product(self, x: Array) -> Array:
@@ -166,8 +166,8 @@ class DeviceMatrix(Matrix):
 
     def __init__(self, matrix: Tensor) -> None:
         self._matrix = matrix
-        self.size = len(matrix)
-        self.diagonal = matrix.diagonal()
+        self.size: int = len(matrix)
+        self.diagonal: Array = matrix.diagonal()
 
     def product(self, x: Array) -> Array:
         return self._matrix @ x

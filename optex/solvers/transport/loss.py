@@ -63,11 +63,11 @@ class SparseOTLoss(nn.Module):
             raise ValueError(f"{_OWNER}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
         if form not in ("semi-dual", "dual"):
             raise ValueError(f"{_OWNER}: form must be 'semi-dual' or 'dual', got {form!r}")
-        self.gamma = check_number(_OWNER, "gamma", gamma, open_below=True)
-        self.k = check_integer(_OWNER, "k", k)
+        self.gamma: float = check_number(_OWNER, "gamma", gamma, open_below=True)
+        self.k: int = check_integer(_OWNER, "k", k)
         self.form: Literal["semi-dual", "dual"] = form
-        self.tol = check_tolerance(_OWNER, tol, torch.float64)
-        self.maxiter = check_integer(_OWNER, "maxiter", maxiter)
+        self.tol: float = check_tolerance(_OWNER, tol, torch.float64)
+        self.maxiter: int = check_integer(_OWNER, "maxiter", maxiter)
         self.reduction = reduction
 
     def extra_repr(self) -> str:
