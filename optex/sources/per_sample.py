@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import grad_and_value, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from optex.batching import GradientMoments, GradientStatistics
 from optex.checks import check_integer
+from optex.functional import called_with
 from optex.sources.interface import GradientSource
 from optex.sources.objective import LossModule
 
@@ -159,7 +160,7 @@ class _Samples:
 
     def _loss_of(self, values: dict[str, Tensor], *sample: Any) -> Tensor:  # []
         batch = [leaf[None] if cut else leaf for leaf, cut in zip(sample, self._cut, strict=True)]
-        return functional_call(self._loss, values, (pytree.tree_unflatten(batch, self._structure),))
+        return called_with(self._loss, values, pytree.tree_unflatten(batch, self._structure))
 
     def reached(self) -> list[bool]:
         """Which parameters the loss depends on, found by one plain backward pass over the first sample."""

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from optex.draws import generator_states, set_generator_states
+from optex.functional import called_with, parameter_names
 from optex.sources.interface import scalar_loss
 
 __all__ = ["BlockLoss", "Chunk", "Passes", "Unperturbed", "coordinate"]
@@ -150,7 +150,9 @@ class Passes:
         self.module: nn.Module | None = objective if isinstance(objective, nn.Module) else None
         count = len(self.parameters)
         self.entries: list[int] = [0] * count if self.chain is None else self.chain.entries(self.parameters)
-        self.names: list[str] | None = _names_of(self.module, self.parameters) if vectorized else None
+        self.names: list[str] | None = (
+            parameter_names(_OWNER, self.module, self.parameters) if vectorized else None
+        )
 
     def share(self, place: int) -> float:
         """Which part of a pass a coordinate of this parameter takes, counted in blocks."""
@@ -195,7 +197,7 @@ class Passes:
     def losses(self, base: Unperturbed, batch: Any, chunk: Chunk) -> Tensor:  # [sides, c], float64
         """The losses with one coordinate shifted, the others as they are."""
         _, shifted = self._shifted(chunk)
-        with self._kept(base):
+        with _Kept(base.buffers):
             if self.names is not None:
                 return torch.stack([self._at_once(base, batch, chunk, row) for row in shifted])
             return torch.stack([self._in_turn(base, batch, chunk, row) for row in shifted])
@@ -203,9 +205,6 @@ class Passes:
     def _shifted(self, chunk: Chunk) -> tuple[Tensor, Tensor]:  # [c], [sides, c]
         values = self.parameters[chunk.place].detach().flatten()[chunk.indices]
         return values, torch.stack([values + shift for shift in self.shifts])
-
-    def _kept(self, base: Unperturbed) -> _Kept:
-        return _Kept(base.buffers)
 
     def _enter(self, base: Unperturbed, batch: Any, place: int) -> tuple[Any, ...]:
         """Put generators and buffers where they were at the parameter's block; the objective's arguments."""
@@ -236,7 +235,7 @@ class Passes:
         arguments = self._enter(base, batch, chunk.place)
 
         def loss(point: Tensor) -> Tensor:  # p's shape -> []
-            return functional_call(module, {names[chunk.place]: point}, arguments)
+            return called_with(module, {names[chunk.place]: point}, *arguments)
 
         found = torch.vmap(loss, randomness="same")(points.view(-1, *p.shape))
         if found.shape != shifted.shape or found.is_complex():
@@ -280,30 +279,6 @@ def chunks_of(active: Sequence[Tensor], size: int) -> Iterator[Chunk]:
 
 def _doubled(loss: Any) -> Tensor:  # [], float64
     return scalar_loss(loss, "objective").detach().double().cpu()
-
-
-def _names_of(module: nn.Module | None, parameters: Sequence[Tensor]) -> list[str]:
-    if module is None:
-        raise TypeError(
-            f"{_OWNER}: vectorized=True swaps parameters under torch.func, and needs the torch.nn.Module that "
-            "owns them as its objective, forward(batch) -> loss; pass that, or vectorized=False"
-        )
-    known = {id(p): name for name, p in module.named_parameters()}
-    if any(id(p) not in known for p in parameters):
-        raise TypeError(
-            f"{_OWNER}: vectorized=True, and a parameter is not the objective's own; pass its own, or "
-            "vectorized=False"
-        )
-    # torch.func.functional_call puts parameters back by name, and would leave shifted ones in such a module.
-    seen: set[int] = set()
-    for name, part in module.named_modules(remove_duplicate=False):
-        if id(part) in seen and next(part.parameters(recurse=False), None) is not None:
-            raise TypeError(
-                f"{_OWNER}: vectorized=True, and module {name!r} is registered twice, which torch.func "
-                "cannot swap; register it once, tie weights by assigning them, or pass vectorized=False"
-            )
-        seen.add(id(part))
-    return [known[id(p)] for p in parameters]
 
 
 def finite(
