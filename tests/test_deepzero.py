@@ -7,6 +7,7 @@ import os
 import pickle
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -440,7 +441,8 @@ class TestDynamicMask:
         assert not torch.equal(drawn[5][2], drawn[6][2])
 
     def test_one_number_leaves_vectors_whole(self):
-        assert optex.DynamicMask(self.PARAMETERS, 0.1).counts == [60, 20, 6]
+        for ratio in (0.1, np.float64(0.1), np.float32(0.1)):
+            assert optex.DynamicMask(self.PARAMETERS, ratio).counts == [60, 20, 6]
 
     def test_an_epoch_depends_on_nothing_that_was_asked_before(self):
         mask, other = (optex.DynamicMask(self.PARAMETERS, 0.1, seed=4) for _ in range(2))

@@ -23,7 +23,7 @@ __all__ = ["PerSampleSource"]
 
 
 class PerSampleSource(GradientSource):
-    """The gradient of ``objective(batch)`` as a mean over its samples, with the noise that their spread tells.
+    """The gradient of ``objective(batch)`` as a mean over its samples, and its noise from their spread.
 
     The objective is one for ``ObjectiveSource``, the mean over the samples of a batch: it is differentiated for
     every sample by itself, as a batch of one, in one ``torch.func.vmap``. Tensors of the batch are cut along
@@ -34,10 +34,10 @@ class PerSampleSource(GradientSource):
         objective: the scalar loss of a batch, which reads the parameters through ``model``. Samples must not
             depend on each other.
         model: whose parameters that require a gradient are optimised.
-        chunk_size: samples a ``vmap``; memory is that many gradients. None is all.
+        chunk_size: samples in one ``vmap``, which holds that many gradients; None takes all at once.
 
     Raises:
-        TypeError, ValueError: ``model`` or ``chunk_size`` cannot be what they are to be; at evaluation:
+        TypeError, ValueError: ``model`` is no module, or ``chunk_size`` no positive integer; at evaluation:
             BatchNorm in training mode, which mixes samples; a batch whose tensors are not of one length.
 
     >>> import torch, optex
@@ -175,6 +175,6 @@ class _Samples:
         return [gradient is not None for gradient in found]
 
     def pinned(self) -> AbstractContextManager[None]:
-        """Random generators are put back behind it."""
+        """A context that puts torch's random generators back at its end."""
         devices = {p.device for p in self.parameters if p.device.type == "cuda"}
         return torch.random.fork_rng(devices=list(devices))

@@ -32,11 +32,11 @@ class SPSASource(GradientSource):
         ĝ = (1/n) Σ_k s_k z_k,    s_k = (L(θ + εz_k) - L(θ - εz_k)) / (2ε)
 
     E ĝ = ∇L + O(ε²), and its noise is ``E‖ĝ - ∇L‖² = (d + 1) ‖∇L‖² / n``: one direction tells a d-th part of
-    the gradient. From n = 2 on the spread of the s_k z_k tells the noise, without bias, and estimators reckon
-    with it. Directions come from a seed that torch's global generator gives, one a call; all evaluations of
-    a call draw the same dropout. The loss reported is the mean of those evaluated.
+    the gradient. From n = 2 on the spread of the s_k z_k gives an unbiased estimate of that noise, which is
+    reported as its variance. Directions come from one seed a call, drawn from torch's global generator; all
+    evaluations of a call draw the same dropout. The loss reported is the mean of those evaluated.
 
-    A call keeps ĝ, one copy of the parameters, which come back to the bit, and one direction of one parameter;
+    A call holds ĝ, a copy of the parameters, which are put back to the bit, and one direction of one parameter;
     no activations for a backward pass. For steps without even that memory see ``MeZO``.
 
     Args:

@@ -36,7 +36,7 @@ class BlockLoss(nn.Module):
         inputs: of the batch, the first block's input; by default ``batch[0]``.
 
     Raises:
-        TypeError: ``blocks`` are no modules, or the functions are none.
+        TypeError: a block is no module, or ``loss`` or ``inputs`` cannot be called.
         ValueError: there is no block.
 
     >>> import torch, optex
@@ -103,13 +103,13 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Unperturbed:
-    """What one pass at the parameters' values has left.
+    """What one pass at the parameters' values leaves behind.
 
     Attributes:
         loss: [], float64.
         inputs: of those blocks that are entered, by number; empty for objectives that have none.
-        draws: where torch's generators stood at the entry of a block; 0 for the pass as a whole.
-        buffers: those that the pass has moved, with their values before.
+        draws: the states of torch's generators at the entry of those blocks; under 0 at the pass's start.
+        buffers: those that the pass has changed, each with its value before.
     """
 
     loss: Tensor
@@ -155,7 +155,7 @@ class Passes:
         )
 
     def share(self, place: int) -> float:
-        """Which part of a pass a coordinate of this parameter takes, counted in blocks."""
+        """The part of a pass that a coordinate of this parameter costs, counted in blocks."""
         blocks = 1 if self.chain is None else len(self.chain.blocks)
         return (blocks - self.entries[place]) / blocks
 
@@ -178,7 +178,7 @@ class Passes:
         return Unperturbed(_doubled(loss), inputs, draws, moved)
 
     def differences(self, chunk: Chunk) -> Tensor:  # [sides, c], float64
-        """By how much the chunk's coordinates are shifted, as their precision has it: μ, to rounding.
+        """How far the chunk's coordinates are shifted in the parameter's precision: μ, up to rounding.
 
         Raises:
             ValueError: rounding leaves a coordinate where it is.
@@ -247,7 +247,7 @@ class Passes:
 
 
 class _Kept:
-    """Buffers end where they stood, and so do torch's generators."""
+    """A context that puts buffers and torch's generators back at its end."""
 
     def __init__(self, buffers: Sequence[tuple[Tensor, Tensor]]) -> None:
         self._buffers = buffers
@@ -270,7 +270,7 @@ def coordinate(chunk: Chunk, number: int) -> str:
 def chunks_of(active: Sequence[Tensor], size: int) -> Iterator[Chunk]:
     """The active coordinates [k] of each parameter, in pieces of a size.
 
-    What is evaluated together does not depend on how many processes share the work, nor, then, do its bits.
+    The pieces do not depend on how many processes share the work, so neither do the bits of the losses.
     """
     for place, indices in enumerate(active):
         for part in indices.split(size) if len(indices) else ():
@@ -281,12 +281,12 @@ def _doubled(loss: Any) -> Tensor:  # [], float64
     return scalar_loss(loss, "objective").detach().double().cpu()
 
 
-def finite(
+def first_non_finite(
     losses: Sequence[Tensor],  # of [sides, c]
     chunks: Sequence[Chunk],
     shifts: Sequence[float],
 ) -> str | None:
-    """Where the first loss is that is NaN or infinite, in words; None where all are finite."""
+    """Which coordinate has the first loss that is NaN or infinite, in words; None where all are finite."""
     for values, chunk in zip(losses, chunks, strict=True):
         wrong = (~values.isfinite()).nonzero()
         if len(wrong):

@@ -30,7 +30,8 @@ class GymnasiumEnvironment(Environment):
 
     Raises:
         ModuleNotFoundError: Gymnasium is not installed; ``pip install "optex[rl]"``.
-        ValueError: spaces are of a kind that policies cannot have here, or there is no horizon.
+        ValueError: observations are no Box, actions neither Discrete nor a Box with finite ends, or there is no
+            horizon.
 
     >>> import optex
     >>> task = optex.GymnasiumEnvironment("CartPole-v1")

@@ -47,7 +47,7 @@ class Environment(ABC):
 
     @abstractmethod
     def begin(self, count: int, generator: torch.Generator) -> Episodes:
-        """Begin so many episodes; the same ones for the same state of the generator."""
+        """Begin ``count`` episodes; the same ones for the same state of the generator."""
 
 
 @final

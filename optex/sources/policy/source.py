@@ -37,8 +37,8 @@ class TrajectorySource(GradientSource):
 
     Args:
         policy: a module that answers observations [..., o] with a ``torch.distributions.Distribution`` of
-            actions; its trainable parameters are what is optimised. Its weights decide alone: no dropout, no
-            BatchNorm.
+            actions; its trainable parameters are what is optimised. Its answer has to depend on its
+            weights alone: no dropout, no BatchNorm.
         environment: to act in, :class:`~optex.LinearQuadratic`, :class:`~optex.GymnasiumEnvironment` or your
             own.
         trajectories: n, at least 1.
@@ -51,8 +51,8 @@ class TrajectorySource(GradientSource):
         environment_steps: taken so far by this object; workers have copies of their own.
         mean_return: not discounted, of the trajectories last sampled here; NaN before.
 
-    One number is drawn from torch's global generator a call; all else, seeds of the environment with it,
-    follows from that. So evaluations are repeated exactly, wherever they run.
+    A call draws one number from torch's global generator, and all else that is random, the environment's seeds
+    included, follows from it. So evaluations are repeated exactly, wherever they run.
 
     Raises:
         TypeError, ValueError: an argument cannot work; or, in a call, the policy answers no distribution.
@@ -141,13 +141,13 @@ class TrajectorySource(GradientSource):
             ∇²J v = E[ ∇⟨g(τ, θ), v⟩ + g(τ, θ) ⟨∇ log p(τ | θ), v⟩ ],    g(τ, θ) = Σ_t Ψ_t ∇ log π(a_t | s_t)
 
         the first term with τ held; ∇ log p(τ | θ) = Σ_t ∇ log π(a_t | s_t). A released code has a minus between
-        the terms; that is off by twice the second.
+        the terms, an error of twice the second.
 
         Args:
             vector: as above, in the order of ``source.parameters``.
 
         Raises:
-            ValueError: shapes are others.
+            ValueError: the shapes are not the parameters'.
             NonFiniteError: as ``gradient``.
         """
         shapes = [tuple(v.shape) for v in vector]

@@ -20,16 +20,16 @@ class SketchedSource(GradientSource):
     """``RᵀR g`` for the gradient g of another source: what is left of g after s numbers were sent.
 
     R is drawn anew for every gradient, its number t by torch's global generator: ``E RᵀR g = g``, with the
-    noise ``E‖RᵀR g - g‖² = ω ‖g‖²`` (:class:`Sketch` has ω). That, and the noise that the other source tells,
-    is the noise told. Where a gradient's noise is relative to its own length it vanishes at a minimum, and
-    descent converges with steps of ``1 / ((1 + ω) L)``; at 1/L it diverges.
+    noise ``E‖RᵀR g - g‖² = ω ‖g‖²`` (:class:`Sketch` has ω). The variance that is reported is of that
+    and of the other source's noise together. The sketch's noise is relative to the gradient's length, so it
+    vanishes at a minimum: descent converges with steps of ``1 / ((1 + ω) L)``; at 1/L it diverges.
 
     Args:
-        source: whose gradients.
-        sketch: how.
+        source: of the gradients g.
+        sketch: of the matrices R.
         parameters: those that are optimised, d numbers in all; the whole gradient is one vector.
-        fixed: R_0 for every gradient. Descent then never leaves the s dimensions of the rows of R_0, and the
-            answer is no estimate of the gradient; gradients of a history are s numbers each, not d.
+        fixed: R_0 for every gradient. Descent then stays in the s dimensions that the rows of R_0 span, and the
+            answer is no unbiased estimate of the gradient.
 
     Raises:
         TypeError, ValueError: an argument cannot work, or there are fewer than s parameters.
