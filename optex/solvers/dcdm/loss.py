@@ -28,7 +28,7 @@ class DCDMLoss(nn.Module):
             until ``to`` says another; or a function of a batch [batch, ...] that autograd can differentiate.
 
     Raises:
-        TypeError, ValueError: A is no such thing, or not symmetric.
+        TypeError, ValueError: A has the wrong type, or is not square or not symmetric.
         NotPositiveDefiniteError: the diagonal of a matrix has a negative entry.
 
     >>> A = torch.tensor([[2.0, -1.0], [-1.0, 2.0]])

@@ -29,7 +29,7 @@ class DirectionNetwork(nn.Module):
         levels: coarser grids below the given one; the published network has 1.
 
     Raises:
-        ValueError: dimension, channels or levels are no such numbers.
+        ValueError: dimension, channels or levels is out of range.
 
     >>> network = DirectionNetwork(2, channels=4)
     >>> network(torch.ones(8, 7)).shape, network(torch.ones(5, 16, 16)).shape

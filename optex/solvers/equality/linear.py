@@ -159,7 +159,7 @@ def check_solver(name: object) -> type[InnerSolve]:
     """The inner solver of this name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no solver of that name.
     """
     if not isinstance(name, str) or name not in SOLVERS:
         raise ValueError(f"{OWNER}: linear_solver must be one of {', '.join(map(repr, SOLVERS))}, got {name!r}")

@@ -86,7 +86,7 @@ class Matrix(ABC):
 
     @abstractmethod
     def finite(self) -> bool:
-        """Whether all entries are."""
+        """Whether all entries are finite."""
 
 
 class _HostMatrix(Matrix):
@@ -100,7 +100,7 @@ class _HostMatrix(Matrix):
 
 
 class SparseMatrix(_HostMatrix):
-    """Columns compressed, entries sorted."""
+    """A sparse matrix, by columns, its entries sorted."""
 
     def __init__(self, matrix: Any) -> None:
         columns: Any = scipy.sparse.csc_array(matrix)  # SciPy's types say too little of their attributes
@@ -198,7 +198,7 @@ class System:
         matrix: A.
         right: b [n].
         start: x [n], the system's own copy.
-        dtype: that it is computed in.
+        dtype: of the computation.
         present: puts an x [n] in b's form.
     """
 

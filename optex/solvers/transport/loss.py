@@ -19,7 +19,7 @@ _OWNER: Final = "SparseOTLoss"
 
 
 class SparseOTLoss(nn.Module):
-    """The dual's largest value, differentiable in costs and masses without a pass through the solver.
+    """The dual's maximum, differentiable in costs and masses without a pass through the solver.
 
     At the maximum the derivative with respect to what stands in the objective is that at fixed potentials (the
     envelope theorem):
