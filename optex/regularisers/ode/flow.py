@@ -117,7 +117,7 @@ class Flow(nn.Module):
 
     @contextmanager
     def recording(self) -> Iterator[list[Solve]]:
-        """Within it solves are written down, for a :class:`Regularizer`; the list grows as they are made.
+        """A context in which solves are recorded, for a :class:`Regularizer`; the list grows with each.
 
         >>> import torch
         >>> from optex.regularisers import Flow, GlobalRegularizer
