@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "optex"
 # From the ground up. A room imports from lower floors alone; rooms of one floor do not know each other.
 FLOORS = (
-    ("errors", "callback", "checks", "draws", "wrapper"),
+    ("errors", "callback", "checks", "draws", "functional", "wrapper"),
     ("small",),
     ("linalg",),
     ("vector_space",),

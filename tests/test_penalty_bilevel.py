@@ -267,6 +267,18 @@ class TestLoops:
         assert found.residual <= 1e-12
         torch.testing.assert_close(found.point, torch.ones(6, dtype=torch.float64), rtol=1e-10, atol=1e-10)
 
+    @pytest.mark.parametrize("slope", [1.0, 1e-30])
+    def test_calls_are_those_of_the_function(self, slope):
+        # A slope so small that no step changes the point: the line search ends at its first trial.
+        calls = []
+
+        def function(y):
+            calls.append(1)
+            return slope * y.square().sum(), slope * 2 * y
+
+        found = limited_memory_bfgs(function, torch.ones(3, dtype=torch.float64), 0.0, 50)
+        assert found.calls == len(calls)
+
     def test_lbfgs_minimises_what_is_no_quadratic(self):
         def function(y):
             leaf = y.detach().requires_grad_()

@@ -394,6 +394,9 @@ class TestSource:
                 source.gradient(batch)
         with pytest.raises(ValueError, match="SemiDualSource: a batch has different columns"):
             source.gradient(torch.tensor([1, 1]))
+        for columns in ([0, 3], [-1, 2]):
+            with pytest.raises(ValueError, match="SemiDualSource: a batch has columns from 0 to 2, got"):
+                source.gradient(torch.tensor(columns))
         with pytest.raises(ValueError, match="SemiDualSource: size must be between 1 and 3"):
             source.batches(4)
         with torch.no_grad():

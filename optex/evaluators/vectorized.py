@@ -7,12 +7,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import grad_and_value, vmap
 from torch.utils import _pytree as pytree
 
 from optex.checks import check_integer
 from optex.evaluators.buffers import refuse_running_statistics
 from optex.evaluators.interface import Evaluation, EvaluationRequest, Evaluator, with_hook
+from optex.functional import called_with
 from optex.sources import LossModule, ObjectiveSource
 from optex.stepping import GradientMask, ParameterVector
 
@@ -98,7 +99,7 @@ class VectorizedEvaluator(Evaluator):
         batch, batch_dims = _stack(batches)
 
         def loss_of(parameters: dict[str, Tensor], batch: Any) -> Tensor:
-            return functional_call(loss, parameters, (batch,))
+            return called_with(loss, parameters, batch)
 
         evaluate = vmap(
             grad_and_value(loss_of),

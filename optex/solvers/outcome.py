@@ -41,7 +41,7 @@ def outcome(x: Any, status: Status, *, nit: int, message: str = "", **figures: A
         x: the best iterate, in the form in which the problem was given.
         status: why it ended.
         nit: iterations taken.
-        message: says more of the status than its usual sentence.
+        message: in place of the status's usual sentence.
         figures: whatever else there is to tell: residual norms, evaluations.
 
     >>> result = outcome([1.0], Status.LIMIT, nit=3, residual=0.5)

@@ -20,7 +20,8 @@ from optex.sources.interface import GradientSource, scalar_loss
 
 __all__ = ["Consensus", "ConsensusSource", "values_of"]
 
-# With a smaller effective size the delta method says less than half: benchmarks/papers/consensus.py.
+# With a smaller effective size the delta method reports less than half of the noise variance, as measured in
+# benchmarks/papers/consensus.py.
 _TRUSTED: Final = 20.0
 
 
@@ -45,12 +46,12 @@ class Consensus:
         alpha: float,
         owner: str,
     ) -> Consensus:
-        """Of these energies.
+        """The consensus of samples with these energies.
 
         Args:
-            energies: NaN and +inf count as a sample that has no weight.
-            alpha: of the weights, positive.
-            owner: whose they are, for the message.
+            energies: the objective at each sample; a sample with NaN or +inf gets no weight.
+            alpha: α of the weights, positive.
+            owner: the class that error messages name.
 
         Raises:
             NonFiniteError: no energy is a number, or one is minus infinity.
@@ -81,7 +82,7 @@ class Consensus:
 
 
 class ConsensusSource(GradientSource):
-    """The gradient as the way from the consensus of N samples to the point that they were drawn around.
+    """The gradient estimated from the consensus, a weighted mean, of N samples drawn around the point.
 
     With V_i ~ N(x, σ² I) and the consensus c = Σ w_i V_i, w_i ∝ exp(-α E(V_i)),
 
@@ -99,10 +100,10 @@ class ConsensusSource(GradientSource):
             it is NaN or infinite has no weight.
         parameters: those that are optimised, d numbers in all.
         samples: N, at least 2.
-        alpha: α, positive: in units of one over the objective's.
+        alpha: α, positive, in units of one over the objective's.
         sigma: σ, positive: in the parameters' units; how far around x the objective is looked at.
         antithetic: samples come in pairs x ± σ ξ, whose noise cancels where both weigh alike; N is then even.
-        vectorized: as above.
+        vectorized: the objective takes all points at once, as above.
 
     Attributes:
         effective_sample_size: of the last gradient that was computed in this process, ``1 / Σ w_i²``; None
@@ -151,7 +152,7 @@ class ConsensusSource(GradientSource):
         if not callable(objective):
             raise TypeError(f"{owner}: objective must be callable, got {type(objective).__name__}")
         self.objective = objective
-        self.parameters = check_parameters(owner, parameters)
+        self.parameters: list[Tensor] = check_parameters(owner, parameters)
         self.samples: int = check_integer(owner, "samples", samples, least=2)
         self.alpha: float = check_positive(owner, "alpha", alpha)
         self.sigma: float = check_positive(owner, "sigma", sigma)
@@ -161,8 +162,10 @@ class ConsensusSource(GradientSource):
             )
         self.antithetic = antithetic
         self.vectorized = vectorized
-        self.evaluations = float(self.samples)
-        self.module = objective if isinstance(objective, nn.Module) and not vectorized else None
+        self.evaluations: float = float(self.samples)
+        self.module: nn.Module | None = (
+            objective if isinstance(objective, nn.Module) and not vectorized else None
+        )
         self.effective_sample_size: float | None = None
 
     @property
@@ -254,7 +257,7 @@ class ConsensusSource(GradientSource):
 
 
 def values_of(answer: Any, count: int, owner: str) -> Tensor:  # [count] float64
-    """What a function answered at so many points at once.
+    """The answer of a function of ``count`` points as float64, one number a point.
 
     Raises:
         TypeError, ValueError: it is not one real number a point.

@@ -24,8 +24,8 @@ class Found:
 
     Attributes:
         point, gradient: [d] each.
-        steps: taken.
-        calls: of the function.
+        steps: how many were taken.
+        calls: evaluations of the function.
     """
 
     point: Tensor
@@ -46,7 +46,7 @@ def gradient_descent(
     steps: int,
     rate: float,
 ) -> Found:
-    """Steps ``y ← y - rate ∇``, until the gradient is no longer than ``goal``, at most so many."""
+    """Steps ``y ← y - rate ∇``, until the gradient is no longer than ``goal``, at most ``steps`` of them."""
     point = start
     _, gradient = function(point)
     taken = 0
@@ -83,7 +83,7 @@ def limited_memory_bfgs(
         if found.point is None:
             if not pairs:
                 return Found(point, gradient, taken, calls)
-            pairs = []  # the curvature that was remembered misleads: once more, down the gradient
+            pairs = []  # the remembered curvature misleads: try again, down the gradient
             continue
         step, change = found.point - point, found.gradient - gradient
         if float(step @ change) > 0:
@@ -96,7 +96,7 @@ def _direction(
     gradient: Tensor,  # [d]
     pairs: list[tuple[Tensor, Tensor]],
 ) -> Tensor:  # [d]
-    """-H ∇ by the two loops over the steps and the changes of the gradient that are remembered."""
+    """-H ∇ by the two-loop recursion over the remembered steps and changes of the gradient."""
     direction, weights = -gradient, []
     for step, change in reversed(pairs):
         weight = (step @ direction) / (step @ change)
@@ -133,8 +133,10 @@ def _along(
     rounding = 100 * torch.finfo(value.dtype).eps * abs(float(value))
     shortest, longest = 0.0, float("inf")
     length = min(1.0, 1.0 / float(torch.linalg.vector_norm(gradient))) if first else 1.0
+    calls = 0
     for call in range(1, _TRIALS + 1):
         trial = point + length * direction
+        calls = call
         height, there = function(trial)
         tilt = float(there @ direction)
         if not slope < 0 or torch.equal(trial, point):
@@ -144,6 +146,6 @@ def _along(
         elif tilt < _FLATTER * slope:
             shortest = length
         else:
-            return _Trial(trial, height, there, call)
+            return _Trial(trial, height, there, calls)
         length = 2 * length if longest == float("inf") else (shortest + longest) / 2
-    return _Trial(None, value, gradient, _TRIALS)
+    return _Trial(None, value, gradient, calls)

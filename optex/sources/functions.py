@@ -74,7 +74,12 @@ def read_start(x0: Any) -> tuple[PointForm, Tensor]:
 
 
 def check_function(fun: Any, jac: Any) -> None:
-    """Refuse what cannot be a function and its gradient."""
+    """Refuse what cannot be a function and its gradient.
+
+    Raises:
+        TypeError: ``fun`` cannot be called.
+        ValueError: ``jac`` is neither a function, True nor None.
+    """
     if not callable(fun):
         raise TypeError(f"minimize: fun must be callable, got {type(fun).__name__}")
     if not (jac is None or jac is True or callable(jac)):
@@ -177,6 +182,9 @@ def differentiated(
         fun, args: as in ``optex.minimize``.
         leaf: where; requires a gradient.
         create_graph: the gradient can be differentiated again.
+
+    Raises:
+        TypeError, ValueError: the value is no real torch scalar, or autograd does not see ``leaf`` in it.
     """
     # The function gets a copy of the leaf, which it may change in place.
     value = _torch_value(fun, leaf.clone(), args)

@@ -73,7 +73,7 @@ class GradientSource(ABC):
         return None
 
     def with_graph(self) -> GradientSource:
-        """The same gradients with the graph that they were computed by, to be differentiated again.
+        """A source of the same gradients that keeps their graph, so that they can be differentiated again.
 
         By default the source itself: whether its gradients have one is up to it.
 

@@ -17,7 +17,7 @@ __all__ = ["Level", "Levels"]
 Level = Callable[[Any, Any, Any], Tensor]
 
 _SMALL: Final = 1e-3  # at and below, a difference over σ needs float64
-_NOTHING: Final = 0.1  # of a difference that is rounding: too much
+_NOTHING: Final = 0.1  # the share of a difference that may be rounding; beyond it nothing is left
 
 
 class Levels:
@@ -43,6 +43,7 @@ class Levels:
                     f"{owner}: {name} must be a function of (x, y, batch), got {type(level).__name__}"
                 )
         self._owner, self._levels = owner, (upper, lower)
+        self.parameters: list[Tensor]
         self.parameters, self._one_x = _tensors(owner, "parameters", parameters)
         pieces, self._one_y = _tensors(owner, "start", start)
         self._shapes = [piece.shape for piece in pieces]
@@ -51,12 +52,12 @@ class Levels:
             raise ValueError(
                 f"{owner}: start has components that are not finite; start at a y where g is defined"
             )
-        self.blame = "nothing was evaluated"
+        self.blame: str = "nothing was evaluated"
         self.sigma = sigma
         _check_precision(owner, self._start.dtype, sigma)
 
     def start(self) -> Tensor:  # [d]
-        """Where y was to start, in memory of its own."""
+        """A copy of the y to start from."""
         return self._start.clone()
 
     def at(self, parameters: list[Tensor]) -> Levels:
@@ -151,7 +152,7 @@ class Levels:
 
 
 def _tensors(owner: str, name: str, given: Any) -> tuple[list[Tensor], bool]:
-    """The tensors, and whether it was one, not a sequence.
+    """The tensors as a list, and whether one was given instead of a sequence.
 
     Raises:
         TypeError, ValueError: there is none, or one is not real and floating-point.

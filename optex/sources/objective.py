@@ -21,9 +21,9 @@ def backpropagate(
     *,
     create_graph: bool = False,
 ) -> None:
-    """``loss.backward``, without torch's warning of the cycle that a graph in ``.grad`` is part of.
+    """``loss.backward``, without torch's warning that a graph kept in ``.grad`` makes a reference cycle.
 
-    Those who ask for the graph here (optimizers that observe evaluations) let go of it.
+    Callers that ask for the graph (optimizers that observe evaluations) release it.
     """
     if not create_graph:
         loss.backward()
@@ -55,6 +55,10 @@ class ObjectiveSource(GradientSource):
         objective: the scalar loss of a batch at the parameters' present values, without backward.
         deterministic: it answers the same whenever it is asked at a point, whatever the batch.
         create_graph: keep the graph of the gradient, for optimizers that differentiate it again.
+
+    Raises:
+        TypeError, ValueError: at evaluation: the loss is no real scalar, or depends on no parameter through
+            autograd.
     """
 
     objective: Callable[[Any], Tensor]
@@ -93,6 +97,9 @@ class AccumulatingSource(GradientSource):
         parameters: those that are optimised, to measure the noise at; costs one more copy of their gradients.
             None leaves the noise unknown.
         create_graph: keep the graphs of all micro-batches' gradients; that takes their memory at once.
+
+    Raises:
+        TypeError, ValueError: at evaluation: a loss is no real scalar, or a batch has no micro-batches.
 
     >>> import torch, optex
     >>> model = torch.nn.Linear(2, 1)

@@ -37,9 +37,9 @@ class PenaltyHypergradient(GradientSource):
         y = argmin_y h_σ(x, y),   z = argmin_y g(x, y)
 
     and ψ_σ and its gradient are O(σ)-close to those of the bilevel problem, where h_σ is steep enough about its
-    minima (strongly convex, or the paper's proximal error bound). The loss of an answer is ψ_σ(x). Where x
-    governs that steepness μ, σ has to be small against the least of it that x can reach: else ψ_σ is low where
-    the lower level is nearly singular, far below f(x, y*(x)), and a descent goes there.
+    minima (strongly convex, or the paper's proximal error bound). The loss of an answer is ψ_σ(x). Where
+    that steepness μ depends on x, σ has to be small against the smallest μ that x can reach: otherwise ψ_σ is
+    far below f(x, y*(x)) where the lower level is nearly singular, and a descent is drawn there.
 
     **Warm starts.** A pair (y, z) is stored, and every answer's two solves start at it, so that an answer
     depends on the point, the batch and the pair alone, in whatever order and process answers are computed. The
@@ -59,7 +59,7 @@ class PenaltyHypergradient(GradientSource):
             takes all ``inner_steps``, as the paper's double loop does (T steps from the warm start).
         rate: γ of the paper's inner step ``y ← y - γ ∇_y h_σ(x, y)``, 1 / (L_g + σ L_f) for gradients that are
             Lipschitz with L_g and L_f. None (the default) solves by L-BFGS, which needs no such constants.
-        deterministic: no batch is looked at.
+        deterministic: the levels do not look at the batch.
 
     Attributes:
         evaluations: gradients of f or g at most, ``2 (inner_steps + 1) + 3``; line searches may take more.
@@ -106,18 +106,18 @@ class PenaltyHypergradient(GradientSource):
             _OWNER, "sigma", sigma, "its bias is of the order of sigma: try 1e-2"
         )
         self.inner_steps: int = check_integer(_OWNER, "inner_steps", inner_steps)
-        self.tolerance = (
+        self.tolerance: float | None = (
             None if tolerance is None else check_positive(_OWNER, "tolerance", tolerance, "try 1e-4")
         )
-        self.rate = None if rate is None else check_positive(_OWNER, "rate", rate, "take 1 / (L_g + sigma L_f)")
+        self.rate: float | None = (
+            None if rate is None else check_positive(_OWNER, "rate", rate, "take 1 / (L_g + sigma L_f)")
+        )
         self.deterministic = deterministic
         self.levels: Levels = Levels(_OWNER, upper, lower, parameters, start, self.sigma)
-        self.evaluations = 2.0 * (self.inner_steps + 1) + 3
-        self.lower_gradients = 0
-        self._y, self._z = (
-            self.levels.start(),
-            self.levels.start(),
-        )  # [d] each; changed in place by accept alone
+        self.evaluations: float = 2.0 * (self.inner_steps + 1) + 3
+        self.lower_gradients: int = 0
+        # [d] each; changed in place by accept alone
+        self._y, self._z = self.levels.start(), self.levels.start()
         self._said: set[str] = set()
         self._last: tuple[list[Tensor], Tensor, Tensor] | None = None
 
@@ -169,7 +169,7 @@ class PenaltyHypergradient(GradientSource):
         self._z.copy_(z)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The stored pair, which a run that is resumed has to have."""
+        """The stored pair, which a resumed run needs."""
         return {"y": self._y.clone(), "z": self._z.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -198,7 +198,7 @@ class PenaltyHypergradient(GradientSource):
     def _solved(self, x: list[Tensor], batch: Any) -> _Solved:
         if not all(bool(part.isfinite().all()) for part in x):
             lost = torch.full_like(self._y, math.nan)
-            return _Solved(lost, lost, (math.nan, math.nan))  # who asked about such a point names it
+            return _Solved(lost, lost, (math.nan, math.nan))  # the caller names such a point
         levels, sigma = self.levels, self.sigma
         with torch.enable_grad():
             _, pull = levels.slope(x, self._z, batch, 1.0, 0.0)

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import grad_and_value, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from optex.batching import GradientMoments, GradientStatistics
 from optex.checks import check_integer
+from optex.functional import called_with
 from optex.sources.interface import GradientSource
 from optex.sources.objective import LossModule
 
@@ -22,7 +23,7 @@ __all__ = ["PerSampleSource"]
 
 
 class PerSampleSource(GradientSource):
-    """The gradient of ``objective(batch)`` as a mean over its samples, with the noise that their spread tells.
+    """The gradient of ``objective(batch)`` as a mean over its samples, and its noise from their spread.
 
     The objective is one for ``ObjectiveSource``, the mean over the samples of a batch: it is differentiated for
     every sample by itself, as a batch of one, in one ``torch.func.vmap``. Tensors of the batch are cut along
@@ -33,10 +34,10 @@ class PerSampleSource(GradientSource):
         objective: the scalar loss of a batch, which reads the parameters through ``model``. Samples must not
             depend on each other.
         model: whose parameters that require a gradient are optimised.
-        chunk_size: samples a ``vmap``; memory is that many gradients. None is all.
+        chunk_size: samples in one ``vmap``, which holds that many gradients; None takes all at once.
 
     Raises:
-        TypeError, ValueError: ``model`` or ``chunk_size`` cannot be what they are to be; at evaluation:
+        TypeError, ValueError: ``model`` is no module, or ``chunk_size`` no positive integer; at evaluation:
             BatchNorm in training mode, which mixes samples; a batch whose tensors are not of one length.
 
     >>> import torch, optex
@@ -58,7 +59,9 @@ class PerSampleSource(GradientSource):
             raise TypeError(f"PerSampleSource: model must be a torch.nn.Module, got {type(model).__name__}")
         if chunk_size is not None:
             check_integer("PerSampleSource", "chunk_size", chunk_size)
-        self.objective, self.module, self.chunk_size = objective, model, chunk_size
+        self.objective: Callable[[Any], Tensor] = objective
+        self.module: nn.Module | None = model
+        self.chunk_size: int | None = chunk_size
         self._loss = LossModule(model, objective)
         self._reached: tuple[tuple[str, ...], list[bool]] = ((), [])
 
@@ -157,7 +160,7 @@ class _Samples:
 
     def _loss_of(self, values: dict[str, Tensor], *sample: Any) -> Tensor:  # []
         batch = [leaf[None] if cut else leaf for leaf, cut in zip(sample, self._cut, strict=True)]
-        return functional_call(self._loss, values, (pytree.tree_unflatten(batch, self._structure),))
+        return called_with(self._loss, values, pytree.tree_unflatten(batch, self._structure))
 
     def reached(self) -> list[bool]:
         """Which parameters the loss depends on, found by one plain backward pass over the first sample."""
@@ -172,6 +175,6 @@ class _Samples:
         return [gradient is not None for gradient in found]
 
     def pinned(self) -> AbstractContextManager[None]:
-        """Random generators are put back behind it."""
+        """A context that puts torch's random generators back at its end."""
         devices = {p.device for p in self.parameters if p.device.type == "cuda"}
         return torch.random.fork_rng(devices=list(devices))

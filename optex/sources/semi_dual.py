@@ -23,16 +23,17 @@ _OWNER: Final = "SemiDualSource"
 
 
 class SemiDualSource(GradientSource):
-    """The semi-dual of :func:`~optex.sparse_ot`, turned round to be minimised over its potential α.
+    """Minus the semi-dual of :func:`~optex.sparse_ot`, to be minimised over its potential α.
 
         F(α) = -a·α + Σ_j b_j h_j(α),   h_j(α) = max_p ⟨α - C_j, p⟩ - γ b_j/2 ‖p‖²,   p k-sparse in the simplex
         ∇F(α) = Σ_j b_j p_j - a
 
     Without ``sampled`` a gradient is of all n columns, and exact. With it a batch is a tensor of column
     numbers, all different, and the gradient is ``(n / B) Σ_j∈batch b_j p_j - a``: unbiased where columns are
-    drawn uniformly. The spread of its terms tells its noise, ``S² / B · (1 - B / n)``, from two columns on.
+    drawn uniformly. From two columns on the spread S² of its terms gives its noise variance,
+    ``S² / B · (1 - B / n)``.
 
-    α is a potential: adding a constant to it changes nothing. In the end ``source.plan()`` is the plan there.
+    α is a potential: adding a constant to it changes nothing. ``source.plan()`` is the plan at the present α.
 
     Args:
         alpha: the parameter, [m], floating-point.
@@ -40,7 +41,8 @@ class SemiDualSource(GradientSource):
         sampled: gradients come from batches of columns.
 
     Raises:
-        TypeError, ValueError: an argument cannot work; in a call, a batch is no tensor of different columns.
+        TypeError, ValueError: an argument cannot work; in a call, a batch is no tensor of different column
+            numbers.
         NonFiniteError: in a call, α is not finite.
 
     >>> import torch, optex
@@ -69,10 +71,14 @@ class SemiDualSource(GradientSource):
             raise ValueError(f"{_OWNER}: C must be one problem [m, n], got a batch {list(problem.shape)}")
         if len(alpha) != problem.a.shape[1]:
             raise ValueError(f"{_OWNER}: alpha must be [{problem.a.shape[1]}], got {list(alpha.shape)}")
-        self.alpha = alpha
-        self.a, self.b, self.costs = problem.a[0].to(alpha), problem.b[0].to(alpha), problem.costs[0].to(alpha)
-        self.gamma, self.k, self.sampled = problem.gamma, problem.k, sampled
-        self.deterministic = not sampled
+        self.alpha: Tensor = alpha
+        self.a: Tensor = problem.a[0].to(alpha)
+        self.b: Tensor = problem.b[0].to(alpha)
+        self.costs: Tensor = problem.costs[0].to(alpha)
+        self.gamma: float = problem.gamma
+        self.k: int = problem.k
+        self.sampled: bool = sampled
+        self.deterministic: bool = not sampled
 
     @torch.no_grad()
     def gradient(self, batch: Any) -> tuple[Tensor, Tensor | None]:
@@ -98,10 +104,10 @@ class SemiDualSource(GradientSource):
         return semi_dual(alpha, self.a, self.b, self.costs, self.gamma, self.k).plan.T.contiguous()
 
     def batches(self, size: int, seed: int = 0) -> Iterator[Tensor]:  # of [size]
-        """Batches without end: every epoch a new permutation of the columns; those left over wait for another.
+        """Endless batches: every epoch permutes the columns anew, and drops those that do not fill a batch.
 
         Raises:
-            ValueError: the size is no number of columns.
+            ValueError: ``size`` is not an integer from 1 to n.
         """
         check_integer(_OWNER, "size", size, most=len(self.b))
         return self._permuted(size, torch.Generator().manual_seed(seed))
@@ -123,4 +129,9 @@ class SemiDualSource(GradientSource):
             raise TypeError(f"{_OWNER}: with sampled=True a batch is an int64 tensor of columns, got {came}")
         if len(batch.unique()) < len(batch):
             raise ValueError(f"{_OWNER}: a batch has different columns; got one twice in {batch.tolist()[:20]}")
+        if int(batch.min()) < 0 or int(batch.max()) >= len(self.b):
+            raise ValueError(
+                f"{_OWNER}: a batch has columns from 0 to {len(self.b) - 1}, got {int(batch.min())} to "
+                f"{int(batch.max())}; source.batches(size) draws them"
+            )
         return batch.to(self.costs.device)

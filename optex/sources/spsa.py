@@ -12,15 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from optex.checks import check_integer, check_number, check_parameters
 from optex.draws import generator_states, set_generator_states
-from optex.optimizers.mezo.directions import (
-    direction,
-    finite_loss,
-    fresh_seed,
-)
+from optex.functional import called_with, parameter_names
+from optex.optimizers.mezo.directions import direction, finite_loss, fresh_seed
 from optex.sources.interface import GradientSource
 
 __all__ = ["SPSASource"]
@@ -36,11 +32,11 @@ class SPSASource(GradientSource):
         ĝ = (1/n) Σ_k s_k z_k,    s_k = (L(θ + εz_k) - L(θ - εz_k)) / (2ε)
 
     E ĝ = ∇L + O(ε²), and its noise is ``E‖ĝ - ∇L‖² = (d + 1) ‖∇L‖² / n``: one direction tells a d-th part of
-    the gradient. From n = 2 on the spread of the s_k z_k tells the noise, without bias, and estimators reckon
-    with it. Directions come from a seed that torch's global generator gives, one a call; all evaluations of
-    a call draw the same dropout. The loss reported is the mean of those evaluated.
+    the gradient. From n = 2 on the spread of the s_k z_k gives an unbiased estimate of that noise, which is
+    reported as its variance. Directions come from one seed a call, drawn from torch's global generator; all
+    evaluations of a call draw the same dropout. The loss reported is the mean of those evaluated.
 
-    A call keeps ĝ, one copy of the parameters, which come back to the bit, and one direction of one parameter;
+    A call holds ĝ, a copy of the parameters, which are put back to the bit, and one direction of one parameter;
     no activations for a backward pass. For steps without even that memory see ``MeZO``.
 
     Args:
@@ -86,11 +82,11 @@ class SPSASource(GradientSource):
         self.parameters: list[Tensor] = check_parameters("SPSASource", parameters)
         self.epsilon: float = check_number("SPSASource", "epsilon", epsilon, open_below=True)
         self.queries: int = check_integer("SPSASource", "queries", queries)
-        self.chunk = chunk if chunk is None else check_integer("SPSASource", "chunk", chunk)
+        self.chunk: int | None = chunk if chunk is None else check_integer("SPSASource", "chunk", chunk)
         self.vectorized = vectorized
-        self.module = objective if isinstance(objective, nn.Module) else None
-        self.evaluations = 2.0 * self.queries
-        self._names = _names_of(self.module, self.parameters) if vectorized else []
+        self.module: nn.Module | None = objective if isinstance(objective, nn.Module) else None
+        self.evaluations: float = 2.0 * self.queries
+        self._names = parameter_names("SPSASource", self.module, self.parameters) if vectorized else []
 
     @torch.no_grad()
     def gradient(self, batch: Any) -> tuple[Tensor, Tensor | None]:
@@ -145,7 +141,7 @@ class SPSASource(GradientSource):
             )
             for place, (name, p) in enumerate(zip(self._names, self.parameters, strict=True))
         }
-        run = torch.vmap(lambda point: functional_call(module, point, (batch,)), randomness="same")
+        run = torch.vmap(lambda point: called_with(module, point, batch), randomness="same")
         return run(points)
 
     def _estimate(self, seed: int, scalars: Sequence[float]) -> Tensor | None:  # []
@@ -166,15 +162,3 @@ class SPSASource(GradientSource):
         first = self.parameters[0]
         variance = torch.as_tensor(spread / (dimension * count * (count - 1)))
         return variance.clamp_min(0).to(first.device, first.dtype)
-
-
-def _names_of(module: nn.Module | None, parameters: Sequence[Tensor]) -> list[str]:
-    if module is None:
-        raise TypeError(
-            "SPSASource: vectorized=True swaps parameters under torch.func, and needs the torch.nn.Module that "
-            "owns them as its objective, forward(batch) -> loss; pass that, or vectorized=False"
-        )
-    known = {id(p): name for name, p in module.named_parameters()}
-    if any(id(p) not in known for p in parameters):
-        raise TypeError("SPSASource: vectorized=True, and a parameter is not the objective's own; pass its own")
-    return [known[id(p)] for p in parameters]

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from optex.checks import check_number
 from optex.draws import generator_states, set_generator_states
+from optex.functional import called_with
 from optex.optimizers.mezo.directions import (
     check_seed,
     direction,
@@ -216,7 +216,7 @@ class BlockStreamer:
                     if w.trained:
                         p = visit.tensors[w.name]
                         p.add_(direction(seed, 0, w.place, p), alpha=shift * self.epsilon)
-            ends.append(functional_call(block, visit.tensors, (state,)))
+            ends.append(called_with(block, visit.tensors, state))
         return ends
 
     def _fetch(self, number: int) -> _Visit:

@@ -56,10 +56,11 @@ class Flow(nn.Module):
         if not callable(field):
             raise TypeError(f"Flow: field must be callable as field(t, u), got {field!r}")
         require_torchode()
-        self.field = field
-        self.rtol, self.atol = check_number("Flow", "rtol", rtol), check_number("Flow", "atol", atol)
-        self.max_steps = check_integer("Flow", "max_steps", max_steps)
-        self.evaluations = 0
+        self.field: Callable[[Tensor, Tensor], Tensor] = field
+        self.rtol: float = check_number("Flow", "rtol", rtol)
+        self.atol: float = check_number("Flow", "atol", atol)
+        self.max_steps: int = check_integer("Flow", "max_steps", max_steps)
+        self.evaluations: int = 0
         self._solves: list[Solve] | None = None
 
     def forward(
@@ -116,7 +117,7 @@ class Flow(nn.Module):
 
     @contextmanager
     def recording(self) -> Iterator[list[Solve]]:
-        """Within it solves are written down, for a :class:`Regularizer`; the list grows as they are made.
+        """A context in which solves are recorded, for a :class:`Regularizer`; the list grows with each.
 
         >>> import torch
         >>> from optex.regularisers import Flow, GlobalRegularizer

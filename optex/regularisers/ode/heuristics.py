@@ -11,7 +11,7 @@ from optex.regularisers.ode.recording import Steps, require_torchode
 
 __all__ = ["error_estimate", "stiffness_estimate"]
 
-# Where Tsit5's region of stability ends on the negative axis, as OrdinaryDiffEq has it.
+# Where Tsit5's region of stability ends on the negative real axis, as OrdinaryDiffEq has it.
 _STABILITY: Final = 3.5068
 
 
@@ -32,13 +32,13 @@ def stiffness_estimate(steps: Steps) -> Tensor:  # [s, n]
     """S = RMS(k_7 - k_6) / RMS(g_7 - g_6) / 3.5068, an estimate of the field's Lipschitz constant.
 
     g_6 and g_7 are the two states at the step's end at which k_6 and k_7 were taken. For u' = λ u it is
-    |λ| / 3.5068; h S above 1 is a step beyond Tsit5's stability. 0 where the two states are one.
+    |λ| / 3.5068; h S above 1 is a step beyond Tsit5's stability. 0 where the two states coincide.
 
     Args:
         steps: s steps of n rows.
     """
     tableau = require_torchode().Tsit5.TABLEAU
-    # g_7 - g_6 by the stages: of two large, near states little would be left.
+    # g_7 - g_6 from the stages: subtracting two large, nearby states would lose its digits.
     weights = (tableau.a[6] - tableau.a[5]).to(steps.stages)
     apart = steps.size[..., None] * torch.einsum("j,sjnd->snd", weights, steps.stages)
     slopes, states = _rms(steps.stages[:, 6] - steps.stages[:, 5]), _rms(apart)

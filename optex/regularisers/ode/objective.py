@@ -38,7 +38,7 @@ def regularise(
     Args:
         objective: ``objective(*args)``, a scalar loss; it calls ``flow`` once or more.
         flow: the layer whose solves are regularised.
-        kind: ``"local"`` or ``"local-stiffness"`` (one more step, any cost of the solve's length),
+        kind: ``"local"`` or ``"local-stiffness"`` (one more step, however long the solve),
             ``"error"`` or ``"stiffness"`` (the solve's own steps); or a :class:`Regularizer`.
         strength: λ, not negative. E is in units of the tolerances. The papers let λ decay exponentially; set
             the attribute ``strength`` between steps for that.

@@ -28,7 +28,7 @@ class Steps:
         error: [s, n, d], the difference of fifth and fourth order.
         stages: [s, 7, n, d], k_1 to k_7.
         accepted: [s, n], what belongs to the solution; steps that were tried and rejected do not, nor do those
-            that a row waits through for others.
+            that a finished row takes part in until the others end.
     """
 
     start: Tensor
@@ -63,7 +63,7 @@ class Solve:
         self,
         times: Tensor,  # [n]
     ) -> Tensor:  # [n]
-        """The index of the accepted step of each row that a time of its own lies in."""
+        """For each row the index of the accepted step that its time lies in."""
         reached = (times - self.steps.start) * self.steps.size.sign() >= 0
         order = torch.arange(len(self.steps.start), device=times.device)[:, None]
         return (order * (reached & self.steps.accepted)).amax(0)
@@ -72,7 +72,7 @@ class Solve:
         self,
         times: Tensor,  # [n]
     ) -> Tensor:  # [n, d]
-        """The states at a time of each row, off the solver's own interpolant, without a graph or a call."""
+        """The states at a time of each row by the solver's interpolant: no graph, no call of the field."""
         torchode, steps = require_torchode(), self.steps
         step, rows = self.step_at(times), torch.arange(len(times), device=times.device)
         method = torchode.Tsit5()
@@ -119,7 +119,7 @@ def check_tolerances(owner: str, rtol: float, atol: float, dtype: torch.dtype) -
 
 @dataclass
 class _Recorder:
-    """A step of torchode's method is seen in ``Method``, whether it was accepted in ``Controller``."""
+    """The steps that ``_Method`` sees, each with whether ``_Controller`` saw it accepted."""
 
     steps: list[tuple[Tensor, ...]] = field(default_factory=list)
     pending: tuple[Tensor, ...] = ()
@@ -179,7 +179,7 @@ def solve(
     *,
     record: bool,
 ) -> tuple[Tensor, int, Solve | None]:  # [n, m, d]
-    """States at the times, calls of the field, and, where it is asked for, the solve.
+    """States at the times, calls of the field, and the recorded solve with ``record``, else None.
 
     Sizes of steps have no graph: gradients are those of the steps that were taken.
 

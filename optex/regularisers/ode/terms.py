@@ -34,7 +34,7 @@ class GlobalRegularizer(Regularizer):
         R_E = agg_j E_j |h_j|      R_S = agg_j S_j
 
     (2105.03918) over the accepted steps j of a row, then the mean over rows. The gradient goes back through
-    the whole solve, h_j held fixed. Nothing is evaluated that the solve had not.
+    the whole solve, h_j held fixed. It takes no evaluation beyond the solve's own.
 
     Args:
         kind: ``"error"`` (E) or ``"stiffness"`` (S).
@@ -42,7 +42,7 @@ class GlobalRegularizer(Regularizer):
             largest stiffness.
 
     Raises:
-        ValueError: an unknown word.
+        ValueError: ``kind`` or ``aggregate`` is unknown.
 
     Source: Pal, Ma, Shah, Rackauckas, ICML 2021.
     """
@@ -83,8 +83,8 @@ class LocalRegularizer(Regularizer):
         generator: of the draws; None is torch's global one.
 
     Raises:
-        ValueError: an unknown word.
-        TypeError: ``generator`` is none.
+        ValueError: ``kind`` or ``mode`` is unknown.
+        TypeError: ``generator`` has the wrong type.
 
     Source: Pal, Edelman, Rackauckas, ICML 2023.
     """

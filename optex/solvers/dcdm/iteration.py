@@ -79,7 +79,7 @@ def dcdm(
         did not converge returns the iterate with the smallest residual.
 
     Raises:
-        TypeError: A, b, direction or callback are no such thing.
+        TypeError: A, b, direction or callback has the wrong type.
         ValueError: A is not square, not symmetric or of another size; b or x0 hold numbers that are not finite;
             a model or an operator returns another shape.
         NotPositiveDefiniteError: the diagonal of a matrix has a negative entry.
@@ -123,7 +123,7 @@ def dcdm(
 
 
 class _Form:
-    """What b is like, and the way from it to float64 vectors [n] and back.
+    """b's kind, shape, dtype and device, and conversions to float64 vectors [n] and back.
 
     Vectors are divided by a power of two near b's largest entry, so that no square over- or underflows.
     """

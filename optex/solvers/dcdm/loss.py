@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import torch
@@ -27,7 +28,7 @@ class DCDMLoss(nn.Module):
             until ``to`` says another; or a function of a batch [batch, ...] that autograd can differentiate.
 
     Raises:
-        TypeError, ValueError: A is no such thing, or not symmetric.
+        TypeError, ValueError: A has the wrong type, or is not square or not symmetric.
         NotPositiveDefiniteError: the diagonal of a matrix has a negative entry.
 
     >>> A = torch.tensor([[2.0, -1.0], [-1.0, 2.0]])
@@ -42,7 +43,7 @@ class DCDMLoss(nn.Module):
     def __init__(self, A: Any) -> None:
         super().__init__()
         n = dimension_of(_OWNER, A)
-        self.function = A if n is None else None
+        self.function: Callable[[Tensor], Tensor] | None = A if n is None else None
         matrix = None
         if n is not None:
             if not (isinstance(A, Tensor) or hasattr(A, "astype")):

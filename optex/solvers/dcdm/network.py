@@ -29,7 +29,7 @@ class DirectionNetwork(nn.Module):
         levels: coarser grids below the given one; the published network has 1.
 
     Raises:
-        ValueError: dimension, channels or levels are no such numbers.
+        ValueError: dimension, channels or levels is out of range.
 
     >>> network = DirectionNetwork(2, channels=4)
     >>> network(torch.ones(8, 7)).shape, network(torch.ones(5, 16, 16)).shape
@@ -38,13 +38,13 @@ class DirectionNetwork(nn.Module):
 
     def __init__(self, dimension: int = 2, channels: int = 16, *, levels: int = 1) -> None:
         super().__init__()
-        self.dimension = check_integer(_OWNER, "dimension", dimension, least=2, most=3)
+        self.dimension: int = check_integer(_OWNER, "dimension", dimension, least=2, most=3)
         channels = check_integer(_OWNER, "channels", channels)
-        self.levels = check_integer(_OWNER, "levels", levels)
+        self.levels: int = check_integer(_OWNER, "levels", levels)
         convolution = nn.Conv2d if dimension == 2 else nn.Conv3d
-        self.first = convolution(1, channels, 3, padding=1)
-        self.cycle = _Cycle(dimension, channels, self.levels)
-        self.last = convolution(channels, 1, 1)
+        self.first: nn.Conv2d | nn.Conv3d = convolution(1, channels, 3, padding=1)
+        self.cycle: nn.Module = _Cycle(dimension, channels, self.levels)
+        self.last: nn.Conv2d | nn.Conv3d = convolution(channels, 1, 1)
 
     def forward(
         self,
@@ -70,8 +70,8 @@ class _Pair(nn.Module):
     def __init__(self, dimension: int, channels: int) -> None:
         super().__init__()
         convolution = nn.Conv2d if dimension == 2 else nn.Conv3d
-        self.one = convolution(channels, channels, 3, padding=1)
-        self.two = convolution(channels, channels, 3, padding=1)
+        self.one: nn.Conv2d | nn.Conv3d = convolution(channels, channels, 3, padding=1)
+        self.two: nn.Conv2d | nn.Conv3d = convolution(channels, channels, 3, padding=1)
 
     def forward(self, fields: Tensor) -> Tensor:  # [batch, channels, *grid], twice
         return fields + torch.relu(self.two(torch.relu(self.one(fields))))
@@ -82,14 +82,14 @@ class _Cycle(nn.Module):
 
     def __init__(self, dimension: int, channels: int, levels: int) -> None:
         super().__init__()
-        self.dimension = dimension
-        self.down = _Pair(dimension, channels)
-        self.coarse = (
+        self.dimension: int = dimension
+        self.down: nn.Module = _Pair(dimension, channels)
+        self.coarse: nn.Module = (
             _Cycle(dimension, channels, levels - 1)
             if levels > 1
             else nn.Sequential(*(_Pair(dimension, channels) for _ in range(3)))
         )
-        self.up = nn.Sequential(_Pair(dimension, channels), _Pair(dimension, channels))
+        self.up: nn.Module = nn.Sequential(_Pair(dimension, channels), _Pair(dimension, channels))
 
     def forward(self, fields: Tensor) -> Tensor:  # [batch, channels, *grid], twice
         fine = self.down(fields)

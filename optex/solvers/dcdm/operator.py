@@ -102,7 +102,7 @@ def product_of(
         device: of the vectors.
 
     Raises:
-        TypeError, ValueError: A is no such thing, of another size, complex, not finite or not symmetric.
+        TypeError, ValueError: A has the wrong type, is of another size, complex, not finite or not symmetric.
         NotPositiveDefiniteError: its diagonal has a negative entry.
     """
     n, size = dimension_of(owner, A), int(np.prod(shape, dtype=np.int64))

@@ -52,7 +52,7 @@ class RitzVectors:
             seed: of the draw.
 
         Raises:
-            ValueError: count, weight or low are no such numbers.
+            ValueError: count, weight, low or seed is out of range.
         """
         owner = "RitzVectors.right_hand_sides"
         count = check_integer(owner, "count", count)

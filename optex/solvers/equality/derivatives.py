@@ -86,7 +86,11 @@ def numbers(
     name: str,
     shape: tuple[int, ...] | None = None,
 ) -> Array:  # of this shape
-    """What came as real numbers in float64, copied."""
+    """``value`` as real numbers in float64, copied.
+
+    Raises:
+        TypeError, ValueError: it holds no real numbers, or not as many as the shape does.
+    """
     if isinstance(value, Tensor):
         value = value.detach().to_dense().cpu()
     elif hasattr(value, "toarray"):  # SciPy's sparse matrices
@@ -136,7 +140,7 @@ class Smooth(ABC):
         self,
         x: Array,  # [n]
     ) -> Expansion:
-        """What is known there.
+        """Value, Jacobian and curvature at a point.
 
         Raises:
             TypeError, ValueError: the function answers in a form that cannot work.
@@ -154,7 +158,7 @@ def smooth(
     """The function with the derivatives that are given, or with autograd's where none is.
 
     Raises:
-        TypeError: it is none, or one derivative is given without the other.
+        TypeError: it cannot be called, or one derivative is given without the other.
     """
     if not callable(function):
         raise TypeError(f"{OWNER}: {name} must be a function, got {type(function).__name__}")
@@ -234,7 +238,7 @@ def derivative(
     *,
     create_graph: bool = False,
 ) -> Tensor:  # [n]
-    """Of one number; 0 where it does not depend on the leaf."""
+    """The derivative of one number; 0 where that does not depend on the leaf."""
     if not value.requires_grad:
         return leaf.new_zeros(leaf.numel())
     (gradient,) = torch.autograd.grad(

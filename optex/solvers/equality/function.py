@@ -82,7 +82,10 @@ def minimize_equality(
         tol: the largest KKT residual ‖(∇_x L, c)‖ to end with, not relative to anything; below 1.
         maxiter: most iterations.
         eta1, eta2, delta: η₁, η₂ and δ to start with; positive, δ below 1.
-        beta: β in (0, ½). nu: ν above 1. theta: θ in (0, 1]. xi_B: ξ_B, positive.
+        beta: β in (0, ½).
+        nu: ν above 1.
+        theta: θ in (0, 1].
+        xi_B: ξ_B, positive.
         inner_maxiter: most iterations of the inner solver before the slope is looked at.
         seed: of the sketches, or a generator for them; None draws a seed.
         callback: after every iteration ``callback(intermediate_result)``, if that is its parameter's name, with

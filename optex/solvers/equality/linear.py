@@ -32,14 +32,20 @@ class InnerSolve(ABC):
     """
 
     def __init__(self, matrix: Array, rhs: Array, random: np.random.Generator) -> None:
-        self.matrix, self.rhs, self.random = matrix, rhs, random
-        self.direction = np.zeros_like(rhs)
-        self.residual = rhs.copy()
-        self.iterations = 0
+        self.matrix: Array = matrix
+        self.rhs: Array = rhs
+        self.random: np.random.Generator = random
+        self.direction: Array = np.zeros_like(rhs)
+        self.residual: Array = rhs.copy()
+        self.iterations: int = 0
 
-    @abstractmethod
     def reach(self, target: float, most: int) -> None:
         """Go on until ‖r - K d‖ ≤ target, for ``most`` iterations at most, or until rounding ends it."""
+        self.iterations += self._iterate(target, most)
+
+    @abstractmethod
+    def _iterate(self, target: float, most: int) -> int:
+        """As ``reach``; returns the iterations taken."""
 
     def _correct(
         self,
@@ -52,11 +58,15 @@ class InnerSolve(ABC):
             self.direction, self.residual = self.direction + step, residual
         return less
 
+    def _measure(self) -> None:
+        """Compute r - K d anew: a residual that is updated step by step drifts from it by rounding."""
+        self.residual = self.rhs - self.matrix @ self.direction
+
 
 class Minres(InnerSolve):
     """SciPy's MINRES, begun anew on what is left until the true residual is small enough."""
 
-    def reach(self, target: float, most: int) -> None:
+    def _iterate(self, target: float, most: int) -> int:
         taken = 0
 
         def count(_: Array) -> None:
@@ -71,64 +81,65 @@ class Minres(InnerSolve):
             step, _ = minres(self.matrix, self.residual, rtol=relative, maxiter=limit, callback=count)
             if not self._correct(step):
                 break
-        self.iterations += taken
+        return taken
 
 
 class Direct(InnerSolve):
     """LAPACK's factorisation, and steps of refinement."""
 
-    def reach(self, target: float, most: int) -> None:
-        for _ in range(min(most, 3)):
-            if _norm(self.residual) <= target:
-                break
-            self.iterations += 1
+    def _iterate(self, target: float, most: int) -> int:
+        taken = 0
+        while taken < min(most, 3) and _norm(self.residual) > target:
+            taken += 1
             try:
                 step: Array = np.linalg.solve(self.matrix, self.residual).astype(np.float64, copy=False)
             except np.linalg.LinAlgError:
                 break
             if not self._correct(step):
                 break
+        return taken
 
 
 class GaussianVector(InnerSolve):
     """d ← d + K s (s'ρ) / ‖K s‖² with ρ the residual and s ~ N(0, I)."""
 
-    def reach(self, target: float, most: int) -> None:
+    def _iterate(self, target: float, most: int) -> int:
         taken = 0
         while taken < most and _norm(self.residual) > target:
+            direction, residual = self.direction, self.residual  # changed in place
             sketches = self.random.standard_normal((min(_BLOCK, most - taken), self.rhs.size))
             rows = sketches @ self.matrix  # K s for each
             changes = rows @ self.matrix
             lengths = np.square(rows).sum(1)
             for sketch, row, change, length in zip(sketches, rows, changes, lengths, strict=True):
-                factor = (sketch @ self.residual) / length
-                self.direction += factor * row
-                self.residual -= factor * change
+                factor = (sketch @ residual) / length
+                direction += factor * row
+                residual -= factor * change
                 taken += 1
-                if _norm(self.residual) <= target:
+                if _norm(residual) <= target:
                     break
-            # What was added up drifts from what it is.
-            self.residual = self.rhs - self.matrix @ self.direction
-        self.iterations += taken
+            self._measure()
+        return taken
 
 
 class Kaczmarz(InnerSolve):
     """d ← d + a_i ρ_i / ‖a_i‖² with a_i a row of K, each as likely as the others."""
 
-    def reach(self, target: float, most: int) -> None:
+    def _iterate(self, target: float, most: int) -> int:
         gram, taken = self.matrix @ self.matrix, 0
         lengths = np.diag(gram).copy()
         while taken < most and _norm(self.residual) > target:
+            direction, residual = self.direction, self.residual  # changed in place
             chosen = self.random.integers(self.rhs.size, size=min(_BLOCK, most - taken))
             for i in chosen.tolist():
-                factor = self.residual[i] / lengths[i]
-                self.direction += factor * self.matrix[i]
-                self.residual -= factor * gram[i]
+                factor = residual[i] / lengths[i]
+                direction += factor * self.matrix[i]
+                residual -= factor * gram[i]
                 taken += 1
-                if _norm(self.residual) <= target:
+                if _norm(residual) <= target:
                     break
-            self.residual = self.rhs - self.matrix @ self.direction
-        self.iterations += taken
+            self._measure()
+        return taken
 
 
 def _norm(vector: Array) -> float:
@@ -148,7 +159,7 @@ def check_solver(name: object) -> type[InnerSolve]:
     """The inner solver of this name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no solver of that name.
     """
     if not isinstance(name, str) or name not in SOLVERS:
         raise ValueError(f"{OWNER}: linear_solver must be one of {', '.join(map(repr, SOLVERS))}, got {name!r}")

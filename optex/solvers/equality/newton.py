@@ -16,13 +16,14 @@ from optex.solvers.outcome import Status, outcome
 
 __all__ = ["Constants", "Merit", "Newton", "Point"]
 
-# The released code's: no accuracy below, no penalties beyond, a reduced Hessian that is positive enough.
+# The released code's: the least δ, the largest η₁, the least η₂, and the least eigenvalue with which a reduced
+# Hessian counts as positive.
 _LEAST_DELTA: Final = 1e-6
 _MOST_ETA1: Final = 1e8
 _LEAST_ETA2: Final = 1e-8
 _CURVED: Final = 1e-6
 
-_LOST: Final = 0.05  # of the Jacobian's first least singular value: it is losing rank
+_LOST: Final = 0.05  # of the Jacobian's least singular value at the start: below, it is losing rank
 _HALVINGS: Final = 50
 _SLACK: Final = 10  # roundings of the merit that a step may seem to rise by
 
@@ -95,7 +96,7 @@ class Merit:
         return float(plain + self.eta1 / 2 * (c @ c) + self.eta2 / 2 * (g @ g))
 
     def scale(self, point: Point) -> float:
-        """The size of the numbers that are added up."""
+        """The size of the largest term of the merit, which its rounding is relative to."""
         parts = np.concatenate([point.f.value, point.lam * point.c.value, [self.value(point)]])
         return float(np.abs(parts).max())
 
@@ -158,9 +159,13 @@ class Newton:
     """A run.
 
     Attributes:
-        point: the last that was accepted; ``best``: that of least KKT residual.
+        point: the last point that was accepted.
+        best: the point of least KKT residual.
         steps: the α that were taken.
     """
+
+    point: Point
+    best: Point
 
     def __init__(
         self,

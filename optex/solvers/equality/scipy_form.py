@@ -106,7 +106,7 @@ class _Function:
     def weighted(
         cls, function: Any, jac: Any, hess: Any, args: tuple[Any, ...] = (), aim: float | Array = 0.0
     ) -> _Function:
-        """Of a constraint, whose ``hess`` gets weights."""
+        """The function of a constraint, whose ``hess`` gets weights."""
         made = cls(function, jac, hess, args, aim)
         made._weighs = True
         return made
@@ -132,7 +132,7 @@ class _Function:
         x: Array,  # [n]
         weights: Array,  # [k]
     ) -> Array:  # [n, n]
-        """Of the weighted sum."""
+        """The Hessian of the weighted sum."""
         if self._hess is not None:
             extra = (weights.copy(),) if self._weighs else ()
             answer = numbers(self._hess(x.copy(), *extra, *self._args), "hess", (x.size, x.size))
@@ -180,7 +180,7 @@ def _read(
     """One constraint in SciPy's forms.
 
     Raises:
-        TypeError, ValueError: it is none, or no equality.
+        TypeError, ValueError: it has none of these forms, or is no equality.
     """
     if isinstance(constraint, LinearConstraint):
         matrix = np.atleast_2d(numbers(constraint.A, "A"))

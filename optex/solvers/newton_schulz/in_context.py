@@ -92,14 +92,13 @@ def gradient_descent_predictor(
     Args:
         inputs, targets: as of :func:`iterative_newton_predictor`.
         steps: over the examples before a place, all at once.
-        lr: the rate; it converges below 2 / ‖S‖₂, with S of the longest context, and is infinite before long
-            where it does not.
+        lr: the rate; it converges below 2 / ‖S‖₂, with S of the longest context, and diverges above.
 
     Returns:
         What each iterate takes y_t to be, [..., steps + 1, n].
 
     Raises:
-        TypeError, ValueError: as above, or ``lr`` is not positive.
+        TypeError, ValueError: as :func:`iterative_newton_predictor`, or ``lr`` is not positive.
 
     Source: arXiv 2310.17086, section 3; the rate is that of the authors' code.
 
@@ -143,7 +142,7 @@ def online_gradient_descent_predictor(
         What w takes y_t to be after each pass over the examples before it, [..., passes + 1, n].
 
     Raises:
-        TypeError, ValueError: as above, or the rule is unknown.
+        TypeError, ValueError: as :func:`gradient_descent_predictor`, or the rule is unknown.
 
     Source: arXiv 2310.17086, section 3, one pass at a constant rate; the other rules and more passes are ours.
 

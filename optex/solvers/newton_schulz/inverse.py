@@ -73,11 +73,11 @@ def newton_schulz_inverse(
         A result with ``x``, the inverses [..., d, d] in the form of S; ``residual``, as under ``tol``, and
         ``statuses`` of each matrix [...]; ``nit``, iterations of the slowest. ``status`` is the worst of all.
         Of a singular S the result is ``STALLED`` from the norm, with the pseudo-inverse as far as rounding
-        allows. From the trace, an S that is not definite ends in ``BREAKDOWN``, a singular one there or
-        ``STALLED``, as rounding has it, with an x of no use in the null space.
+        allows. From the trace, an S that is not definite ends in ``BREAKDOWN``, and a singular one in
+        that or ``STALLED``, depending on rounding, with an x that means nothing in the null space.
 
     Raises:
-        TypeError: S is no float32 or float64 array, or a warm start or callback is none.
+        TypeError: S is no float32 or float64 array, or a warm start or callback has the wrong type.
         ValueError: S is not square, symmetric (from the trace) or finite; α is at or beyond its boundary,
             where E keeps an eigenvalue of size 1 or more; a warm start is too far away.
         NotPositiveDefiniteError: a diagonal entry is not positive, from the trace.

@@ -36,7 +36,7 @@ class BanditTuner:
         contexts: of ChebCB, the interval (low, high) in which contexts are; what lies outside counts as its
             end.
         features: of ChebCB, m ≥ 1: Chebyshev polynomials of degrees below m.
-        least: a cost below which none is; 1 for iterations. It is taken off all costs.
+        least: the least cost that is possible; 1 for iterations. It is subtracted from all costs.
         seed: of the choices: an integer, or a ``numpy.random.Generator``, which then is drawn from. None takes
             one from torch's global generator.
 
@@ -112,7 +112,7 @@ class BanditTuner:
         return self._grid[action]
 
     def observe(self, cost: float | None = None, *, failed: bool = False) -> None:
-        """What the last suggestion cost.
+        """Learn what the last suggestion cost.
 
         Args:
             cost: not below ``least``.
@@ -144,7 +144,7 @@ class BanditTuner:
         return self._grid[self._learner.best(self._read(context))]
 
     def probabilities(self, context: float | None = None) -> list[float]:
-        """With which ``suggest`` would choose each value of the grid.
+        """The probabilities with which ``suggest`` would choose each value of the grid.
 
         Raises:
             ValueError: as ``suggest``.

@@ -27,8 +27,9 @@ class ChebCB(Learner):
         p_i = 1 / (d + η (f_i(c) - f_i*(c)))  for i ≠ i*,       p_i* = 1 - Σ p_i
         η = 2 t √(d t / (E + 2 α² t)),          α = (π + 2/π log(2 m + 1)) R / (2 (m + 1))
 
-    for d actions at time t; E is how much worse the costs were predicted than the fits of all predict them now.
-    Fits are in costs' own unit, in which η is in its inverse: choices do not depend on the unit at all.
+    for d actions at time t; E is the squared error of the predictions made before each cost was known, less
+    that of the present fits. Fits are in the unit of the costs and η in its inverse: choices do not depend on
+    it.
 
     Source: Khodak et al., with the constants of their code; inverse gap weighting: Foster and Rakhlin, *Beyond
     UCB*, ICML 2020.
@@ -81,7 +82,7 @@ class ChebCB(Learner):
         return np.cos(np.arange(self._features) * math.acos(z))
 
     def _failure(self) -> float:
-        """What a run costs that did not end: as much as the worst that did."""
+        """The cost that a failed run counts: that of the worst run that did not fail."""
         return self._worst if self._worst > 0 else 1.0
 
     @property

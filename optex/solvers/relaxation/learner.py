@@ -16,11 +16,11 @@ class Learner(ABC):
 
     @abstractmethod
     def probabilities(self, context: float | None) -> NDArray[np.float64]:  # [actions]
-        """With which each action is to be chosen; their sum is 1."""
+        """The probability of each action; their sum is 1."""
 
     @abstractmethod
     def learn(self, context: float | None, action: int, chance: float, cost: float | None) -> None:
-        """What an action cost that was chosen with this probability; None where it failed."""
+        """Learn the cost of an action that was chosen with probability ``chance``; None where it failed."""
 
     @abstractmethod
     def best(self, context: float | None) -> int:

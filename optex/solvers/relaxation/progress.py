@@ -46,7 +46,7 @@ class Progress:
         self._scale = system.matrix.norm(system.right)
         if not math.isfinite(self._scale):
             raise ValueError(f"{owner}: the norm of b overflows; scale the system")
-        self.goal = tolerance * self._scale
+        self.goal: float = tolerance * self._scale
         self._epsilon = torch.finfo(system.dtype).eps
         self._best, self._best_norm, self._best_at = system.start, math.inf, 0
         self._ceiling = self._scale / self._epsilon
@@ -62,7 +62,7 @@ class Progress:
         x: Array,  # [n]
         norm: float,  # ‖b - A x‖
     ) -> Status | None:
-        """Note an iterate, the start the first of them; why to stop here, or None."""
+        """Record an iterate, beginning with the start; returns why to stop here, or None."""
         # In the order of what is likely: on small systems this takes as long as the arithmetic.
         taken = len(self.norms)
         self.norms.append(norm)
@@ -81,7 +81,7 @@ class Progress:
         return Status.LIMIT if taken >= self._limit else None
 
     def result(self, status: Status, message: str = "") -> OptimizeResult:
-        """The run's, with the best iterate, and its residual measured."""
+        """The run's result: the best iterate, with its residual computed anew."""
         matrix, right = self._system.matrix, self._system.right
         return outcome(
             self._system.present(self._best),
@@ -93,7 +93,7 @@ class Progress:
         )
 
     def zero(self) -> OptimizeResult:
-        """That of b = 0, at once."""
+        """The result for b = 0."""
         self._best, self.norms = 0 * self._system.right, [0.0]
         return self.result(Status.CONVERGED, "b is zero, and so is x.")
 

@@ -27,12 +27,11 @@ def ssor_pcg(
     maxiter: int = 10_000,
     callback: Callable[[OptimizeResult], Any] | None = None,
 ) -> OptimizeResult:
-    """Solve A x = b, A symmetric positive definite, by conjugate gradients preconditioned with
+    """Solve A x = b, A symmetric positive definite, by conjugate gradients with the SSOR preconditioner.
 
-        P = (D + ω L) D⁻¹ (D + ω L)ᵀ / (ω (2 - ω))        (SSOR)
+        P = (D + ω L) D⁻¹ (D + ω L)ᵀ / (ω (2 - ω))        until ‖b - A x‖ ≤ tol ‖b‖
 
-    with D the diagonal of A and L what is below it; until ‖b - A x‖ ≤ tol ‖b‖. ω matters less than it does
-    for ``sor``.
+    with D the diagonal of A and L what is below it. ω matters less than it does for ``sor``.
 
     Args:
         A: [n, n], symmetric, with a positive diagonal; SciPy sparse, a NumPy array, or a tensor, dense or
@@ -40,7 +39,7 @@ def ssor_pcg(
         b: [n]. With A it decides the dtype: float32 where both are, else float64.
         omega: ω, in (0, 2).
         x0: [n], where to start; zero by default.
-        tol: on the residual, relative to b's norm; it is measured, not carried along, before a run ends by it.
+        tol: on the residual, relative to b's norm; before a run ends by it, b - A x itself is computed.
         maxiter: most iterations, at least 1.
         callback: as of ``sor``.
 

@@ -86,7 +86,7 @@ class Matrix(ABC):
 
     @abstractmethod
     def finite(self) -> bool:
-        """Whether all entries are."""
+        """Whether all entries are finite."""
 
 
 class _HostMatrix(Matrix):
@@ -100,7 +100,7 @@ class _HostMatrix(Matrix):
 
 
 class SparseMatrix(_HostMatrix):
-    """Columns compressed, entries sorted."""
+    """A sparse matrix, by columns, its entries sorted."""
 
     def __init__(self, matrix: Any) -> None:
         columns: Any = scipy.sparse.csc_array(matrix)  # SciPy's types say too little of their attributes
@@ -108,8 +108,8 @@ class SparseMatrix(_HostMatrix):
             columns = columns.copy()
             columns.sum_duplicates()
         self._columns = columns
-        self.size = columns.shape[0]
-        self.diagonal = columns.diagonal()
+        self.size: int = columns.shape[0]
+        self.diagonal: Array = columns.diagonal()
         super().__init__(columns.dtype)
 
     def product(self, x: Array) -> Array:
@@ -141,8 +141,8 @@ class DenseMatrix(_HostMatrix):
 
     def __init__(self, matrix: NDArray[Any]) -> None:
         self._matrix = matrix
-        self.size = len(matrix)
-        self.diagonal = matrix.diagonal().copy()  # a view of one has a stride of n + 1
+        self.size: int = len(matrix)
+        self.diagonal: Array = matrix.diagonal().copy()  # a view of one has a stride of n + 1
         super().__init__(matrix.dtype)
 
     def product(self, x: Array) -> Array:
@@ -166,8 +166,8 @@ class DeviceMatrix(Matrix):
 
     def __init__(self, matrix: Tensor) -> None:
         self._matrix = matrix
-        self.size = len(matrix)
-        self.diagonal = matrix.diagonal()
+        self.size: int = len(matrix)
+        self.diagonal: Array = matrix.diagonal()
 
     def product(self, x: Array) -> Array:
         return self._matrix @ x
@@ -198,7 +198,7 @@ class System:
         matrix: A.
         right: b [n].
         start: x [n], the system's own copy.
-        dtype: that it is computed in.
+        dtype: of the computation.
         present: puts an x [n] in b's form.
     """
 

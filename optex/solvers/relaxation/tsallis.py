@@ -25,7 +25,7 @@ class TsallisINF(Learner):
     k_i is the sum of cost / p_i over the times that i was chosen, an unbiased estimate of what i would have
     cost all along, and s the mean cost so far, so that costs may have any unit.
 
-    Source: Zimmert and Seldin, *Tsallis-INF*, JMLR 2021; Khodak et al..
+    Source: Zimmert and Seldin, *Tsallis-INF*, JMLR 2021; Khodak et al., arXiv 2310.02246.
     """
 
     def __init__(self, actions: int) -> None:
@@ -39,7 +39,7 @@ class TsallisINF(Learner):
     def probabilities(self, context: float | None) -> NDArray[np.float64]:
         losses = self._losses()
         rate = 2 / math.sqrt(self._time)
-        # From here on p of the best is 1, so that the sum is 1 at least, convex and growing in x: Newton's
+        # At this x the best action's p is 1, so the sum is at least 1. It is convex and grows with x: Newton's
         # steps come down from this side and never pass a pole.
         x = losses.min() - 2 / rate
         for _ in range(_NEWTON):

@@ -27,7 +27,7 @@ class TransportProblem:
         gamma, k: as given.
         shape: of the batch, as given.
         like: an empty tensor of the costs' dtype and device; None where they came as NumPy's.
-        dtype: of NumPy's.
+        dtype: of the arrays that are handed back where the costs came as NumPy's.
     """
 
     a: Tensor
@@ -41,10 +41,10 @@ class TransportProblem:
 
     @classmethod
     def read(cls, owner: str, a: Any, b: Any, C: Any, gamma: Any, k: Any) -> TransportProblem:
-        """Check all.
+        """The problem in float64, checked.
 
         Raises:
-            TypeError, ValueError: by name.
+            TypeError, ValueError: an argument cannot work; the message names it.
         """
         tensor = isinstance(C, Tensor)
         costs = _double(owner, "C", C, None)
@@ -106,7 +106,7 @@ def _masses(
 ) -> Tensor:  # of this shape
     """Masses that are not negative and add up to 1, to float32's rounding; that rounding is divided out.
 
-    Were the two sums different, the dual would grow for ever along constants.
+    If the sums of a and b differed, the dual would be unbounded along constants.
     """
     masses = _double(owner, name, value, device)
     if masses.ndim == 0 or masses.shape[-1] != shape[-1] or masses.ndim > len(shape):

@@ -24,7 +24,7 @@ _NEAR: Final = 1e-2  # of the largest mass: errors beneath which supports are wo
 _DENSE: Final = 2000  # potentials for which Newton's matrix is written down
 _RIDGE: Final = 1e-12  # of its largest diagonal: constants, and sources nobody uses, have no curvature
 
-Vector = NDArray[np.float64]
+Array = NDArray[np.float64]
 
 
 class Maximum(NamedTuple):
@@ -32,7 +32,7 @@ class Maximum(NamedTuple):
 
     Attributes:
         alpha: [m]
-        found: at these.
+        found: the dual at these.
         status: CONVERGED, STALLED or LIMIT.
         nit, nfev: iterations, and evaluations of the dual.
     """
@@ -102,35 +102,35 @@ class Ascent:
         found = Evaluated(self._scale * value, plan, self._scale * beta)
         return Maximum(self._scale * self._split(point)[0], found, status, nit, self._nfev)
 
-    def _start(self, alpha: Tensor) -> Vector:
+    def _start(self, alpha: Tensor) -> Array:
         if not self._both:
             return alpha.cpu().numpy()
         beta = semi_dual(alpha, self._a, self._b, self._costs, self._gamma, self._k).beta
         return torch.cat([alpha, beta]).cpu().numpy()
 
-    def _split(self, point: Vector) -> tuple[Tensor, Tensor]:  # [m], [n] or []
+    def _split(self, point: Array) -> tuple[Tensor, Tensor]:  # [m], [n] or []
         potentials = torch.from_numpy(point.copy()).to(self._costs)
         return potentials[: len(self._a)], potentials[len(self._a) :]
 
-    def _at(self, point: Vector) -> Evaluated:
+    def _at(self, point: Array) -> Evaluated:
         alpha, beta = self._split(point)
         self._nfev += 1
         if self._both:
             return dual(alpha, beta, self._a, self._b, self._costs, self._gamma, self._k)
         return semi_dual(alpha, self._a, self._b, self._costs, self._gamma, self._k)
 
-    def _slope(self, found: Evaluated) -> Vector:
-        """What is moved from and to each, less what there is: the negative gradient."""
+    def _slope(self, found: Evaluated) -> Array:
+        """The plan's mass at each source (and target), less the mass given: the negative gradient."""
         moved = found.plan.sum(0)
         if self._both:
             moved = torch.cat([moved, found.plan.sum(1)])
         return moved.cpu().numpy() - self._masses
 
-    def _negative(self, point: Vector) -> tuple[float, Vector]:
+    def _negative(self, point: Array) -> tuple[float, Array]:
         found = self._at(point)
         return -float(found.value), self._slope(found)
 
-    def _newton(self, point: Vector, goal: float, most: int) -> tuple[Vector, int]:
+    def _newton(self, point: Array, goal: float, most: int) -> tuple[Array, int]:
         """Newton steps while each halves the error; the gradient is piecewise linear, so few are needed."""
         found = self._at(point)
         slope, taken = self._slope(found), 0
@@ -155,7 +155,7 @@ class Ascent:
     def _curvature(
         self,
         support: NDArray[np.bool_],  # [n, m]
-    ) -> Vector:  # [m, m] or [m + n, m + n]
+    ) -> Array:  # [m, m] or [m + n, m + n]
         """Minus the Hessian on the piece that has this support."""
         used = support.astype(float)
         counts = used.sum(1)

@@ -19,7 +19,7 @@ _OWNER: Final = "SparseOTLoss"
 
 
 class SparseOTLoss(nn.Module):
-    """The dual's largest value, differentiable in costs and masses without a pass through the solver.
+    """The dual's maximum, differentiable in costs and masses without a pass through the solver.
 
     At the maximum the derivative with respect to what stands in the objective is that at fixed potentials (the
     envelope theorem):
@@ -63,11 +63,11 @@ class SparseOTLoss(nn.Module):
             raise ValueError(f"{_OWNER}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
         if form not in ("semi-dual", "dual"):
             raise ValueError(f"{_OWNER}: form must be 'semi-dual' or 'dual', got {form!r}")
-        self.gamma = check_number(_OWNER, "gamma", gamma, open_below=True)
-        self.k = check_integer(_OWNER, "k", k)
+        self.gamma: float = check_number(_OWNER, "gamma", gamma, open_below=True)
+        self.k: int = check_integer(_OWNER, "k", k)
         self.form: Literal["semi-dual", "dual"] = form
-        self.tol = check_tolerance(_OWNER, tol, torch.float64)
-        self.maxiter = check_integer(_OWNER, "maxiter", maxiter)
+        self.tol: float = check_tolerance(_OWNER, tol, torch.float64)
+        self.maxiter: int = check_integer(_OWNER, "maxiter", maxiter)
         self.reduction = reduction
 
     def extra_repr(self) -> str:

@@ -66,8 +66,8 @@ def sparse_projection(
 
         t = max(s_top-k - τ, 0),   τ = (sum of the ρ largest - mass) / ρ,   ρ the most for which t > 0
 
-    Of equal scores those that come first are kept. A mass of 0 has t = 0. ``traced``: no way depends
-    on values, for ``torch.func`` and ``torch.compile``.
+    Of equal scores those that come first are kept. A mass of 0 has t = 0. ``traced``: no branch
+    depends on values, for ``torch.func`` and ``torch.compile``.
 
     >>> import torch
     >>> sparse_projection(torch.tensor([2.0, 3.0, 3.0, 2.5]), torch.tensor(1.0), 2)

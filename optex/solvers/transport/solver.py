@@ -46,15 +46,16 @@ def sparse_ot(
     STALLED. A larger k or a smaller gamma avoids that. Where k does not bind the plan is that of quadratically
     regularised transport, which with small gamma is sparse by itself.
 
-    SciPy's L-BFGS-B maximises, anew where it stops at a kink. Its last digits are Newton's: on each piece the
-    gradient is linear.
+    SciPy's L-BFGS-B maximises, anew where it stops at a kink. Newton's method finds the last digits, because
+    the gradient is piecewise linear.
 
     Args:
         a: masses of the sources, [m] or [..., m]: not negative, summing to 1 (to 1e-6, which is divided out).
         b: masses of the targets, [n] or [..., n], likewise; a target may have none.
         C: costs, [m, n] or [..., m, n], finite; NumPy's or torch's. All is computed in float64 on its device.
             A batch is solved one by one.
-        gamma: γ, positive, in units of C times m n, about: the plan's entries are differences of C over γ.
+        gamma: γ, positive. The plan's entries are differences of C divided by γ, and about 1 / (m n) where it
+            is dense: γ is naturally measured in C times m n.
         k: nonzeros a column, 1 to m; of equal ones the first rows are taken.
         form: which of the two is maximised.
         tol: largest error of a row's mass (in the dual of a column's, too) over the largest mass; the value

@@ -35,7 +35,7 @@ def zo_grasp_ratios(
 
         S = -θ ⊙ (ĝ(θ + μ ĝ(θ)) - ĝ(θ)) / μ
 
-    The weights with the largest ``|S|`` are kept, over all layers together. Both estimates are of the same
+    The weights with the largest ``|S|`` over all layers are kept. Both estimates are of the same
     batch and make the same draws, directions and dropout: with draws of their own their noise, divided by μ,
     would be nearly all that is left. Parameters and their ``.grad`` are as before.
 
@@ -54,7 +54,7 @@ def zo_grasp_ratios(
         A ratio for each parameter, for ``DynamicMask``. A layer may get 0: it then never learns.
 
     Raises:
-        TypeError: the source is none.
+        TypeError: ``source`` is no ``GradientSource``.
         ValueError: a number is out of range, or no parameter has two dimensions.
         NonFiniteError: a score is NaN or infinite.
 

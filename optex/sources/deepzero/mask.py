@@ -31,8 +31,8 @@ class DynamicMask:
         seed: of the draws; not negative.
 
     Raises:
-        ValueError: a ratio is outside of 0 to 1, there are as many of them as parameters not, no coordinate is
-            active, or a count is out of range.
+        ValueError: a ratio is outside of 0 to 1, there is not one for each parameter, no coordinate is active,
+            or a count is out of range.
 
     >>> import torch, optex
     >>> weight, bias = torch.nn.Parameter(torch.zeros(10, 10)), torch.nn.Parameter(torch.zeros(10))
@@ -54,18 +54,20 @@ class DynamicMask:
         every: int = 5,
         seed: int = 0,
     ) -> None:
-        self.shapes = [tuple(p.shape) for p in parameters]
-        if isinstance(ratios, (int, float)):
+        self.shapes: list[tuple[int, ...]] = [tuple(p.shape) for p in parameters]
+        if isinstance(ratios, (int, float, np.number)):
             ratios = [ratios if len(shape) > 1 else 1.0 for shape in self.shapes]
-        self.ratios = [check_number(_OWNER, "ratios", ratio, most=1.0) for ratio in ratios]
+        self.ratios: list[float] = [check_number(_OWNER, "ratios", ratio, most=1.0) for ratio in ratios]
         if len(self.ratios) != len(self.shapes):
             raise ValueError(
                 f"{_OWNER}: ratios must be one a parameter, {len(self.shapes)}, got {len(self.ratios)}"
             )
-        self.every = check_integer(_OWNER, "every", every)
-        self.seed = check_integer(_OWNER, "seed", seed, least=0)
+        self.every: int = check_integer(_OWNER, "every", every)
+        self.seed: int = check_integer(_OWNER, "seed", seed, least=0)
         sizes = [int(np.prod(shape)) for shape in self.shapes]
-        self.counts = [n - round((1 - ratio) * n) for n, ratio in zip(sizes, self.ratios, strict=True)]
+        self.counts: list[int] = [
+            n - round((1 - ratio) * n) for n, ratio in zip(sizes, self.ratios, strict=True)
+        ]
         if not sum(self.counts):
             raise ValueError(f"{_OWNER}: no coordinate is active at ratios {self.ratios}; raise them")
         # A tensor that is changed in place: evaluators in other processes notice.
@@ -73,7 +75,7 @@ class DynamicMask:
 
     @property
     def epoch(self) -> int:
-        """The present one, from 0; set it where an epoch begins."""
+        """The present epoch, from 0; set it where an epoch begins."""
         return int(self._epoch)
 
     @epoch.setter
@@ -99,10 +101,10 @@ class DynamicMask:
         return {"epoch": self.epoch, "every": self.every, "seed": self.seed, "ratios": ratios}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Be the mask that was saved, ratios and seed included.
+        """Become the mask that was saved, ratios and seed included.
 
         Raises:
-            ValueError: it was of other parameters, or is no such state; nothing has changed.
+            ValueError: the state is of other parameters, or not a mask's; nothing has changed.
         """
         saved = saved_tensor(_OWNER, state, "ratios", (len(self.shapes),))
         every, seed = saved_integer(_OWNER, state, "every", least=1), saved_integer(_OWNER, state, "seed")

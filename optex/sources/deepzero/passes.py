@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from optex.draws import generator_states, set_generator_states
+from optex.functional import called_with, parameter_names
 from optex.sources.interface import scalar_loss
 
 __all__ = ["BlockLoss", "Chunk", "Passes", "Unperturbed", "coordinate"]
@@ -36,7 +36,7 @@ class BlockLoss(nn.Module):
         inputs: of the batch, the first block's input; by default ``batch[0]``.
 
     Raises:
-        TypeError: ``blocks`` are no modules, or the functions are none.
+        TypeError: a block is no module, or ``loss`` or ``inputs`` cannot be called.
         ValueError: there is no block.
 
     >>> import torch, optex
@@ -68,7 +68,7 @@ class BlockLoss(nn.Module):
         for name, function in (("loss", loss), ("inputs", inputs)):
             if not callable(function):
                 raise TypeError(f"BlockLoss: {name} must be callable, got {type(function).__name__}")
-        self.blocks = blocks if isinstance(blocks, nn.Sequential) else nn.Sequential(*parts)
+        self.blocks: nn.Sequential = blocks if isinstance(blocks, nn.Sequential) else nn.Sequential(*parts)
         self.loss = loss
         self.inputs = inputs
 
@@ -103,13 +103,13 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Unperturbed:
-    """What one pass at the parameters' values has left.
+    """What one pass at the parameters' values leaves behind.
 
     Attributes:
         loss: [], float64.
         inputs: of those blocks that are entered, by number; empty for objectives that have none.
-        draws: where torch's generators stood at the entry of a block; 0 for the pass as a whole.
-        buffers: those that the pass has moved, with their values before.
+        draws: the states of torch's generators at the entry of those blocks; under 0 at the pass's start.
+        buffers: those that the pass has changed, each with its value before.
     """
 
     loss: Tensor
@@ -145,15 +145,17 @@ class Passes:
     ) -> None:
         self.objective = objective
         self.parameters: list[Tensor] = list(parameters)
-        self.shifts = (mu, -mu) if central else (mu,)
-        self.chain = objective if reuse and isinstance(objective, BlockLoss) else None
-        self.module = objective if isinstance(objective, nn.Module) else None
+        self.shifts: tuple[float, ...] = (mu, -mu) if central else (mu,)
+        self.chain: BlockLoss | None = objective if reuse and isinstance(objective, BlockLoss) else None
+        self.module: nn.Module | None = objective if isinstance(objective, nn.Module) else None
         count = len(self.parameters)
-        self.entries = [0] * count if self.chain is None else self.chain.entries(self.parameters)
-        self.names = _names_of(self.module, self.parameters) if vectorized else None
+        self.entries: list[int] = [0] * count if self.chain is None else self.chain.entries(self.parameters)
+        self.names: list[str] | None = (
+            parameter_names(_OWNER, self.module, self.parameters) if vectorized else None
+        )
 
     def share(self, place: int) -> float:
-        """Which part of a pass a coordinate of this parameter takes, counted in blocks."""
+        """The part of a pass that a coordinate of this parameter costs, counted in blocks."""
         blocks = 1 if self.chain is None else len(self.chain.blocks)
         return (blocks - self.entries[place]) / blocks
 
@@ -176,7 +178,7 @@ class Passes:
         return Unperturbed(_doubled(loss), inputs, draws, moved)
 
     def differences(self, chunk: Chunk) -> Tensor:  # [sides, c], float64
-        """By how much the chunk's coordinates are shifted, as their precision has it: μ, to rounding.
+        """How far the chunk's coordinates are shifted in the parameter's precision: μ, up to rounding.
 
         Raises:
             ValueError: rounding leaves a coordinate where it is.
@@ -195,7 +197,7 @@ class Passes:
     def losses(self, base: Unperturbed, batch: Any, chunk: Chunk) -> Tensor:  # [sides, c], float64
         """The losses with one coordinate shifted, the others as they are."""
         _, shifted = self._shifted(chunk)
-        with self._kept(base):
+        with _Kept(base.buffers):
             if self.names is not None:
                 return torch.stack([self._at_once(base, batch, chunk, row) for row in shifted])
             return torch.stack([self._in_turn(base, batch, chunk, row) for row in shifted])
@@ -203,9 +205,6 @@ class Passes:
     def _shifted(self, chunk: Chunk) -> tuple[Tensor, Tensor]:  # [c], [sides, c]
         values = self.parameters[chunk.place].detach().flatten()[chunk.indices]
         return values, torch.stack([values + shift for shift in self.shifts])
-
-    def _kept(self, base: Unperturbed) -> _Kept:
-        return _Kept(base.buffers)
 
     def _enter(self, base: Unperturbed, batch: Any, place: int) -> tuple[Any, ...]:
         """Put generators and buffers where they were at the parameter's block; the objective's arguments."""
@@ -236,7 +235,7 @@ class Passes:
         arguments = self._enter(base, batch, chunk.place)
 
         def loss(point: Tensor) -> Tensor:  # p's shape -> []
-            return functional_call(module, {names[chunk.place]: point}, arguments)
+            return called_with(module, {names[chunk.place]: point}, *arguments)
 
         found = torch.vmap(loss, randomness="same")(points.view(-1, *p.shape))
         if found.shape != shifted.shape or found.is_complex():
@@ -248,7 +247,7 @@ class Passes:
 
 
 class _Kept:
-    """Buffers end where they stood, and so do torch's generators."""
+    """A context that puts buffers and torch's generators back at its end."""
 
     def __init__(self, buffers: Sequence[tuple[Tensor, Tensor]]) -> None:
         self._buffers = buffers
@@ -271,7 +270,7 @@ def coordinate(chunk: Chunk, number: int) -> str:
 def chunks_of(active: Sequence[Tensor], size: int) -> Iterator[Chunk]:
     """The active coordinates [k] of each parameter, in pieces of a size.
 
-    What is evaluated together does not depend on how many processes share the work, nor, then, do its bits.
+    The pieces do not depend on how many processes share the work, so neither do the bits of the losses.
     """
     for place, indices in enumerate(active):
         for part in indices.split(size) if len(indices) else ():
@@ -282,36 +281,12 @@ def _doubled(loss: Any) -> Tensor:  # [], float64
     return scalar_loss(loss, "objective").detach().double().cpu()
 
 
-def _names_of(module: nn.Module | None, parameters: Sequence[Tensor]) -> list[str]:
-    if module is None:
-        raise TypeError(
-            f"{_OWNER}: vectorized=True swaps parameters under torch.func, and needs the torch.nn.Module that "
-            "owns them as its objective, forward(batch) -> loss; pass that, or vectorized=False"
-        )
-    known = {id(p): name for name, p in module.named_parameters()}
-    if any(id(p) not in known for p in parameters):
-        raise TypeError(
-            f"{_OWNER}: vectorized=True, and a parameter is not the objective's own; pass its own, or "
-            "vectorized=False"
-        )
-    # torch.func.functional_call puts parameters back by name, and would leave shifted ones in such a module.
-    seen: set[int] = set()
-    for name, part in module.named_modules(remove_duplicate=False):
-        if id(part) in seen and next(part.parameters(recurse=False), None) is not None:
-            raise TypeError(
-                f"{_OWNER}: vectorized=True, and module {name!r} is registered twice, which torch.func "
-                "cannot swap; register it once, tie weights by assigning them, or pass vectorized=False"
-            )
-        seen.add(id(part))
-    return [known[id(p)] for p in parameters]
-
-
-def finite(
+def first_non_finite(
     losses: Sequence[Tensor],  # of [sides, c]
     chunks: Sequence[Chunk],
     shifts: Sequence[float],
 ) -> str | None:
-    """Where the first loss is that is NaN or infinite, in words; None where all are finite."""
+    """Which coordinate has the first loss that is NaN or infinite, in words; None where all are finite."""
     for values, chunk in zip(losses, chunks, strict=True):
         wrong = (~values.isfinite()).nonzero()
         if len(wrong):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from optex.checks import check_integer, check_kind, check_number, check_parameters
 from optex.errors import NonFiniteError
 from optex.sources.deepzero.mask import DynamicMask
-from optex.sources.deepzero.passes import Chunk, Passes, chunks_of, finite
+from optex.sources.deepzero.passes import Chunk, Passes, chunks_of, first_non_finite
 from optex.sources.deepzero.spread import Answer, alone, check_executor, over_executor, over_ranks
 from optex.sources.interface import GradientSource
 
@@ -36,8 +36,8 @@ class CoordinateSource(GradientSource):
         ĝ_i = (L(θ + μ e_i) - L(θ - μ e_i)) / (2μ)         with central=True
 
     The error is ``μ H_ii / 2 + O(μ²)``, or ``O(μ²)``: a bias, no noise. In float32 the losses' rounding adds
-    about 1e-7 L / μ. One gradient costs ``1 + |S|`` losses, or ``1 + 2|S|``. All of a call draw the same
-    dropout and start from the same buffers; buffers and torch's generators end where one pass leaves them.
+    about 1e-7 L / μ. One gradient costs ``1 + |S|`` losses, or ``1 + 2|S|``. All losses of a call draw the
+    same dropout and start from the same buffers; buffers and torch's generators end where one pass leaves them.
 
     Where the objective is a :class:`~optex.BlockLoss`, features are reused: a coordinate of block i costs the
     blocks from i on, and ``evaluations`` counts them so.
@@ -56,16 +56,16 @@ class CoordinateSource(GradientSource):
         deterministic: the loss does not depend on the batch, and draws nothing.
         executor: worker processes to share the coordinates with, such as a ``ProcessPoolExecutor``. Objective,
             parameters and batch are sent at every call.
-        workers: into how many tasks a call is split there.
+        workers: the number of tasks that a call is split into for the executor.
         group: a process group of ``torch.distributed`` to share the coordinates with. All ranks ask at the same
             time, with the same parameters, batch and torch seed, and all get the whole gradient.
 
     The answer has the same bits on one process, on workers and on ranks, where their machines and numbers of
-    threads are alike. A copy of the source, as evaluators send it, evaluates alone.
+    threads are alike. A pickled copy of the source, as evaluators send it, has neither executor nor group.
 
     Raises:
         TypeError: the objective cannot be called, parameters are no floating-point tensors, ``vectorized`` was
-            asked for of what is no module with these parameters, or an executor, group or mask is none.
+            asked for of what is no module with these parameters, or executor, group or mask has another type.
         ValueError: mu is not positive, a count is below 1, or a mask does not fit; in a call, mu is lost in the
             rounding of a parameter.
         NonFiniteError: in a call, a loss is NaN or infinite; parameters and gradients are as before.
@@ -107,13 +107,16 @@ class CoordinateSource(GradientSource):
         self.passes: Passes = Passes(
             objective, self.parameters, mu=self.mu, central=central, vectorized=vectorized, reuse=reuse
         )
-        self.mask = mask if mask is None or isinstance(mask, DynamicMask) else list(mask)
+        self.mask: DynamicMask | list[Tensor] | None = (
+            mask if mask is None or isinstance(mask, DynamicMask) else list(mask)
+        )
         _check_mask(self.mask, self.parameters)
         check_executor(executor)
         _check_group(group, executor)
-        self.executor, self.group = executor, group
+        self.executor: Executor | None = executor
+        self.group: Any = group
         self.deterministic = deterministic
-        self.module = objective if isinstance(objective, nn.Module) else None
+        self.module: nn.Module | None = objective if isinstance(objective, nn.Module) else None
 
     @property
     def evaluations(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -140,7 +143,7 @@ class CoordinateSource(GradientSource):
         base, losses = self._losses(batch, chunks)
         if not bool(base.loss.isfinite()):
             raise NonFiniteError(f"{_OWNER}: the loss is {float(base.loss)} at the parameters; {_REMEDY}")
-        wrong = finite(losses, chunks, self.passes.shifts)
+        wrong = first_non_finite(losses, chunks, self.passes.shifts)
         if wrong is not None:
             raise NonFiniteError(f"{_OWNER}: {wrong}; {_REMEDY}")
         rows = [torch.zeros(p.numel(), dtype=torch.float64) for p in self.parameters]

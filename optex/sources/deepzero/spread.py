@@ -23,7 +23,7 @@ except ImportError:
 __all__ = ["alone", "check_executor", "over_executor", "over_ranks"]
 
 _OWNER = "CoordinateSource"
-Answer = tuple[Unperturbed, list[Tensor]]  # what the plain pass left; the losses of each chunk [sides, c]
+Answer = tuple[Unperturbed, list[Tensor]]  # the unperturbed pass, and the losses of each chunk [sides, c]
 
 
 def alone(passes: Passes, batch: Any, chunks: Sequence[Chunk]) -> Answer:
@@ -36,7 +36,11 @@ def alone(passes: Passes, batch: Any, chunks: Sequence[Chunk]) -> Answer:
 
 
 def check_executor(executor: Any) -> None:
-    """Refuse what cannot evaluate apart from this process."""
+    """Refuse what cannot evaluate apart from this process.
+
+    Raises:
+        TypeError: it is no executor, or one of threads.
+    """
     if executor is None:
         return
     if not isinstance(executor, Executor):
@@ -53,7 +57,7 @@ def check_executor(executor: Any) -> None:
 def over_executor(
     executor: Executor, workers: int, passes: Passes, batch: Any, chunks: Sequence[Chunk]
 ) -> Answer:
-    """Every ``workers``-th chunk to each of as many tasks; the plain pass here, meanwhile.
+    """Chunks dealt out to ``workers`` tasks; the unperturbed pass is made here, meanwhile.
 
     Raises:
         TypeError: objective or batch cannot be pickled.
@@ -93,7 +97,7 @@ def _work(payload: bytes, chunks: list[Chunk], draws: list[Tensor], threads: int
 
 
 def _woven(answers: Sequence[list[Tensor]], count: int) -> list[Tensor]:
-    """The losses of all chunks in their order, from those of every n-th."""
+    """The losses of all chunks in their order, from n answers that have those of every n-th chunk."""
     return [answers[number % len(answers)][number // len(answers)] for number in range(count)]
 
 
@@ -103,8 +107,8 @@ def _woven(answers: Sequence[list[Tensor]], count: int) -> list[Tensor]:
 def over_ranks(group: Any, passes: Passes, batch: Any, chunks: Sequence[Chunk]) -> Answer:
     """Every n-th chunk on each of n ranks, which all end with all losses.
 
-    Parameters, batch and torch's draws have to be the same on all ranks. That is checked at the plain pass,
-    which every rank makes: its losses have to agree.
+    Parameters, batch and torch's draws have to be the same on all ranks. That is checked by the unperturbed
+    pass, which every rank makes: its losses have to agree.
 
     Raises:
         RuntimeError: another rank's evaluation failed, or the ranks do not evaluate the same thing.

@@ -57,6 +57,13 @@ def hypergradient(
 
     ‖B‖ is exact for up to 30 parameters, and beyond that of a Krylov space of 30 dimensions.
 
+    Args:
+        problem: the two levels.
+        theta: θ, tensors as ``problem.lower`` gets them.
+        solution: of the lower level, within ``epsilon``.
+        epsilon, delta: the accuracies ε and δ, positive.
+        max_iterations: most products with ∇ₓₓh in the linear solve.
+
     Raises:
         LowerLevelError, NonFiniteError: as ``InexactBilevelSource``.
     """
@@ -84,7 +91,7 @@ def hypergradient(
 def _conjugate_gradients(
     product: Callable[[Tensor], Tensor], right: Tensor, delta: float, mu: float, max_iterations: int
 ) -> tuple[Tensor, int]:
-    """q with ‖A q - right‖ ≤ δ, and the products it took.
+    """q with ‖A q - right‖ ≤ δ, and how many products with A that took.
 
     Raises:
         LowerLevelError: a curvature beneath μ along a direction, or no convergence.

@@ -5,21 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from optex.checks import check_number
 from optex.errors import NonFiniteError
 from optex.sources.interface import scalar_loss
 
-__all__ = ["LowerLevelError", "SmoothBilevel", "check_number", "lower_gradient", "norm_of", "upper_gradient"]
+__all__ = ["LowerLevelError", "SmoothBilevel", "lower_gradient", "norm_of", "upper_gradient"]
 
 Constant = float | Callable[..., float]
 
 
 class LowerLevelError(ArithmeticError):
-    """The lower level cannot be solved or inverted: a singular or indefinite Hessian, or no end."""
+    """The lower level cannot be solved or inverted: a singular or indefinite Hessian, or no convergence."""
 
 
 @dataclass(frozen=True)
@@ -63,20 +63,18 @@ class SmoothBilevel:
         positive = {"strong_convexity": self.strong_convexity, "lower_lipschitz": self.lower_lipschitz}
         for name, value in positive.items():
             if value is not None and not callable(value):
-                check_number("SmoothBilevel", name, value)
+                check_number("SmoothBilevel", name, value, open_below=True)
         for name in ("upper_lipschitz", "hessian_lipschitz", "cross_lipschitz"):
             value = getattr(self, name)
             if value is not None:
-                check_number("SmoothBilevel", name, value, zero=True)
+                check_number("SmoothBilevel", name, value)
 
     def constant(self, name: str, theta: Sequence[Tensor]) -> float:
         """``strong_convexity`` or ``lower_lipschitz`` at a θ."""
         value = getattr(self, name)
         if not callable(value):
             return float(value)
-        answer = value(*(t.detach() for t in theta))
-        answer = answer.item() if isinstance(answer, Tensor) else answer
-        return check_number("SmoothBilevel", f"{name}(θ)", answer)
+        return check_number("SmoothBilevel", f"{name}(θ)", value(*(t.detach() for t in theta)), open_below=True)
 
 
 def lower_gradient(
@@ -103,15 +101,6 @@ def upper_gradient(problem: SmoothBilevel, x: Tensor) -> tuple[Tensor, Tensor]: 
     if not bool(value.isfinite()) or not bool(gradient.isfinite().all()):
         raise NonFiniteError("upper: its value or gradient is not finite at a lower solution")
     return value.detach(), gradient
-
-
-def check_number(owner: str, name: str, value: Any, *, zero: bool = False) -> float:
-    """The value, refused where it is not finite and above 0 (``zero``: at least 0)."""
-    wanted = "at least 0" if zero else "above 0"
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or value < 0 or (not zero and value == 0):
-        raise ValueError(f"{owner}: {name} must be a finite number {wanted}, got {value!r}")
-    return float(value)
 
 
 def norm_of(tensors: Sequence[Tensor]) -> float:

@@ -22,10 +22,10 @@ class Linearised:
 
     def __init__(self, problem: SmoothBilevel, theta: Sequence[Tensor], x: Tensor) -> None:
         self.problem = problem
-        self.x = x.detach().requires_grad_()
-        self.theta = [t.detach().requires_grad_() for t in theta]
+        self.x: Tensor = x.detach().requires_grad_()
+        self.theta: list[Tensor] = [t.detach().requires_grad_() for t in theta]
         value = scalar_loss(problem.lower(self.x, *self.theta), "lower")
-        (self.slope,) = torch.autograd.grad(value, self.x, create_graph=True)
+        self.slope: Tensor = torch.autograd.grad(value, self.x, create_graph=True)[0]
         if not self.slope.requires_grad:
             raise LowerLevelError("hypergradient: lower is linear in x: its Hessian is singular, zero")
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from optex.checks import check_integer, check_number
 from optex.errors import NonFiniteError
 from optex.sources.inexact_bilevel.implicit import Hypergradient, hypergradient
-from optex.sources.inexact_bilevel.levels import SmoothBilevel, check_number
+from optex.sources.inexact_bilevel.levels import SmoothBilevel
 from optex.sources.inexact_bilevel.lower import LowerSolution, solve_lower
 from optex.sources.interface import GradientSource
 
@@ -21,16 +22,16 @@ class InexactBilevelSource(GradientSource):
 
     A(x) q = ∇g(x), z = -B(x)ᵀ q (section 3 of the paper; ``hypergradient`` has the bound ω). Every answer
     starts its lower solve at ``start``, which only ``accept()`` moves, so answers do not depend on the order
-    they are asked in. Deterministic. With ``tell_noise`` ω²/d is told as the noise variance: the largest mean
-    square that the error can have. The error is a bias, and its bound is often far above it; so by default
-    nothing is told, and the estimators interpolate.
+    they are asked in. Deterministic. With ``tell_noise`` ω²/d is reported as the noise variance: the largest
+    mean square that the error can have. The error is a bias, and its bound is often far above it; so by
+    default no noise is reported, and the estimators interpolate.
 
     Args:
         problem: the two levels.
         parameters: θ, leaf tensors, as ``lower`` gets them.
-        epsilon, delta: accuracies, > 0. The paper begins at 0.1 and adapts; one that is kept wants to be finer.
+        epsilon, delta: accuracies, > 0. The paper begins at 0.1 and adapts them; fixed ones should be smaller.
         max_iterations: of either solve, at least 1.
-        tell_noise: tell ω²/d.
+        tell_noise: report ω²/d as the noise variance.
 
     Attributes:
         evaluations: gradients of h and products with its Hessian that the last answer took, 1 before the first.
@@ -71,20 +72,20 @@ class InexactBilevelSource(GradientSource):
     ) -> None:
         if not isinstance(problem, SmoothBilevel):
             raise TypeError(f"InexactBilevelSource: problem must be a SmoothBilevel, got {problem!r:.60}")
-        self.parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        self.parameters: list[Tensor] = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         if not self.parameters or not all(isinstance(p, Tensor) and p.is_leaf for p in self.parameters):
-            raise ValueError("InexactBilevelSource: parameters must be leaf tensors, at least one")
-        if isinstance(max_iterations, bool) or not isinstance(max_iterations, int) or max_iterations < 1:
+            came = ", ".join(type(p).__name__ for p in self.parameters) or "none"
             raise ValueError(
-                f"InexactBilevelSource: max_iterations must be an integer of at least 1, got {max_iterations!r}"
+                f"InexactBilevelSource: parameters must be leaf tensors, at least one, got {came}; "
+                "detach() makes a leaf of a tensor that was computed"
             )
         self.problem = problem
-        self.epsilon: float = check_number("InexactBilevelSource", "epsilon", epsilon)
-        self.delta: float = check_number("InexactBilevelSource", "delta", delta)
-        self.max_iterations = max_iterations
+        self.epsilon: float = check_number("InexactBilevelSource", "epsilon", epsilon, open_below=True)
+        self.delta: float = check_number("InexactBilevelSource", "delta", delta, open_below=True)
+        self.max_iterations: int = check_integer("InexactBilevelSource", "max_iterations", max_iterations)
         self.tell_noise = tell_noise
-        self.start = problem.start.detach().clone()
-        self.evaluations = 1.0
+        self.start: Tensor = problem.start.detach().clone()
+        self.evaluations: float = 1.0
         self.last: Hypergradient | None = None
 
     def gradient(self, batch: Any) -> tuple[Tensor, Tensor | None]:
@@ -122,5 +123,7 @@ class InexactBilevelSource(GradientSource):
 
     def _solved(self) -> LowerSolution:
         if not all(bool(p.isfinite().all()) for p in self.parameters):
-            raise NonFiniteError("InexactBilevelSource: a parameter is not finite")
+            raise NonFiniteError(
+                "InexactBilevelSource: a parameter is not finite; lower the outer learning rate"
+            )
         return solve_lower(self.problem, self.parameters, self.start, self.epsilon, self.max_iterations)

@@ -7,6 +7,7 @@ from typing import Any, final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from optex.checks import check_integer
@@ -29,7 +30,8 @@ class GymnasiumEnvironment(Environment):
 
     Raises:
         ModuleNotFoundError: Gymnasium is not installed; ``pip install "optex[rl]"``.
-        ValueError: spaces are of a kind that policies cannot have here, or there is no horizon.
+        ValueError: observations are no Box, actions neither Discrete nor a Box with finite ends, or there is no
+            horizon.
 
     >>> import optex
     >>> task = optex.GymnasiumEnvironment("CartPole-v1")
@@ -41,14 +43,17 @@ class GymnasiumEnvironment(Environment):
         self.name = name
         self._made: list[Any] = []
         first = self._environment(0)
-        self.observation_size = _flat_size(first.observation_space)
-        self.discrete = type(first.action_space).__name__ == "Discrete"
-        self.action_size = int(first.action_space.n) if self.discrete else _flat_size(first.action_space)
-        self.middle, self.half = (None, None) if self.discrete else _range(first.action_space)
+        self.observation_size: int = _flat_size(first.observation_space)
+        self.discrete: bool = type(first.action_space).__name__ == "Discrete"
+        space = first.action_space
+        self.action_size: int = int(space.n) if self.discrete else _flat_size(space)
+        self.middle: NDArray[np.float64] | None
+        self.half: NDArray[np.float64] | None
+        self.middle, self.half = (None, None) if self.discrete else _range(space)
         limit = horizon if horizon is not None else getattr(first.spec, "max_episode_steps", None)
         if limit is None:
             raise ValueError("GymnasiumEnvironment: the environment has no limit of steps; give horizon")
-        self.horizon = check_integer("GymnasiumEnvironment", "horizon", limit)
+        self.horizon: int = check_integer("GymnasiumEnvironment", "horizon", limit)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_made": []}  # made anew where they are needed: not all can be pickled
@@ -119,7 +124,7 @@ def _flat_size(space: Any) -> int:
     return int(np.prod(space.shape))
 
 
-def _range(space: Any) -> tuple[Any, Any]:  # [a], [a]
+def _range(space: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:  # [a], [a]
     low, high = np.ravel(space.low).astype(np.float64), np.ravel(space.high).astype(np.float64)
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
         raise ValueError(

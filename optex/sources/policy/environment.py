@@ -47,7 +47,7 @@ class Environment(ABC):
 
     @abstractmethod
     def begin(self, count: int, generator: torch.Generator) -> Episodes:
-        """Begin so many episodes; the same ones for the same state of the generator."""
+        """Begin ``count`` episodes; the same ones for the same state of the generator."""
 
 
 @final
@@ -88,18 +88,20 @@ class LinearQuadratic(Environment):
         start: float = 1.0,
         horizon: int = 20,
     ) -> None:
-        self.A, self.B = _matrix("A", A), _matrix("B", B)
-        self.observation_size, self.action_size = self.B.shape
-        self.Q = _square("Q", Q, self.observation_size)
-        self.R = _square("R", R, self.action_size)
+        self.A: Tensor = _matrix("A", A)
+        self.B: Tensor = _matrix("B", B)
+        self.observation_size: int = self.B.shape[0]
+        self.action_size: int = self.B.shape[1]
+        self.Q: Tensor = _square("Q", Q, self.observation_size)
+        self.R: Tensor = _square("R", R, self.action_size)
         if self.A.shape != (self.observation_size, self.observation_size):
             raise ValueError(
                 f"LinearQuadratic: A must be [s, s] where B is [s, a], got {tuple(self.A.shape)} and "
                 f"{tuple(self.B.shape)}"
             )
-        self.noise = check_number("LinearQuadratic", "noise", noise)
-        self.start = check_number("LinearQuadratic", "start", start)
-        self.horizon = check_integer("LinearQuadratic", "horizon", horizon)
+        self.noise: float = check_number("LinearQuadratic", "noise", noise)
+        self.start: float = check_number("LinearQuadratic", "start", start)
+        self.horizon: int = check_integer("LinearQuadratic", "horizon", horizon)
 
     def begin(self, count: int, generator: torch.Generator) -> Episodes:
         return _Systems(self, count, generator)

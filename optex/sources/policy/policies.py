@@ -42,6 +42,9 @@ class GaussianPolicy(nn.Module):
         bias: of all layers.
         dtype: of the parameters.
 
+    Raises:
+        ValueError: a size is no positive integer, or the deviation not positive.
+
     >>> policy = GaussianPolicy(3, 1, deviation=0.5)
     >>> policy(torch.zeros(7, 3)).sample().shape
     torch.Size([7, 1])
@@ -60,7 +63,7 @@ class GaussianPolicy(nn.Module):
     ) -> None:
         super().__init__()
         sizes = (observations, *hidden, actions)
-        self.mean = _Network("GaussianPolicy", sizes, bias=bias, dtype=dtype)
+        self.mean: nn.Sequential = _Network("GaussianPolicy", sizes, bias=bias, dtype=dtype)
         logarithm = math.log(check_positive("GaussianPolicy", "deviation", deviation))
         start = torch.full((actions,), logarithm, dtype=dtype)
         self.log_deviation: Tensor  # [a]
@@ -89,6 +92,9 @@ class SoftmaxPolicy(nn.Module):
         bias: of all layers.
         dtype: of the parameters.
 
+    Raises:
+        ValueError: a size is no positive integer.
+
     >>> policy = SoftmaxPolicy(4, 2)
     >>> policy(torch.zeros(7, 4)).sample().shape
     torch.Size([7])
@@ -104,7 +110,8 @@ class SoftmaxPolicy(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.logits = _Network("SoftmaxPolicy", (observations, *hidden, actions), bias=bias, dtype=dtype)
+        sizes = (observations, *hidden, actions)
+        self.logits: nn.Sequential = _Network("SoftmaxPolicy", sizes, bias=bias, dtype=dtype)
 
     def forward(
         self,
@@ -120,7 +127,7 @@ def policy_for(environment: Environment, **options: Any) -> nn.Module:
 
 
 def sample(distribution: Distribution, generator: torch.Generator) -> Tensor:
-    """Actions from this generator; torch's distributions know the global one alone."""
+    """Actions drawn with this generator; torch's distributions draw from the global one alone."""
     if isinstance(distribution, Categorical):
         probabilities = distribution.probs
         rows = probabilities.reshape(-1, probabilities.shape[-1])

@@ -37,8 +37,8 @@ class TrajectorySource(GradientSource):
 
     Args:
         policy: a module that answers observations [..., o] with a ``torch.distributions.Distribution`` of
-            actions; its trainable parameters are what is optimised. Its weights decide alone: no dropout, no
-            BatchNorm.
+            actions; its trainable parameters are what is optimised. Its answer has to depend on its
+            weights alone: no dropout, no BatchNorm.
         environment: to act in, :class:`~optex.LinearQuadratic`, :class:`~optex.GymnasiumEnvironment` or your
             own.
         trajectories: n, at least 1.
@@ -51,8 +51,8 @@ class TrajectorySource(GradientSource):
         environment_steps: taken so far by this object; workers have copies of their own.
         mean_return: not discounted, of the trajectories last sampled here; NaN before.
 
-    One number is drawn from torch's global generator a call; all else, seeds of the environment with it,
-    follows from that. So evaluations are repeated exactly, wherever they run.
+    A call draws one number from torch's global generator, and all else that is random, the environment's seeds
+    included, follows from it. So evaluations are repeated exactly, wherever they run.
 
     Raises:
         TypeError, ValueError: an argument cannot work; or, in a call, the policy answers no distribution.
@@ -93,22 +93,24 @@ class TrajectorySource(GradientSource):
             )
         if estimator not in ("gpomdp", "reinforce"):
             raise ValueError(f"TrajectorySource: estimator must be 'gpomdp' or 'reinforce', got {estimator!r}")
-        self.policy, self.environment = policy, environment
+        self.policy: nn.Module = policy
+        self.environment: Environment = environment
         self.estimator: Literal["gpomdp", "reinforce"] = estimator
-        self.baseline = bool(baseline)
-        self.trajectories = check_integer("TrajectorySource", "trajectories", trajectories)
+        self.baseline: bool = bool(baseline)
+        self.trajectories: int = check_integer("TrajectorySource", "trajectories", trajectories)
         if self.baseline and self.trajectories < 2:
             raise ValueError(
                 "TrajectorySource: baseline=True is the other trajectories' mean, and there is one trajectory; "
                 "raise trajectories"
             )
-        self.discount = check_number("TrajectorySource", "discount", discount, most=1.0, open_below=True)
-        self.parameters = [p for p in policy.parameters() if p.requires_grad]
+        self.discount: float = check_number("TrajectorySource", "discount", discount, most=1.0, open_below=True)
+        self.parameters: list[nn.Parameter] = [p for p in policy.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("TrajectorySource: no parameter of the policy requires a gradient")
-        self.module = policy
-        self.evaluations = float(self.trajectories)
-        self.environment_steps, self.mean_return = 0, float("nan")
+        self.module: nn.Module | None = policy
+        self.evaluations: float = float(self.trajectories)
+        self.environment_steps: int = 0
+        self.mean_return: float = float("nan")
 
     def gradient(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         found, weights = self._sampled()
@@ -139,13 +141,13 @@ class TrajectorySource(GradientSource):
             ∇²J v = E[ ∇⟨g(τ, θ), v⟩ + g(τ, θ) ⟨∇ log p(τ | θ), v⟩ ],    g(τ, θ) = Σ_t Ψ_t ∇ log π(a_t | s_t)
 
         the first term with τ held; ∇ log p(τ | θ) = Σ_t ∇ log π(a_t | s_t). A released code has a minus between
-        the terms; that is off by twice the second.
+        the terms, an error of twice the second.
 
         Args:
             vector: as above, in the order of ``source.parameters``.
 
         Raises:
-            ValueError: shapes are others.
+            ValueError: the shapes are not the parameters'.
             NonFiniteError: as ``gradient``.
         """
         shapes = [tuple(v.shape) for v in vector]

@@ -25,7 +25,7 @@ class Trajectories:
         observations: [T, n, o].
         actions: [T, n, a], or [T, n] of integers.
         rewards: [T, n]; 0 from where an episode has ended.
-        running: [T, n], whether it had not.
+        running: [T, n], whether the episode had not ended before that step.
     """
 
     observations: Tensor
@@ -35,7 +35,7 @@ class Trajectories:
 
     @property
     def steps(self) -> int:
-        """In all episodes together."""
+        """The number of steps of all episodes together."""
         return int(self.running.sum())
 
     @property
@@ -55,12 +55,12 @@ class Trajectories:
         *,
         baseline: bool,
     ) -> Tensor:  # [T, n]
-        """What ∇ log π(a_t | s_t) is weighted with, for the gradient of the discounted return."""
+        """Ψ_t, the weight of ∇ log π(a_t | s_t) in the gradient of the discounted return."""
         found = self.discounted(discount)
         to_go = estimator == "gpomdp"
         worth = found.flip(0).cumsum(0).flip(0) if to_go else found.sum(0).expand_as(found)
         if baseline:
-            # Of the others, so that it does not depend on the trajectory's own actions: without bias.
+            # The others' mean does not depend on the trajectory's own actions, so it adds no bias.
             count = found.shape[1]
             worth = worth - (worth.sum(1, keepdim=True) - worth) / (count - 1)
         return worth * self.running

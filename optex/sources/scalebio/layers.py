@@ -39,11 +39,11 @@ class LayerSampler:
     that is evaluated twice all have the same blocks; :meth:`numbered` gives batches their numbers. Two copies
     of a network have draws of their own, as ScaleBiO's w and u have.
 
-    Parameters stay as they are: which ones there are must not change within a round of ``OptEx``. What is
-    frozen gets a zero gradient, whose computation is spared; the momentum of a base optimizer still moves it
-    for a while, and so does weight decay. ``frozen="none"`` leaves None instead, which torch's optimizers skip,
-    as the paper has it; take that in a plain loop, where no round straddles two draws. Under ``OptEx`` use
-    ``stride=1``: a step on predictions alone knows no draw.
+    ``requires_grad`` stays as it is, because the list of parameters must not change within a round of
+    ``OptEx``. A frozen parameter gets a zero gradient, which is not computed; momentum still moves it for a
+    while, and so does weight decay. With ``frozen="none"`` it gets None instead, which torch's optimizers skip,
+    as in the paper: use that in a plain loop, where no round spans two draws. Under ``OptEx`` use ``stride=1``,
+    because a step on predictions alone has no batch, and so no draw.
 
     Args:
         path: where in the network the blocks are: the name of a ``ModuleList`` or ``Sequential``, as
@@ -83,7 +83,7 @@ class LayerSampler:
         self.frozen = frozen
 
     def chosen(self, number: int, blocks: int, copy: int = 0) -> tuple[int, ...]:
-        """Places of the blocks that are trained at a batch.
+        """Indices of the blocks that are trained at a batch.
 
         Args:
             number: of the batch.

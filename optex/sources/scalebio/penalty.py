@@ -57,13 +57,13 @@ class MinimaxPenaltySource(GradientSource):
         alpha: α, positive. The bias falls as 1 / α; noise in D grows as α, where w and u differ by noise.
         scale: s, positive; None is 1 / α.
         layers: trains few blocks of w and of u at a time; batches are then ``layers.numbered(batches)``.
-        deterministic: no batch is looked at.
+        deterministic: the losses do not look at the batch.
 
     Attributes:
         parameters: p, then w's, then u's: what the optimizer is built with, or ``param_groups()``.
         evaluations: 3 gradients, of L1 and L2 at w and of L2 at u.
 
-    Random draws, dropout's say, are the same at w and at u, so that their difference is of the networks alone.
+    Random draws, such as dropout's, are the same at w and at u, so that only the networks differ.
 
     Raises:
         TypeError, ValueError: an argument cannot work; a batch has no number where ``layers`` asks for it.
@@ -113,21 +113,25 @@ class MinimaxPenaltySource(GradientSource):
                 )
         if not isinstance(weights, SourceWeights):
             raise TypeError(f"{_OWNER}: weights must be a SourceWeights, got {type(weights).__name__}")
-        self.validation, self.training = validation, training
-        self.weights, self.model = weights, model
-        self.rival = _rival(model, rival)
+        self.validation: Callable[[Any, Any], Tensor] = validation
+        self.training: Callable[[Any, Any], Any] = training
+        self.weights: SourceWeights = weights
+        self.model: nn.Module = model
+        self.rival: nn.Module = _rival(model, rival)
         self.alpha: float = check_positive(
             _OWNER, "alpha", alpha, "its bias is of the order of 1 / alpha: try 10"
         )
-        self.scale = 1 / self.alpha if scale is None else check_positive(_OWNER, "scale", scale, "or None")
+        self.scale: float = (
+            1 / self.alpha if scale is None else check_positive(_OWNER, "scale", scale, "or None")
+        )
         check_kind(_OWNER, "layers", layers, LayerSampler, "a LayerSampler or None")
         self.layers = layers
         if layers is not None:
             layers.blocks(model)
         self.deterministic = deterministic
-        self.evaluations = 3.0
-        self.module = nn.ModuleList([weights, model, self.rival])
-        self.parameters = [weights.logits, *model.parameters(), *self.rival.parameters()]
+        self.evaluations: float = 3.0
+        self.module: nn.Module | None = nn.ModuleList([weights, model, self.rival])
+        self.parameters: list[nn.Parameter] = [weights.logits, *model.parameters(), *self.rival.parameters()]
         self._said = False
 
     def param_groups(
@@ -165,7 +169,8 @@ class MinimaxPenaltySource(GradientSource):
         at_u, also, raised = self._lower(self.rival, q, batch, own[1])
         if not torch.equal(present, also):
             raise ValueError(
-                f"{_OWNER}: training saw other sources at u than at w, in one batch; drop what draws"
+                f"{_OWNER}: training answered other sources at u than at w for one batch; which sources "
+                "a batch has must not be drawn at random, nor depend on the network"
             )
         excess = self.alpha * (at_w - at_u)  # D [K]
         loss = upper + mixed(q, excess.to(q), present)

@@ -28,7 +28,7 @@ class SourceWeights(nn.Module):
         names: of the sources, in their order.
 
     Raises:
-        TypeError, ValueError: there are fewer than two sources, or names that are none or alike.
+        TypeError, ValueError: there are fewer than two sources, or names that are no strings or not distinct.
 
     Source: Pan et al., arXiv 2406.19976.
 
@@ -47,7 +47,7 @@ class SourceWeights(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.names = _names(sources)
+        self.names: tuple[str, ...] = _names(sources)
         self.logits: nn.Parameter = nn.Parameter(torch.zeros(len(self.names), dtype=dtype, device=device))
         if not self.logits.is_floating_point():
             raise TypeError(f"{_OWNER}: dtype must be floating-point, got {dtype}")
@@ -61,7 +61,7 @@ class SourceWeights(nn.Module):
         return dict(zip(self.names, self().detach().tolist(), strict=True))
 
     def mass(self, names: Sequence[str]) -> float:
-        """What these sources weigh together.
+        """The weight of these sources together.
 
         Raises:
             ValueError: there is no source of such a name.

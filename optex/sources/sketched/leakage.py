@@ -53,9 +53,9 @@ def leakage_attack(
             by ``torch.autograd.grad(..., create_graph=True)``.
         observed: y.
         start: where to begin, of the data's shape; several starts, several attacks.
-        sketch, number: R and t, as the client has them; None: y is a gradient.
+        sketch, number: R and t, as the client has them; without a sketch y is the gradient itself.
         steps: of L-BFGS, with a line search each.
-        lr: of its first trial.
+        lr: the step length that its line search tries first.
 
     Returns:
         The data with the least mismatch.
@@ -63,7 +63,7 @@ def leakage_attack(
     Raises:
         TypeError, ValueError: an argument cannot work, or ``gradient`` answers without a graph or of another
             length.
-        NonFiniteError: y or the gradient at the start is not finite.
+        NonFiniteError: y is zero or not finite, or the gradient at the start is not finite.
 
     >>> import torch, optex
     >>> _ = torch.manual_seed(0)

@@ -8,11 +8,12 @@ from typing import Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = ["MATRICES", "RandomMatrix", "walsh_hadamard"]
 
-# Entries of a dense R that are made at a time.
+# Entries of a dense R that are drawn at a time.
 _BLOCK: Final = 1 << 20
 # 2³¹ - 1: products of two residues fit into 64 bits.
 _PRIME: Final = (1 << 31) - 1
@@ -30,7 +31,7 @@ class RandomMatrix(ABC):
     def __init__(self, size: int, dimension: int, entropy: tuple[int, ...]) -> None:
         self.size = size
         self.dimension = dimension
-        self.words = np.random.SeedSequence(entropy)
+        self.words: np.random.SeedSequence = np.random.SeedSequence(entropy)
 
     @abstractmethod
     def forward(
@@ -52,17 +53,17 @@ class RandomMatrix(ABC):
         """E‖RᵀR g‖² / ‖g‖², the same for every g."""
 
     def generator(self) -> torch.Generator:
-        """Of this matrix; on the CPU, whose numbers are the same on every machine's device."""
+        """This matrix's generator, on the CPU: its numbers do not depend on the device of the vectors."""
         seed = int(self.words.generate_state(1, np.uint64)[0] >> np.uint64(1))
         return torch.Generator().manual_seed(seed)
 
-    def polynomials(self, count: int, degree: int) -> np.ndarray:  # [count, degree + 1] int64
+    def polynomials(self, count: int, degree: int) -> NDArray[np.int64]:  # [count, degree + 1] int64
         """Coefficients of random polynomials modulo a prime: (degree + 1)-wise independent hash functions."""
         return np.random.default_rng(self.words).integers(_PRIME, size=(count, degree + 1), dtype=np.int64)
 
 
 class _Dense(RandomMatrix):
-    """Made block by block, the same blocks in the same order every time: O(s d) work, no more than a block."""
+    """Made block by block, the same blocks in the same order every time: O(s d) work, a block of memory."""
 
     @abstractmethod
     def blocks(self, like: Tensor) -> Iterator[tuple[int, Tensor]]:  # [s, w]
@@ -140,7 +141,8 @@ class CountSketch(RandomMatrix):
 class SRHT(RandomMatrix):
     """√(D/s) S H diag(±1): random signs, a Walsh-Hadamard transform of length D, s of its rows: O(d log d).
 
-    D is the power of 2 from d on. Rows are drawn without replacement: with s = d = D it is a rotation.
+    D is the least power of 2 that is not below d. Rows are drawn without replacement: with s = d = D it is a
+    rotation.
     """
 
     def forward(self, vectors: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ __all__ = ["GaussianMechanism"]
 class GaussianMechanism:
     """Vectors clipped to length C, plus N(0, (z C)² I): differentially private, and so is every sketch of them.
 
-    What comes of it later, a sketch say, is no less private: noise goes in **before** R, which is no secret.
+    What is computed from it later, such as a sketch, is no less private: noise goes in **before** R, which is
+    no secret.
     A release is ρ-zCDP with ``ρ = Δ² / (2 z²)``, Δ the sensitivity in units of C, and k of them are kρ-zCDP:
     their Rényi divergence of order α is at most kρα. That is (ε, δ)-differential privacy with
 
@@ -68,7 +69,7 @@ class GaussianMechanism:
     def for_budget(
         cls, epsilon: float, delta: float, releases: int, *, clip: float, sensitivity: float = 2.0
     ) -> GaussianMechanism:
-        """The one with the least noise that spends at most ε in so many releases.
+        """The mechanism with the least noise that spends at most ε in ``releases`` releases.
 
         Raises:
             ValueError: an argument is out of range.
@@ -98,18 +99,18 @@ class GaussianMechanism:
             generator: of the noise, on the CPU. Where privacy is meant, its seed is the client's secret.
         """
         lengths = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
-        # A length of 0, as nothing would: 0 / 0 otherwise.
+        # The larger of length and clip: shorter vectors stay as they are, and 0 is not divided by 0.
         clipped = vectors * (self.clip / lengths.clamp_min(self.clip))
         noise = torch.randn(vectors.shape, generator=generator, dtype=vectors.dtype).to(vectors.device)
         return clipped + self.noise_multiplier * self.clip * noise
 
     def rho(self, releases: int) -> float:
-        """Of so many releases, kΔ² / (2 z²)."""
+        """ρ of k = ``releases`` releases, kΔ² / (2 z²)."""
         count = check_integer("GaussianMechanism", "releases", releases, least=0)
         return count * (self.sensitivity / self.noise_multiplier) ** 2 / 2
 
     def epsilon(self, releases: int, delta: float) -> float:
-        """ε of so many releases.
+        """ε of k = ``releases`` releases.
 
         Args:
             releases: k, rounds that one client has taken part in.

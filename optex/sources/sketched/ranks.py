@@ -11,7 +11,7 @@ from optex.sources.sketched.sketch import Sketch
 
 __all__ = ["SketchState", "sketched_hook"]
 
-_BUCKETS = 1 << 20  # more than there are, so that numbers of steps and buckets do not meet
+_BUCKETS = 1 << 20  # more than a model has: each pair of step and bucket gets a number of its own
 
 
 class SketchState:
@@ -20,15 +20,15 @@ class SketchState:
     Args:
         sketch: the same on every rank. Its size is that of the message of each bucket; a bucket that is no
             longer is sent as it is.
-        process_group: that adds up; None is the default group.
+        process_group: the group of the all-reduce; None is the default group.
 
     Attributes:
         number: steps so far: t of the next R_t.
         bytes_sent: handed to all-reduce by this rank so far.
-        bytes_plain: what would have been, without a sketch.
+        bytes_plain: what it would have been without a sketch.
 
     Raises:
-        TypeError: the sketch is none.
+        TypeError: ``sketch`` is no ``Sketch``.
     """
 
     def __init__(self, sketch: Sketch, process_group: Any = None) -> None:
@@ -36,16 +36,16 @@ class SketchState:
             raise TypeError(f"SketchState: sketch must be a Sketch, got {type(sketch).__name__}")
         self.sketch = sketch
         self.process_group = process_group
-        self.number = 0
-        self.bytes_sent = 0
-        self.bytes_plain = 0
+        self.number: int = 0
+        self.bytes_sent: int = 0
+        self.bytes_plain: int = 0
 
     def state_dict(self) -> dict[str, int]:
-        """What a resumed run has to take over, for the same matrices."""
+        """The counts, which a resumed run needs to draw the same matrices."""
         return {"number": self.number, "bytes_sent": self.bytes_sent, "bytes_plain": self.bytes_plain}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on there.
+        """Go on from saved counts.
 
         Raises:
             ValueError: an entry is missing or no count; nothing has changed.
@@ -58,7 +58,7 @@ def sketched_hook(state: SketchState, bucket: dist.GradBucket) -> torch.futures.
     """Average gradients by an all-reduce of their sketches: Rᵀ mean(R g), R shared by all ranks.
 
     ``ddp.register_comm_hook(optex.SketchState(optex.Sketch("srht", 4096)), optex.sketched_hook)``, before the
-    first backward pass. Averaging over ranks does not make the sketch's noise less, because all ranks share R:
+    first backward pass. Averaging over ranks does not reduce the sketch's noise, because all ranks share R:
     take a rate 1 + ω times smaller, ω that of a bucket.
 
     Args:

@@ -34,8 +34,8 @@ class Sketch:
     ams         ±1/√s, a 4-wise independent hash function a row         1 + (d - 1)/s         s d
     ==========  ======================================================  ====================  =============
 
-    D is the power of 2 from d on; ``second_moment`` has 1 + ω for any d. Gradient descent on RᵀR g takes steps
-    1 + ω times shorter than on g, and as many times more of them.
+    D is the least power of 2 that is not below d; ``second_moment`` has 1 + ω for any d. Gradient descent on
+    RᵀR g takes steps 1 + ω times shorter than on g, and as many times more of them.
 
     Args:
         kind: as above.

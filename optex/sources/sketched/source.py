@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, NoReturn, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from optex.checks import check_kind, check_parameters
 from optex.sources.interface import GradientSource
@@ -20,16 +20,16 @@ class SketchedSource(GradientSource):
     """``RᵀR g`` for the gradient g of another source: what is left of g after s numbers were sent.
 
     R is drawn anew for every gradient, its number t by torch's global generator: ``E RᵀR g = g``, with the
-    noise ``E‖RᵀR g - g‖² = ω ‖g‖²`` (:class:`Sketch` has ω). That, and the noise that the other source tells,
-    is the noise told. Where a gradient's noise is relative to its own length it vanishes at a minimum, and
-    descent converges with steps of ``1 / ((1 + ω) L)``; at 1/L it diverges.
+    noise ``E‖RᵀR g - g‖² = ω ‖g‖²`` (:class:`Sketch` has ω). The variance that is reported is of that
+    and of the other source's noise together. The sketch's noise is relative to the gradient's length, so it
+    vanishes at a minimum: descent converges with steps of ``1 / ((1 + ω) L)``; at 1/L it diverges.
 
     Args:
-        source: whose gradients.
-        sketch: how.
+        source: of the gradients g.
+        sketch: of the matrices R.
         parameters: those that are optimised, d numbers in all; the whole gradient is one vector.
-        fixed: R_0 for every gradient. Descent then never leaves the s dimensions of the rows of R_0, and the
-            answer is no estimate of the gradient; gradients of a history are s numbers each, not d.
+        fixed: R_0 for every gradient. Descent then stays in the s dimensions that the rows of R_0 span, and the
+            answer is no unbiased estimate of the gradient.
 
     Raises:
         TypeError, ValueError: an argument cannot work, or there are fewer than s parameters.
@@ -61,13 +61,15 @@ class SketchedSource(GradientSource):
         if not isinstance(sketch, Sketch):
             raise TypeError(f"SketchedSource: sketch must be a Sketch, got {type(sketch).__name__}")
         check_kind("SketchedSource", "fixed", fixed, bool, "True or False")
-        self.source, self.sketch, self.fixed = source, sketch, bool(fixed)
+        self.source: GradientSource = source
+        self.sketch: Sketch = sketch
+        self.fixed: bool = bool(fixed)
         self.parameters: list[Tensor] = check_parameters("SketchedSource", parameters)
         dimension = sum(p.numel() for p in self.parameters)
         self._moment = sketch.second_moment(dimension)
-        self.deterministic = source.deterministic and self.fixed
-        self.evaluations = source.evaluations
-        self.module = source.module
+        self.deterministic: bool = source.deterministic and self.fixed
+        self.evaluations: float = source.evaluations
+        self.module: nn.Module | None = source.module
 
     def gradient(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         loss, noise = self.source.gradient(batch)
