@@ -450,8 +450,8 @@ def test_vectors_are_averaged_by_what_was_handed_over():
     for batch in batches:
         factors_with(lambda flat: told.append(flat.clone()), batch)
     mean = (told[0] + told[1]) / 2
-    ranks = [factors_with(lambda flat: flat.copy_(mean), batch) for batch in batches]
-    assert_equal_trees(*ranks)
+    left, right = (factors_with(lambda flat: flat.copy_(mean), batch) for batch in batches)
+    assert_equal_trees(left, right)
     assert len(mean) == (7 + 5) + (6 + 3)
 
 
@@ -838,7 +838,7 @@ def test_advice_leaves_everything_as_it_was():
     for net, base in zip((plain, model), bases, strict=True):
         train(net, base, batches[2:])
     assert same(snapshot(plain), snapshot(model))
-    assert_equal_trees(*(factors_of(base) for base in bases))
+    assert_equal_trees(factors_of(bases[0]), factors_of(bases[1]))
 
 
 def test_evaluators_that_cannot_observe_are_refused():
