@@ -393,7 +393,6 @@ class SolverRow:
         tolerance: of that error.
         function: the name of the user's function among the arguments, None where there is none: the suite lets
             it return NaN.
-        iterates: takes ``maxiter``, and needs more than one.
     """
 
     make: Callable[[], dict[str, Any]]
@@ -401,7 +400,6 @@ class SolverRow:
     error: Callable[[OptimizeResult], float]
     tolerance: float = 1e-6
     function: str | None = None
-    iterates: bool = True
 
 
 _RELAXED: Final = np.random.default_rng(0).normal(size=36)
