@@ -327,7 +327,7 @@ def test_passes_with_weights_of_anothers_and_vmapped_ones_are_not_recorded():
     model = network()
     optimizer = MKOR.with_sgd(model, interval=1)
     x = regression_batches(1)[0][0]
-    others = {name: 2 * p.detach() for name, p in model.named_parameters()}
+    others = {name: (2 * p.detach()).requires_grad_() for name, p in model.named_parameters()}
     for run in (
         lambda: torch.func.functional_call(model, others, (x.requires_grad_(),)),
         lambda: torch.func.vmap(model)(x),
