@@ -630,6 +630,12 @@ class TestFederated:
         ],
     )
     def test_what_cannot_work_is_refused(self, options, error, words):
-        given: dict[str, Any] = {"fun": quadratic, "x0": np.ones(12), "clients": CENTRES, "lr": 0.1, "jac": True}
+        given: dict[str, Any] = {
+            "fun": quadratic,
+            "x0": np.ones(12),
+            "clients": CENTRES,
+            "lr": 0.1,
+            "jac": True,
+        }
         with pytest.raises(error, match=words):
             optex.federated_minimize(**{**given, **options})
