@@ -76,7 +76,7 @@ def dcdm(
         ``nit``: ``residual`` ‖b - A x‖ / ‖b‖, ``matvecs`` products with A, ``directions`` that the model was
         asked for, and ``fallbacks``, iterations along the residual in place of the model's direction. A
         convergence is confirmed by b - A x itself; where that falls no more, the status is STALLED. A run that
-        did not converge returns the iterate with the smallest residual. A run that neither converged nor stalled
+        did not converge returns the iterate with the smallest residual. One that neither converged nor stalled
         tells the recurrence's residual, which in ill-conditioned systems may be far below that of b - A x.
 
     Raises:
