@@ -6,10 +6,10 @@ A row is a paper's method with one setting. A paper's own file of tests has what
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import scipy.sparse
@@ -64,14 +64,12 @@ class Member:
             worth of settings left at their defaults.
         needs_graph: gradients have to come by ``backward(create_graph=True)``.
         groups: takes parameter groups handed to it, as torch's optimizers do: ``make_groups`` of such a list.
-        under_optex: may be the base of ``OptEx``.
         compiles: ``torch.compile`` of a step leaves no graph break.
     """
 
     make: Callable[[nn.Module], Optimizer]
     make_groups: Callable[[list[dict]], Optimizer] | None = None
     needs_graph: bool = False
-    under_optex: bool = True
     compiles: bool = True
 
 
@@ -149,9 +147,9 @@ class SourceRow:
         pickles: can be sent to worker processes.
     """
 
-    make: Callable[[], tuple[GradientSource, list[torch.Tensor], Callable[[int], list]]]
+    make: Callable[[], tuple[GradientSource, Sequence[torch.Tensor], Callable[[int], list]]]
     lr: float = 0.05
-    exact: Callable[[GradientSource, list[torch.Tensor]], list[torch.Tensor]] | None = None
+    exact: Callable[[Any, Any], list[torch.Tensor]] | None = None
     tolerance: float = 1e-6
     answers: int = 1
     pickles: bool = True
@@ -243,7 +241,7 @@ def _exact_penalty(source, parameters):
 _QUADRATIC = dense_quadratic(6, 3)
 
 
-def _inexact_bilevel() -> tuple[GradientSource, list[torch.Tensor], Callable[[int], list]]:
+def _inexact_bilevel():
     theta = nn.Parameter(torch.ones(3, dtype=torch.float64))
     start = torch.zeros(6, dtype=torch.float64)
     levels = SmoothBilevel(_QUADRATIC.lower, _QUADRATIC.upper, start, **_QUADRATIC.constants())
@@ -301,8 +299,8 @@ def _policy(*, baseline=False):
     def make():
         policy = GaussianPolicy(1, 1, hidden=(), deviation=0.5, dtype=torch.float64)
         with torch.no_grad():
-            policy.mean[0].weight.fill_(-0.2)
-            policy.mean[0].bias.fill_(0.3)
+            policy.mean.get_parameter("0.weight").fill_(-0.2)
+            policy.mean.get_parameter("0.bias").fill_(0.3)
         source = TrajectorySource(policy, LinearQuadratic(), 40, baseline=baseline)
         return source, source.parameters, lambda count: [None] * count
 
@@ -395,7 +393,6 @@ class SolverRow:
         tolerance: of that error.
         function: the name of the user's function among the arguments, None where there is none: the suite lets
             it return NaN.
-        iterates: takes ``maxiter``, and needs more than one.
     """
 
     make: Callable[[], dict[str, Any]]
@@ -403,7 +400,6 @@ class SolverRow:
     error: Callable[[OptimizeResult], float]
     tolerance: float = 1e-6
     function: str | None = None
-    iterates: bool = True
 
 
 _RELAXED: Final = np.random.default_rng(0).normal(size=36)
@@ -475,7 +471,7 @@ def _transport(shape=(), *, kind=torch.from_numpy):
     return make
 
 
-def _newton_schulz(*, init: str, batch: tuple[int, ...] = ()) -> SolverRow:
+def _newton_schulz(*, init: Literal["trace", "norm"], batch: tuple[int, ...] = ()) -> SolverRow:
     def make():
         generator = torch.Generator().manual_seed(0)
         inputs = torch.randn(*batch, 12, 5, generator=generator, dtype=torch.float64)

@@ -17,6 +17,7 @@ from optex.optimizers.adahessian import _signs
 from optex.sources import backpropagate
 from optex.stepping import FreezesWhileDrafting, ObservesEvaluations
 from optex.studies.comparison import Comparison
+from tests.gradients import grad_of
 from tests.models import network, regression_batches, same, snapshot, squared_error
 from tests.references.adahessian import ReferenceAdaHessian
 
@@ -68,7 +69,7 @@ def test_walks_with_its_twin(options):
         H = whole_hessian(model, batch).tolist()
         optimizer.zero_grad()
         squared_error(model)(batch).backward(create_graph=True)
-        gradient = flat([p.grad for p in parameters]).tolist()
+        gradient = flat([grad_of(p) for p in parameters]).tolist()
         torch.manual_seed(number)
         signs = flat([_signs(p) for p in parameters]).tolist()
         expected = twin.step(expected, gradient, H, signs)
@@ -131,13 +132,18 @@ def test_parameters_of_one_loss_share_their_probe():
 def test_a_constant_gradient_has_no_curvature_and_all_constant_ones_no_graph():
     a, b = (torch.ones(2, requires_grad=True) for _ in range(2))
     backpropagate((a**3).sum() + 2 * b.sum(), create_graph=True)
-    found = hutchinson_diagonal([a, b], [a.grad, b.grad])
+    found = hutchinson_diagonal([a, b], [grad_of(a), grad_of(b)])
     assert torch.equal(found[0], torch.full((2,), 6.0))
     assert torch.equal(found[1], torch.zeros(2))
     with pytest.raises(ValueError, match=r"no gradient has a graph.*create_graph=True"):
-        hutchinson_diagonal([b], [b.grad])
+        hutchinson_diagonal([b], [grad_of(b)])
+
+
+def test_fewer_probes_than_one_are_refused():
+    a = torch.ones(2, requires_grad=True)
+    backpropagate((a**3).sum(), create_graph=True)
     with pytest.raises(ValueError, match="probes must be at least 1, got 0"):
-        hutchinson_diagonal([a], [a.grad], 0)
+        hutchinson_diagonal([a], [grad_of(a)], 0)
 
 
 def test_signed_averages_cancel_noise_and_absolute_ones_keep_it():
@@ -163,7 +169,7 @@ def test_a_piecewise_linear_network_shows_the_losss_curvature_alone():
         layer.zero_grad()
         backpropagate(loss(torch.relu(layer(x)) - 1).mean(), create_graph=True)
         parameters = list(layer.parameters())
-        found = hutchinson_diagonal(parameters, [p.grad for p in parameters])
+        found = hutchinson_diagonal(parameters, [grad_of(p) for p in parameters])
         assert any(bool(part.any()) for part in found) == curved
 
 
@@ -229,7 +235,7 @@ def test_curvature_that_is_not_finite_is_refused_before_anything_moves():
     theta = nn.Parameter(torch.zeros(2))
     optimizer = AdaHessian([theta])
     theta.abs().pow(1.5).sum().backward(create_graph=True)
-    assert theta.grad.isfinite().all()
+    assert grad_of(theta).isfinite().all()
     with pytest.raises(NonFiniteError, match=r"product of the Hessian.*not finite"):
         optimizer.step()
     assert not theta.detach().any()
@@ -275,7 +281,7 @@ def test_counters_keep_counting_in_low_precision():
     ],
 )
 def test_arguments_out_of_range_are_refused(options, message):
-    with pytest.raises(ValueError, match=f"AdaHessian: .*{message}|AdaHessian: {message}"):
+    with pytest.raises(ValueError, match=f"AdaHessian: .*{message}"):
         AdaHessian([nn.Parameter(torch.ones(2))], **options)
 
 
@@ -300,7 +306,7 @@ def test_recalling_what_was_observed_is_the_plain_step():
             torch.manual_seed(number)
             if observing:
                 observation = optimizer.observe()
-                assert all(not p.grad.requires_grad for p in model.parameters())
+                assert all(not grad_of(p).requires_grad for p in model.parameters())
                 optimizer.recall(observation)
             optimizer.step()
         ends.append(snapshot(model))
@@ -329,19 +335,22 @@ def test_an_evaluation_without_finite_curvature_has_no_finite_gradient():
     optimizer = AdaHessian([rough, smooth])
     backpropagate(rough.abs().pow(1.5).sum() + (smooth**2).sum(), create_graph=True)
     optimizer.observe()
-    assert rough.grad.isnan().all()
-    assert smooth.grad.isfinite().all()
+    assert grad_of(rough).isnan().all()
+    assert grad_of(smooth).isfinite().all()
 
 
-def test_drafted_steps_need_no_graph_and_leave_the_curvature_alone():
+def test_a_draft_without_any_curvature_goes_nowhere():
     theta = nn.Parameter(torch.ones(2, dtype=torch.float64))
     optimizer = AdaHessian([theta], lr=0.1)
     with optimizer.drafting():
         theta.grad = torch.ones(2, dtype=torch.float64)
         optimizer.step()
-    assert torch.equal(theta.detach(), torch.ones(2))  # nothing is known of its curvature
+    assert torch.equal(theta.detach(), torch.ones(2))
+
+
+def test_drafted_steps_need_no_graph_and_leave_the_curvature_alone():
+    theta = nn.Parameter(torch.ones(2, dtype=torch.float64))
     optimizer = AdaHessian([theta], lr=0.1)
-    optimizer.zero_grad()
     backpropagate((3 * theta**2).sum(), create_graph=True)
     optimizer.step()
     before, entry = theta.detach().clone(), copy.deepcopy(optimizer.state[theta])
@@ -436,6 +445,7 @@ def test_dropout_and_probes_share_a_steps_random_numbers():
     )
     for _ in optimizer.rounds(batches, squared_error(model)):
         assert same(snapshot(model), trajectory[optimizer.steps_taken - 1])
+    assert optimizer.steps_taken == 8
 
 
 def test_a_closure_has_to_keep_the_graph():

@@ -3,7 +3,9 @@
 import copy
 import math
 import pickle
+import sys
 
+import gymnasium
 import pytest
 import torch
 from torch import nn
@@ -17,6 +19,7 @@ from optex.sources.policy.policies import sample
 from optex.sources.policy.trajectories import roll_out
 from optex.stepping import bases
 from optex.studies.problems import make_problem
+from tests.gradients import grad_of
 from tests.references import policy as twin
 
 SYSTEM = optex.LinearQuadratic(horizon=6)
@@ -25,8 +28,8 @@ SYSTEM = optex.LinearQuadratic(horizon=6)
 def linear(gain=-0.2, offset=0.1, deviation=0.5, **options):
     policy = optex.GaussianPolicy(1, 1, hidden=(), deviation=deviation, dtype=torch.float64, **options)
     with torch.no_grad():
-        policy.mean[0].weight.fill_(gain)
-        policy.mean[0].bias.fill_(offset)
+        policy.mean.get_parameter("0.weight").fill_(gain)
+        policy.mean.get_parameter("0.bias").fill_(offset)
     return policy
 
 
@@ -72,7 +75,8 @@ class TestLinearQuadratic:
         source = optex.TrajectorySource(policy, system, 60_000)
         torch.manual_seed(0)
         found = sampled_again(source, 0)
-        exact = system.expected_return(*(p.detach() for p in source.parameters), 0.4)
+        gain, offset = (p.detach() for p in source.parameters)
+        exact = system.expected_return(gain, offset, 0.4)
         assert float(found.discounted(0.99).sum(0).mean()) == pytest.approx(float(exact), rel=0.01)
 
     def test_one_step_by_hand(self):
@@ -110,9 +114,10 @@ class TestTrajectorySource:
         torch.manual_seed(1)
         loss, noise = source.gradient(None)
         rows = twin.gradients(policy, found, 0.9, estimator, baseline=baseline)
-        torch.testing.assert_close(flat([p.grad for p in source.parameters]), -rows.mean(0))
+        torch.testing.assert_close(flat([grad_of(p) for p in source.parameters]), -rows.mean(0))
+        assert noise is not None
         assert float(noise) == pytest.approx(float(rows.var(0).mean() / 5), rel=1e-9)
-        discounted = sum(0.9**t * found.rewards[t] for t in range(len(found.rewards)))
+        discounted = 0.9 ** torch.arange(len(found.rewards), dtype=torch.float64) @ found.rewards.double()
         assert float(loss) == pytest.approx(-float(discounted.mean()), rel=1e-12)
         assert source.environment_steps == found.steps
         assert source.mean_return == pytest.approx(float(found.rewards.sum(0).mean()))
@@ -130,9 +135,9 @@ class TestTrajectorySource:
         policy = linear()
         source = optex.TrajectorySource(policy, SYSTEM, 20_000, baseline=True)
         vector = [torch.ones(1, 1).double(), torch.full((1,), -0.5).double()]
-        points = [p.detach().clone().requires_grad_() for p in source.parameters]
-        gradient = torch.autograd.grad(SYSTEM.expected_return(*points, 0.5), points, create_graph=True)
-        inner = sum((g * v).sum() for g, v in zip(gradient, vector, strict=True))
+        points = gain, offset = tuple(p.detach().clone().requires_grad_() for p in source.parameters)
+        gradient = torch.autograd.grad(SYSTEM.expected_return(gain, offset, 0.5), points, create_graph=True)
+        inner = flat(vector) @ torch.cat([g.flatten() for g in gradient])
         exact = -flat(torch.autograd.grad(inner, points))
         torch.manual_seed(0)
         total = torch.stack([flat(source.hessian_vector(vector)) for _ in range(10)]).mean(0)
@@ -156,7 +161,9 @@ class TestTrajectorySource:
         for baseline in (False, True):
             torch.manual_seed(0)
             source = optex.TrajectorySource(linear(), SYSTEM, 200, baseline=baseline)
-            noises.append(float(source.gradient(None)[1]))
+            _, noise = source.gradient(None)
+            assert noise is not None
+            noises.append(float(noise))
         assert noises[1] < 0.7 * noises[0]
 
     def test_it_draws_one_number(self):
@@ -191,11 +198,27 @@ class TestTrajectorySource:
     @pytest.mark.parametrize(
         ("make", "error", "message"),
         [
-            (lambda: optex.TrajectorySource(lambda x: x, SYSTEM), TypeError, "policy must be"),
-            (lambda: optex.TrajectorySource(linear(), "CartPole-v1"), TypeError, "environment must be"),
+            (
+                lambda: optex.TrajectorySource(lambda x: x, SYSTEM),  # pyright: ignore[reportArgumentType]
+                TypeError,
+                "policy must be",
+            ),
+            (
+                lambda: optex.TrajectorySource(linear(), "CartPole-v1"),  # pyright: ignore[reportArgumentType]
+                TypeError,
+                "environment must be",
+            ),
             (lambda: optex.TrajectorySource(linear(), SYSTEM, 0), ValueError, "trajectories must be"),
             (lambda: optex.TrajectorySource(linear(), SYSTEM, discount=0), ValueError, "discount must be"),
-            (lambda: optex.TrajectorySource(linear(), SYSTEM, estimator="q"), ValueError, "estimator must be"),
+            (
+                lambda: optex.TrajectorySource(
+                    linear(),
+                    SYSTEM,
+                    estimator="q",  # pyright: ignore[reportArgumentType]
+                ),
+                ValueError,
+                "estimator must be",
+            ),
             (
                 lambda: optex.TrajectorySource(linear(), SYSTEM, 1, baseline=True),
                 ValueError,
@@ -234,10 +257,13 @@ class TestTrajectorySource:
         with pytest.raises(ValueError, match="hessian_vector needs one tensor a parameter"):
             optex.TrajectorySource(linear(), SYSTEM).hessian_vector([torch.zeros(3)])
 
-    def test_what_is_not_finite_is_named(self):
+    def test_parameters_that_are_not_finite_are_named(self):
         source = optex.TrajectorySource(linear(gain=math.inf), SYSTEM)
         with pytest.raises(NonFiniteError, match="parameters are not finite"):
             source.gradient(None)
+        assert all(p.grad is None for p in source.parameters)
+
+    def test_rewards_that_are_not_finite_are_named(self):
         source = optex.TrajectorySource(
             optex.SoftmaxPolicy(1, 2, (), dtype=torch.float64), Corridor(reward=math.nan)
         )
@@ -248,10 +274,21 @@ class TestTrajectorySource:
 
 class TestGymnasium:
     def test_continuous_actions_are_in_units_of_half_the_range(self):
+        taken = []
+
+        class Recording(gymnasium.Wrapper):
+            def step(self, action):
+                taken.append(action.tolist())
+                return super().step(action)
+
+        task = optex.GymnasiumEnvironment(lambda: Recording(gymnasium.make("Pendulum-v1")))
+        task.begin(2, torch.Generator().manual_seed(0)).step(torch.tensor([[0.5], [-7.0]]))
+        assert taken == [[1.0], [-2.0]]
+
+    def test_episodes_end_at_the_horizon(self):
         task = optex.GymnasiumEnvironment("Pendulum-v1", horizon=2)
         assert (task.observation_size, task.action_size, task.discrete, task.horizon) == (3, 1, False, 2)
         episodes = task.begin(2, torch.Generator().manual_seed(0))
-        assert episodes._actions(torch.tensor([[0.5], [-7.0]])).tolist() == [[1.0], [-2.0]]
         _, ended = episodes.step(torch.zeros(2, 1))
         assert not ended.any()
         _, ended = episodes.step(torch.zeros(2, 1))
@@ -267,8 +304,6 @@ class TestGymnasium:
         assert len(seen[0].unique(dim=0)) == 3
 
     def test_a_function_makes_one_too(self):
-        import gymnasium
-
         task = optex.GymnasiumEnvironment(lambda: gymnasium.make("CartPole-v1"))
         assert task.horizon == 500
 
@@ -277,7 +312,7 @@ class TestGymnasium:
             optex.GymnasiumEnvironment("FrozenLake-v1")
 
     def test_without_gymnasium_it_says_what_to_install(self, monkeypatch):
-        monkeypatch.setitem(__import__("sys").modules, "gymnasium", None)
+        monkeypatch.setitem(sys.modules, "gymnasium", None)
         with pytest.raises(ModuleNotFoundError, match=r"optex\[rl\]"):
             optex.GymnasiumEnvironment("CartPole-v1")
 
@@ -347,6 +382,7 @@ class TestNIGT:
             pass
         assert torch.equal(before, p)
         optimizer.step()
+        assert not torch.equal(before, p)
 
     def test_under_optex_the_iterates_are_the_plain_loops(self):
         p = nn.Parameter(START.clone())
@@ -359,6 +395,9 @@ class TestNIGT:
             torch.testing.assert_close(
                 p.detach(), twin.nigt(lambda x: HESSIAN @ x, START, optimizer.steps_taken, 0.1, 1.0)[-1]
             )
+
+    def test_it_is_a_base_by_name(self):
+        assert "n-igt" in bases.OPTIMIZERS
 
     def test_a_gradient_of_zero_stands_still(self):
         p = nn.Parameter(START.clone())
@@ -450,14 +489,13 @@ class TestHARPG:
     def test_bad_arguments_are_named(self):
         p = nn.Parameter(torch.ones(2))
         with pytest.raises(ValueError, match="normalized must be"):
-            HARPG([p], normalized="yes")
+            HARPG([p], normalized="yes")  # pyright: ignore[reportArgumentType]
         with pytest.raises(ValueError, match="one product a parameter"):
             HARPG([p]).correct([torch.ones(3)])
 
     def test_it_cannot_be_a_base(self):
         with pytest.raises(TypeError, match="product with the Hessian"):
             optex.OptEx(HARPG([nn.Parameter(torch.ones(2))]))
-        assert "n-igt" in bases.OPTIMIZERS
 
 
 class TestFrontDoor:
@@ -497,12 +535,13 @@ class TestFrontDoor:
         result = optex.policy_gradient(linear(), SYSTEM, steps=50, environment_steps=150, seed=0)
         assert (result.nit, result.nenv) == (3, 180)
 
-    def test_the_callback_stops_it(self, capsys):
-        result = optex.policy_gradient(
-            linear(), SYSTEM, steps=9, seed=0, callback=lambda found: found.nit == 2, disp=True
-        )
-        assert (result.nit, result.status) == (2, 99)
+    def test_it_prints_when_asked(self, capsys):
+        optex.policy_gradient(linear(), SYSTEM, steps=2, seed=0, disp=True)
         assert "Environment steps: 120" in capsys.readouterr().out
+
+    def test_the_callback_stops_it(self):
+        result = optex.policy_gradient(linear(), SYSTEM, steps=9, seed=0, callback=lambda found: found.nit == 2)
+        assert (result.nit, result.status) == (2, 99)
 
         def raises(_):
             raise StopIteration
@@ -530,8 +569,10 @@ class TestFrontDoor:
     def test_bad_arguments_are_named(self, arguments, message):
         with pytest.raises(ValueError, match=message):
             optex.policy_gradient(linear(), SYSTEM, **arguments)
+
+    def test_a_callback_that_is_none_is_refused(self):
         with pytest.raises(TypeError, match="callback must be"):
-            optex.policy_gradient(linear(), SYSTEM, callback=3)
+            optex.policy_gradient(linear(), SYSTEM, callback=3)  # pyright: ignore[reportArgumentType]
 
 
 class TestProblem:
@@ -542,9 +583,10 @@ class TestProblem:
 
     def test_the_minimum_is_the_least(self):
         problem = make_problem("lq-policy")
+        assert problem.minimum is not None
         with torch.no_grad():
+            problem.get_parameter("policy.mean.0.bias").zero_()
             for gain in (-0.7, -0.6005, -0.5):
-                problem.policy.mean[0].weight.fill_(gain)
-                problem.policy.mean[0].bias.zero_()
+                problem.get_parameter("policy.mean.0.weight").fill_(gain)
                 assert problem.evaluate() >= problem.minimum
         assert problem.minimum == pytest.approx(9.2314, abs=1e-3)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from optex.solvers import BanditTuner, Status, optimal_omega, sor, ssor_pcg
 from optex.solvers.relaxation.chebcb import ChebCB
 from optex.solvers.relaxation.system import DenseMatrix, DeviceMatrix, SparseMatrix
 from optex.solvers.relaxation.tsallis import TsallisINF
+from tests.models import assert_equal_trees
 from tests.references.relaxation import (
     ChebTwin,
     TsallisTwin,
@@ -134,11 +136,21 @@ def test_float32_stays_float32(solve):
     result = solve(torch.tensor(A, dtype=torch.float32), torch.tensor(b, dtype=torch.float32), 1.4, tol=1e-5)
     assert result.success
     assert result.x.dtype == torch.float32
+    np.testing.assert_allclose(result.x, x, rtol=1e-3, atol=1e-3)
+
+
+@BOTH
+def test_a_tolerance_beneath_the_precision_is_refused(solve):
+    A, b, _ = system()
     with pytest.raises(ValueError, match=r"torch\.float32 resolves"):
         solve(A.astype(np.float32), b.astype(np.float32), 1.4)
+
+
+@BOTH
+def test_precisions_that_differ_and_integers_are_solved_in_double(solve):
+    A, b, _ = system()
     assert solve(A.astype(np.float32), b, 1.4).x.dtype == np.float64
     assert solve(np.eye(3, dtype=int), [1, 2, 3], 1.0).x.tolist() == [1.0, 2.0, 3.0]
-    np.testing.assert_allclose(result.x, x, rtol=1e-3, atol=1e-3)
 
 
 @BOTH
@@ -195,6 +207,7 @@ def test_rounding_is_a_stall(solve):
     assert result.status == Status.STALLED
     assert result.nit < 2000
     assert result.residual_norm <= 1e-12 * np.linalg.norm(b)
+    assert result.residual_norm == pytest.approx(np.linalg.norm(b - A @ result.x), rel=0.1)
 
 
 def test_divergence_is_a_breakdown_with_the_best_iterate():
@@ -209,7 +222,7 @@ def test_divergence_is_a_breakdown_with_the_best_iterate():
 def test_overflow_is_not_finite():
     A = np.array([[1.0, 1e200], [1e200, 1.0]])
     result = sor(A, np.array([1.0, 1.0]), 1.0)
-    assert result.status in (Status.NON_FINITE, Status.BREAKDOWN)
+    assert result.status == Status.NON_FINITE
     assert np.isfinite(result.x).all()
     result = sor(np.array([[1e-200, 1.0], [0.0, 1e-200]]), np.array([1.0, 1e200]), 1.0)
     assert result.status == Status.NON_FINITE
@@ -235,46 +248,53 @@ def test_omega_out_of_range(solve, omega):
         solve(np.eye(2), np.ones(2), omega)
 
 
+EYE, ONES, HOLLOW = np.eye(3), np.ones(3), np.diag([1.0, 0.0, 1.0])
+
+
 @BOTH
-def test_systems_that_are_refused(solve):
-    eye, ones = np.eye(3), np.ones(3)
-    hollow = np.diag([1.0, 0.0, 1.0])
-    cases = [
-        (ValueError, "square matrix, got shape \\(2, 3\\)", np.ones((2, 3)), ones),
-        (ValueError, "square matrix, got shape \\(3,\\)", ones, ones),
-        (ValueError, "zero on its diagonal, at row 1", hollow, ones),
-        (ValueError, "zero on its diagonal, at row 1", scipy.sparse.csr_array(hollow), ones),
-        (ValueError, "zero on its diagonal, at row 1", torch.tensor(hollow).to_sparse(), ones),
-        (ValueError, "A holds numbers that are NaN", np.full((3, 3), np.inf), ones),
+@pytest.mark.parametrize(
+    ("error", "match", "A", "b"),
+    [
+        (ValueError, "square matrix, got shape \\(2, 3\\)", np.ones((2, 3)), ONES),
+        (ValueError, "square matrix, got shape \\(3,\\)", ONES, ONES),
+        (ValueError, "zero on its diagonal, at row 1", HOLLOW, ONES),
+        (ValueError, "zero on its diagonal, at row 1", scipy.sparse.csr_array(HOLLOW), ONES),
+        (ValueError, "zero on its diagonal, at row 1", torch.tensor(HOLLOW).to_sparse(), ONES),
+        (ValueError, "A holds numbers that are NaN", np.full((3, 3), np.inf), ONES),
         (
             ValueError,
             "A holds numbers that are NaN",
             scipy.sparse.diags_array(np.full(200, np.nan)),
             np.ones(200),
         ),
-        (ValueError, "b must have shape \\(3,\\)", eye, np.ones(2)),
-        (ValueError, "b must have shape \\(3,\\)", eye, np.ones((3, 1))),
-        (ValueError, "b holds numbers that are NaN", eye, np.full(3, np.nan)),
-        (TypeError, "must be real, of float32 or float64, got complex128", 1j * eye, ones),
-        (TypeError, "got float16", torch.eye(3, dtype=torch.float16), ones),
-        (TypeError, "got float16", torch.eye(3, dtype=torch.bfloat16), ones),
-        (TypeError, "a product alone has no diagonal", lambda x: x, ones),
-        (ValueError, "norm of b overflows", eye, np.full(3, 1.7e308)),
-    ]
-    for error, match, A, b in cases:
-        with pytest.raises(error, match=match):
-            solve(A, b, 1.0)
+        (ValueError, "b must have shape \\(3,\\)", EYE, np.ones(2)),
+        (ValueError, "b must have shape \\(3,\\)", EYE, np.ones((3, 1))),
+        (ValueError, "b holds numbers that are NaN", EYE, np.full(3, np.nan)),
+        (TypeError, "must be real, of float32 or float64, got complex128", 1j * EYE, ONES),
+        (TypeError, "got float16", torch.eye(3, dtype=torch.float16), ONES),
+        (TypeError, "got float16", torch.eye(3, dtype=torch.bfloat16), ONES),
+        (TypeError, "a product alone has no diagonal", lambda x: x, ONES),
+        (ValueError, "norm of b overflows", EYE, np.full(3, 1.7e308)),
+    ],
+)
+def test_systems_that_are_refused(solve, error, match, A, b):
+    with pytest.raises(error, match=match):
+        solve(A, b, 1.0)
+
+
+@BOTH
+def test_callbacks_and_starts_that_are_refused(solve):
     with pytest.raises(TypeError, match="callback must be callable"):
-        solve(eye, ones, 1.0, callback=3)
+        solve(EYE, ONES, 1.0, callback=3)
     with pytest.raises(ValueError, match="x0 must have shape"):
-        solve(eye, ones, 1.0, x0=np.ones(2))
+        solve(EYE, ONES, 1.0, x0=np.ones(2))
 
 
-def test_matrices_that_are_not_positive_definite():
+def test_matrices_that_are_not_positive_definite_are_refused():
     with pytest.raises(ValueError, match="must be symmetric, but entries of A - Aᵀ are as large as 2"):
         ssor_pcg(np.array([[2.0, 1.0], [-1.0, 2.0]]), np.ones(2))
     with pytest.raises(ValueError, match="must be symmetric"):
-        ssor_pcg(scipy.sparse.diags_array([np.ones(200), np.ones(199)], offsets=[0, 1]), np.ones(200))
+        ssor_pcg(scipy.sparse.csr_array(np.eye(200) + np.eye(200, k=1)), np.ones(200))
     with pytest.raises(NotPositiveDefiniteError, match="its diagonal has -1 at row 1"):
         ssor_pcg(np.diag([1.0, -1.0]), np.ones(2))
     with pytest.raises(NotPositiveDefiniteError, match="along a direction p"):
@@ -345,7 +365,7 @@ def play(tuner, count, contexts=None, unit=1.0):
     return chosen
 
 
-def make(method, seed=0, grid=(1.0, 1.2, 1.4, 1.6)):
+def make(method, seed: Any = 0, grid=(1.0, 1.2, 1.4, 1.6)):
     return BanditTuner(grid, method, contexts=(0.0, 1.0) if method == "chebcb" else None, features=4, seed=seed)
 
 
@@ -387,7 +407,7 @@ def test_failures_cost_as_the_worst_and_leave_the_scale(method):
 
 
 @METHODS
-def test_costs_that_are_all_zero(method):
+def test_costs_that_are_all_zero_leave_probabilities(method):
     tuner = make(method)
     for _ in range(30):
         tuner.suggest(0.5)
@@ -441,8 +461,8 @@ def test_states_that_are_refused_change_nothing(method):
     for match, state in cases:
         with pytest.raises(ValueError, match=match):
             tuner.load_state_dict(state)
+        assert_equal_trees(tuner.state_dict(), before)
     assert play(tuner, 20) == play(make(method, 1), 20)
-    assert before["pending"] is None
 
 
 def test_the_grid_comes_back_as_it_was_given():
@@ -453,7 +473,7 @@ def test_the_grid_comes_back_as_it_was_given():
     assert BanditTuner(torch.tensor([1.0, 2.0]), seed=0).grid == [1.0, 2.0]
 
 
-def test_order_of_calls():
+def test_suggesting_and_observing_take_turns():
     tuner = make("tsallis-inf")
     with pytest.raises(RuntimeError, match="nothing was suggested; call suggest first"):
         tuner.observe(1.0)
@@ -468,12 +488,14 @@ def test_order_of_calls():
 
 
 @pytest.mark.parametrize("cost", [float("nan"), float("inf"), -0.1, None, True, "3"])
-def test_costs_that_are_none(cost):
+def test_costs_that_are_no_numbers_are_refused_and_the_suggestion_waits(cost):
     tuner = make("tsallis-inf")
     tuner.suggest()
     with pytest.raises(ValueError, match=r"cost must be a finite number of at least 0.*failed=True"):
         tuner.observe(cost)
-    tuner.observe(torch.tensor(2.0))  # the suggestion still waits
+    assert tuner.state_dict()["pending"] is not None
+    tuner.observe(torch.tensor(2.0))
+    assert tuner.state_dict()["pending"] is None
 
 
 @pytest.mark.parametrize(
@@ -505,16 +527,22 @@ def test_contexts_that_are_refused():
         tuner.suggest()
     with pytest.raises(ValueError, match="context must be a finite number"):
         tuner.suggest(float("nan"))
-    tuner.suggest(0.3)
+    assert tuner.suggest(0.3) in tuner.grid
 
 
-def test_seeds():
+def test_choices_are_those_of_the_seed():
     assert play(make("tsallis-inf", 4), 40) == play(make("tsallis-inf", 4), 40)
     assert play(make("tsallis-inf", 4), 40) != play(make("tsallis-inf", 5), 40)
+
+
+def test_without_a_seed_choices_are_those_of_torchs_generator():
     torch.manual_seed(0)
     first = play(make("tsallis-inf", None), 40)
     torch.manual_seed(0)
     assert first == play(make("tsallis-inf", None), 40)
+
+
+def test_a_generator_is_drawn_from_as_its_seed_would_be():
     shared = np.random.default_rng(2)
     assert play(make("tsallis-inf", shared), 40) == play(make("tsallis-inf", 2), 40)
 

@@ -3,6 +3,7 @@
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import optex
 from optex.sources.sketched.matrices import MATRICES, Gaussian, walsh_hadamard
+from tests.gradients import grad_of
 from tests.ranks import run_ranks
 from tests.references.sketching import attacked_exactly, dense, exact_epsilon, federated
 
@@ -92,16 +94,20 @@ class TestSketch:
         (sketch.sk(g, 2) @ y).backward()
         torch.testing.assert_close(g.grad, sketch.desk(y, 20, 2))
 
-    def test_the_global_generators_are_left_alone(self):
+    @every_kind
+    def test_the_global_generators_are_left_alone(self, kind):
         before = torch.get_rng_state()
-        for kind in KINDS:
-            optex.Sketch(kind, 4).sk(torch.ones(8))
+        optex.Sketch(kind, 4).sk(torch.ones(8))
         assert torch.equal(before, torch.get_rng_state())
 
     @pytest.mark.parametrize(
         ("act", "error", "words"),
         [
-            (lambda: optex.Sketch("fourier", 4), ValueError, "kind must be one of gaussian, srht"),
+            (
+                lambda: optex.Sketch("fourier", 4),  # pyright: ignore[reportArgumentType]
+                ValueError,
+                "kind must be one of gaussian, srht",
+            ),
             (
                 lambda: optex.Sketch("srht", 0),
                 ValueError,
@@ -110,7 +116,11 @@ class TestSketch:
             (lambda: optex.Sketch("srht", 4, -1), ValueError, "Sketch: seed must be an integer of at least 0"),
             (lambda: optex.Sketch("ams", 4).sk(torch.ones(3)), ValueError, "size is 4 and vectors have 3"),
             (lambda: optex.Sketch("ams", 4).sk(torch.ones(8), -1), ValueError, "number must be an integer"),
-            (lambda: optex.Sketch("ams", 4).sk([1.0]), TypeError, "sk takes floating-point tensors"),
+            (
+                lambda: optex.Sketch("ams", 4).sk([1.0]),  # pyright: ignore[reportArgumentType]
+                TypeError,
+                "sk takes floating-point tensors",
+            ),
             (lambda: optex.Sketch("ams", 4).sk(torch.arange(9)), TypeError, "got torch.int64 (9,)"),
             (lambda: optex.Sketch("ams", 4).desk(torch.ones(3), 9), ValueError, "desk takes rows of 4 numbers"),
             (lambda: optex.Sketch("ams", 4).second_moment(2), ValueError, "lower it, or send them as they are"),
@@ -145,8 +155,10 @@ class TestSource:
         told, had = 0.0, 0.0
         torch.manual_seed(0)
         for _ in range(1500):
-            told += float(source.gradient(None)[1])
-            had += float((x.grad - x.detach()).square().mean())
+            _, noise = source.gradient(None)
+            assert noise is not None
+            told += float(noise)
+            had += float((grad_of(x) - x.detach()).square().mean())
         assert told / had == pytest.approx(1, abs=0.08)
 
     def test_noise_is_unknown_where_the_other_source_s_is(self):
@@ -178,8 +190,8 @@ class TestSource:
         source.gradient(None)
         R = dense("gaussian", 4, 11, 0, 0)
         whole = R.T @ (R @ torch.tensor([1.0] * 8 + [0.0] * 3, dtype=torch.float64))
-        torch.testing.assert_close(torch.cat([x.grad.double(), idle.grad]), whole, rtol=1e-5, atol=1e-6)
-        assert (x.grad.dtype, idle.grad.dtype) == (torch.float32, torch.float64)
+        torch.testing.assert_close(torch.cat([grad_of(x).double(), grad_of(idle)]), whole, rtol=1e-5, atol=1e-6)
+        assert (grad_of(x).dtype, grad_of(idle).dtype) == (torch.float32, torch.float64)
 
     def test_a_gradient_that_is_not_finite_loses_nothing(self):
         x = nn.Parameter(torch.ones(8))
@@ -192,25 +204,27 @@ class TestSource:
         assert torch.equal(x.detach(), torch.ones(8))
 
     @pytest.mark.parametrize(
-        ("make", "error", "words"),
+        ("change", "error", "words"),
         [
-            (lambda x, s: optex.SketchedSource(len, s, [x]), TypeError, "wrap an objective in ObjectiveSource"),
-            (lambda x, s: optex.SketchedSource(bowl(x), 8, [x]), TypeError, "sketch must be a Sketch, got int"),
-            (lambda x, s: optex.SketchedSource(bowl(x), s, x), TypeError, "pass [tensor]"),
-            (lambda x, s: optex.SketchedSource(bowl(x), s, [3]), TypeError, "floating-point tensors, got int"),
-            (lambda x, s: optex.SketchedSource(bowl(x), s, []), ValueError, "hold no number"),
-            (lambda x, s: optex.SketchedSource(bowl(x), s, [x], fixed=1), TypeError, "fixed must be True or"),
-            (
-                lambda x, s: optex.SketchedSource(bowl(x), optex.Sketch("ams", 9), [x]),
-                ValueError,
-                "size is 9 and vectors have 8 numbers",
-            ),
-            (lambda x, s: optex.SketchedSource(bowl(x), s, [x]).with_graph(), ValueError, "is no derivative"),
+            ({"source": len}, TypeError, "wrap an objective in ObjectiveSource"),
+            ({"sketch": 8}, TypeError, "sketch must be a Sketch, got int"),
+            ({"parameters": torch.ones(8)}, TypeError, "pass [tensor]"),
+            ({"parameters": [3]}, TypeError, "floating-point tensors, got int"),
+            ({"parameters": []}, ValueError, "hold no number"),
+            ({"fixed": 1}, TypeError, "fixed must be True or"),
+            ({"sketch": optex.Sketch("ams", 9)}, ValueError, "size is 9 and vectors have 8 numbers"),
         ],
     )
-    def test_what_cannot_work_is_refused(self, make, error, words):
+    def test_what_cannot_work_is_refused(self, change, error, words):
+        x = nn.Parameter(torch.ones(8))
+        given: dict[str, Any] = {"source": bowl(x), "sketch": optex.Sketch("count", 2), "parameters": [x]}
         with pytest.raises(error, match=re.escape(words)):
-            make(nn.Parameter(torch.ones(8)), optex.Sketch("count", 2))
+            optex.SketchedSource(**{**given, **change})
+
+    def test_a_graph_of_it_is_refused(self):
+        x = nn.Parameter(torch.ones(8))
+        with pytest.raises(ValueError, match="is no derivative"):
+            optex.SketchedSource(bowl(x), optex.Sketch("count", 2), [x]).with_graph()
 
 
 def _trained(rank, plain):
@@ -260,7 +274,8 @@ def _reduced(rank):
     state = optex.SketchState(optex.Sketch("count", 8, seed=2))
     state.load_state_dict({"number": 4, "bytes_sent": 1, "bytes_plain": 2})
     mine = torch.linspace(rank, rank + 1, 40, dtype=torch.float64)
-    answer = optex.sketched_hook(state, Bucket(mine.clone())).wait()
+    bucket: Any = Bucket(mine.clone())
+    answer = optex.sketched_hook(state, bucket).wait()
     return answer.numpy(), state.state_dict()
 
 
@@ -298,7 +313,9 @@ class TestHook:
 
     def test_what_cannot_work_is_refused(self):
         with pytest.raises(TypeError, match="SketchState: sketch must be a Sketch, got str"):
-            optex.SketchState("srht")
+            optex.SketchState("srht")  # pyright: ignore[reportArgumentType]
+
+    def test_a_state_with_a_part_missing_is_refused_and_changes_nothing(self):
         state = optex.SketchState(optex.Sketch("srht", 4))
         with pytest.raises(ValueError, match="SketchState: the saved state has no entry 'bytes_plain'"):
             state.load_state_dict({"number": 3, "bytes_sent": 0})
@@ -416,8 +433,21 @@ class TestLeakage:
     @pytest.mark.parametrize(
         ("act", "error", "words"),
         [
-            (lambda t, y: optex.leakage_attack(3, y, t.start), TypeError, "gradient must be callable, got int"),
-            (lambda t, y: optex.leakage_attack(t.gradient, y, t.start, sketch="ams"), TypeError, "a Sketch or"),
+            (
+                lambda t, y: optex.leakage_attack(3, y, t.start),  # pyright: ignore[reportArgumentType]
+                TypeError,
+                "gradient must be callable, got int",
+            ),
+            (
+                lambda t, y: optex.leakage_attack(
+                    t.gradient,
+                    y,
+                    t.start,
+                    sketch="ams",  # pyright: ignore[reportArgumentType]
+                ),
+                TypeError,
+                "a Sketch or",
+            ),
             (lambda t, y: optex.leakage_attack(t.gradient, y, t.start, steps=0), ValueError, "steps must be"),
             (lambda t, y: optex.leakage_attack(t.gradient, y, t.start, lr=0.0), ValueError, "lr must be"),
             (lambda t, y: optex.leakage_attack(t.gradient, y[:9], t.start), ValueError, "has 9 numbers, and"),
@@ -505,8 +535,15 @@ class TestFederated:
     @pytest.mark.parametrize("privacy", [None, optex.GaussianMechanism(1.0, 0.1)])
     def test_stopped_and_resumed_and_on_workers_it_is_one_run(self, privacy):
         rows = [torch.randn(6, 9, generator=torch.Generator().manual_seed(c)) + c for c in range(3)]
-        options = {"lr": 0.3, "local_steps": 2, "sample": halves, "privacy": privacy, "seed": 4, "gtol": 0.0}
-        options["sketch"] = optex.Sketch("count", 3)
+        options: dict[str, Any] = {
+            "lr": 0.3,
+            "local_steps": 2,
+            "sample": halves,
+            "sketch": optex.Sketch("count", 3),
+            "privacy": privacy,
+            "seed": 4,
+            "gtol": 0.0,
+        }
 
         def run(x, rounds, **more):
             return optex.federated_minimize(mean_square, x, rows, maxiter=rounds, **options, **more)
@@ -520,7 +557,7 @@ class TestFederated:
         assert (whole.rho is None) == (privacy is None)
         with ThreadPoolExecutor(2) as threads:
             assert torch.equal(run(torch.zeros(9), 9, workers=threads).x, whole.x)
-        other = optex.federated_minimize(mean_square, torch.zeros(9), rows, maxiter=9, **options | {"seed": 5})
+        other = optex.federated_minimize(mean_square, torch.zeros(9), rows, maxiter=9, **{**options, "seed": 5})
         assert not torch.equal(other.x, whole.x)
 
     def test_what_fun_draws_is_a_function_of_the_seed(self):
@@ -593,6 +630,12 @@ class TestFederated:
         ],
     )
     def test_what_cannot_work_is_refused(self, options, error, words):
-        given = {"fun": quadratic, "x0": np.ones(12), "clients": CENTRES, "lr": 0.1, "jac": True} | options
+        given: dict[str, Any] = {
+            "fun": quadratic,
+            "x0": np.ones(12),
+            "clients": CENTRES,
+            "lr": 0.1,
+            "jac": True,
+        }
         with pytest.raises(error, match=words):
-            optex.federated_minimize(given.pop("fun"), given.pop("x0"), given.pop("clients"), **given)
+            optex.federated_minimize(**{**given, **options})

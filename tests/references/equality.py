@@ -31,16 +31,14 @@ class Derivatives:
 
     def hess(self, x: np.ndarray, lam: np.ndarray) -> np.ndarray:
         weights = torch.from_numpy(lam)
-        lagrangian = torch.autograd.functional.hessian(
-            lambda z: self._f(z) + weights @ self._c(z).reshape(-1), torch.from_numpy(x)
-        )
-        return lagrangian.numpy()
+        slope = torch.func.grad(lambda z: self._f(z) + weights @ self._c(z).reshape(-1))
+        return torch.func.jacrev(slope)(torch.from_numpy(x)).numpy()
 
 
 def merit(of: Derivatives, x: np.ndarray, lam: np.ndarray, eta1: float, eta2: float) -> float:
     """The exact augmented Lagrangian."""
     slope = of.g(x) + of.jac(x).T @ lam
-    return of.f(x) + lam @ of.c(x) + eta1 / 2 * of.c(x) @ of.c(x) + eta2 / 2 * slope @ slope
+    return float(of.f(x) + lam @ of.c(x) + eta1 / 2 * of.c(x) @ of.c(x) + eta2 / 2 * slope @ slope)
 
 
 def newton_iterates(

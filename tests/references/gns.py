@@ -32,7 +32,7 @@ def gns_iterates(
     for _ in range(count):
         if norm(g) == 0:
             break
-        matrix, taken = hess(x), False
+        matrix, taken = hess(x), None
         for _trial in range(41):
             shift = norm(g) / (gamma + 1e-8)
             shifted = matrix + shift * metric
@@ -41,12 +41,12 @@ def gns_iterates(
                 f_there, g_there = fun(there), jac(there)
                 evaluations += 1
                 if f - f_there >= norm(g_there) ** 2 / (8 * shift):
-                    taken = True
+                    taken = there, f_there, g_there
                     break
             gamma /= 2
-        if not taken:
+        if taken is None:
             break
-        x, f, g, gamma = there, f_there, g_there, max(2 * gamma, 1e-9)
+        (x, f, g), gamma = taken, max(2 * gamma, 1e-9)
         iterates.append(x)
         gammas.append(gamma)
     return iterates, gammas, evaluations

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch import Tensor
+
+
+class Constants(TypedDict):
+    """What ``optex.SmoothBilevel`` has to be told of the two levels."""
+
+    strong_convexity: float
+    lower_lipschitz: float
+    upper_lipschitz: float
+    hessian_lipschitz: float
+    cross_lipschitz: float
 
 
 @dataclass(frozen=True)
@@ -38,7 +49,7 @@ class DenseQuadratic:
         slope = self.measure.mT @ (self.measure @ self.solution(theta) - self.data)
         return -self.cross.mT @ torch.linalg.solve(self.hessian, slope)
 
-    def constants(self) -> dict[str, float]:
+    def constants(self) -> Constants:
         eigenvalues = torch.linalg.eigvalsh(self.hessian)
         return {
             "strong_convexity": float(eigenvalues[0]),

@@ -3,6 +3,8 @@
 import torch
 from torch.nn import functional
 
+from tests.gradients import grad_of
+
 
 def released_target(factor, vector, decay):
     """The inverse that the released update is one of, by inversion."""
@@ -58,10 +60,10 @@ class SlowMKOR:
             patches = functional.unfold(images, module.kernel_size, module.dilation, 0, module.stride)
             rows = [patches[n, :, i] for n in range(patches.shape[0]) for i in range(patches.shape[2])]
             gradients = [len(inputs) * g.flatten(1).sum(1) / patches.shape[2] for g in output.grad]
-        mean = sum(rows) / len(rows)
+        mean = torch.stack(rows).mean(0)
         if module.bias is not None:
             mean = torch.cat([mean, torch.ones(1, dtype=mean.dtype)])
-        return mean, sum(gradients) / len(gradients)
+        return mean, torch.stack(gradients).mean(0)
 
     def refreshed(self, factor, vector):
         factor = TARGETS[self.variant](factor, vector, self.decay)
@@ -79,11 +81,11 @@ class SlowMKOR:
             if self.steps % self.interval == 0:
                 left, right = self.refreshed(left, gradient), self.refreshed(right, mean)
             self.factors[name] = left, right
-            matrix = module.weight.grad.flatten(1)
+            matrix = grad_of(module.weight).flatten(1)
             lengths = matrix.norm()
             if module.bias is not None:
-                matrix = torch.cat([matrix, module.bias.grad[:, None]], 1)
-                lengths = lengths + module.bias.grad.norm()
+                matrix = torch.cat([matrix, grad_of(module.bias)[:, None]], 1)
+                lengths = lengths + grad_of(module.bias).norm()
             update = left @ matrix @ right
             weight = update if module.bias is None else update[:, :-1]
             new = weight.norm() + (0 if module.bias is None else update[:, -1].norm())

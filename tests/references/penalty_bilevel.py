@@ -104,7 +104,7 @@ def single_loop(problem, x, sigma, rate, alpha, noises, momentum):
             "gxz": -B.T @ A @ (z - B @ x) + g_x,
         }
 
-    y, z, path, before, running = np.zeros(problem.inner), np.zeros(problem.inner), [], None, None
+    y, z, path, before, running = np.zeros(problem.inner), np.zeros(problem.inner), [], None, {}
     for k in range(len(noises)):
         now = gradients(x, y, z, noises[k])
         if before is None:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 from scipy.linalg import hadamard
-from scipy.optimize import brentq
+from scipy.optimize import root_scalar
 from scipy.stats import norm
 
 from optex.sources.sketched.matrices import AMS, SRHT, CountSketch, Gaussian
@@ -82,7 +82,9 @@ def exact_epsilon(mechanism, releases, delta):
         second = np.exp(epsilon + norm.logcdf(-mu / 2 - epsilon / mu))
         return norm.cdf(mu / 2 - epsilon / mu) - second - delta
 
-    return 0.0 if excess(0.0) <= 0 else brentq(excess, 0.0, 10 * mu * mu + 100 * mu + 10)
+    if excess(0.0) <= 0:
+        return 0.0
+    return root_scalar(excess, bracket=(0.0, 10 * mu * mu + 100 * mu + 10), method="brentq").root
 
 
 def attacked_exactly(gradient, classes):

@@ -176,7 +176,7 @@ class WindowCurvature(Curvature):
         return _finite((metric.inverse(right) - across.mT @ inner) / shift)
 
 
-def power_fisher(residuals: Any, jacobian: Any, power: float) -> Curvature:
+def power_fisher(residuals: Any, jacobian: Any, power: float) -> RankOneCurvature:
     """The rank-one term of the Hessian of f = ‖u‖ᵖ / p: (p - 2) ‖u‖ᵖ⁻⁴ (Jᵀu)(Jᵀu)ᵀ.
 
     Args:
@@ -192,7 +192,7 @@ def power_fisher(residuals: Any, jacobian: Any, power: float) -> Curvature:
     return RankOneCurvature(jacobian.mT @ u, weight)
 
 
-def power_gauss_newton(residuals: Any, jacobian: Any, power: float) -> Curvature:
+def power_gauss_newton(residuals: Any, jacobian: Any, power: float) -> WindowCurvature:
     """The Hessian of f = ‖u‖ᵖ / p without second derivatives of u: ‖u‖ᵖ⁻² JᵀJ and the term of ``power_fisher``.
 
     Args:

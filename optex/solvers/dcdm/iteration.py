@@ -76,7 +76,8 @@ def dcdm(
         ``nit``: ``residual`` ‖b - A x‖ / ‖b‖, ``matvecs`` products with A, ``directions`` that the model was
         asked for, and ``fallbacks``, iterations along the residual in place of the model's direction. A
         convergence is confirmed by b - A x itself; where that falls no more, the status is STALLED. A run that
-        did not converge returns the iterate with the smallest residual.
+        did not converge returns the iterate with the smallest residual. One that neither converged nor stalled
+        tells the recurrence's residual, which in ill-conditioned systems may be far below that of b - A x.
 
     Raises:
         TypeError: A, b, direction or callback has the wrong type.
@@ -229,12 +230,12 @@ class _Solve:
         self.departed = self.plain = False
         self.message = ""
         self.right_norm = float(torch.linalg.vector_norm(b))
-        self.confirmed = math.inf
         self.x = torch.zeros_like(b) if start is None else start
         self.r = b if start is None else b - self._times(start)
         self.norm = float(torch.linalg.vector_norm(self.r))
         self.norms = [self.norm]
         self.best = (self.norm, self.x)
+        self.confirmed = (math.inf, self.x)  # the last iterate of which b - A x itself is known
 
     def _times(self, v: Tensor) -> Tensor:
         self.matvecs += 1
@@ -266,9 +267,10 @@ class _Solve:
         self.r, self.norm = residual, norm
         if norm <= goal:
             return Status.CONVERGED
-        if norm > 0.5 * self.confirmed:
+        if norm > 0.5 * self.confirmed[0]:
+            self.best = min((norm, self.x), self.confirmed, key=lambda pair: pair[0])
             return Status.STALLED
-        self.confirmed, self.best = norm, (norm, self.x)
+        self.confirmed = self.best = norm, self.x
         self.kept.clear()
         return None
 

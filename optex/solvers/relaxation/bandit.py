@@ -6,10 +6,12 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 from numbers import Real
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, SupportsFloat
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from optex.checks import check_integer, saved_entry, saved_integer, saved_number
 from optex.solvers.relaxation.chebcb import ChebCB
@@ -56,7 +58,7 @@ class BanditTuner:
 
     def __init__(
         self,
-        grid: Sequence[Any],
+        grid: Sequence[Any] | NDArray[Any] | Tensor,
         method: Literal["tsallis-inf", "chebcb"] = "tsallis-inf",
         *,
         contexts: tuple[float, float] | None = None,
@@ -111,7 +113,7 @@ class BanditTuner:
         self._pending = (action, float(chances[action]), context)
         return self._grid[action]
 
-    def observe(self, cost: float | None = None, *, failed: bool = False) -> None:
+    def observe(self, cost: SupportsFloat | None = None, *, failed: bool = False) -> None:
         """Learn what the last suggestion cost.
 
         Args:

@@ -48,9 +48,10 @@ class SourceWeights(nn.Module):
     ) -> None:
         super().__init__()
         self.names: tuple[str, ...] = _names(sources)
-        self.logits: nn.Parameter = nn.Parameter(torch.zeros(len(self.names), dtype=dtype, device=device))
-        if not self.logits.is_floating_point():
+        logits = torch.zeros(len(self.names), dtype=dtype, device=device)
+        if not logits.is_floating_point():
             raise TypeError(f"{_OWNER}: dtype must be floating-point, got {dtype}")
+        self.logits: nn.Parameter = nn.Parameter(logits)
 
     def forward(self) -> Tensor:  # [K]
         """q."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from optex.checks import check_positive
-from optex.sources import GradientSource, MinimaxPenaltySource, SourceWeights
+from optex.sources import MinimaxPenaltySource, SourceWeights
 from optex.studies.problems.interface import Problem, seeded_generator
 
 __all__ = ["SourceMixture"]
@@ -81,7 +81,7 @@ class SourceMixture(Problem):
         residuals = network(self.get_buffer("train_inputs"))[..., 0] - self.get_buffer("train_labels")
         return residuals.square().mean(-1)
 
-    def source(self) -> GradientSource:
+    def source(self) -> MinimaxPenaltySource:
         """The joint field."""
         return MinimaxPenaltySource(
             self.upper,
