@@ -123,8 +123,8 @@ class WrappingEvaluator(Evaluator):
     """
 
     def __init__(self, inner: Evaluator) -> None:
-        self.inner = inner
-        self.observes = inner.observes
+        self.inner: Evaluator = inner
+        self.observes: bool = inner.observes
 
     def connect(self, parameters: Sequence[Tensor]) -> Ranks | None:
         return self.inner.connect(parameters)

@@ -81,9 +81,9 @@ class DistributedEvaluator(Evaluator):
         local: Evaluator | None = None,
         seed: int = 0,
     ) -> None:
-        self.mesh = mesh
+        self.mesh: DeviceMesh | None = mesh
         self.local: Evaluator = local if local is not None else SequentialEvaluator()
-        self.seed = seed
+        self.seed: int = seed
         self.ranks: Ranks | None = None
         self._drawn = 0  # steps that were given their random draws
         self._requests = 0

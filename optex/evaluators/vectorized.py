@@ -53,8 +53,8 @@ class VectorizedEvaluator(Evaluator):
             raise ValueError(
                 f"VectorizedEvaluator: randomness must be 'error', 'different' or 'same', got {randomness!r}"
             )
-        self.model = model
-        self.chunk_size = chunk_size
+        self.model: nn.Module = model
+        self.chunk_size: int | None = chunk_size
         self.randomness: Literal["error", "different", "same"] = randomness
         self._mask: tuple[list[Tensor], GradientMask] | None = None
 

@@ -21,6 +21,8 @@ class Channel:
     """
 
     def __init__(self) -> None:
+        self.socket: socket
+        self.other_end: socket
         self.socket, self.other_end = socketpair()
         self.socket.setblocking(False)
         self._unsent: deque[memoryview] = deque()

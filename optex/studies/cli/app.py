@@ -21,7 +21,7 @@ from rich.table import Table
 
 __all__ = ["INTERRUPTED", "Printer", "app", "check_file", "make_folder", "progress", "refuse"]
 
-app = typer.Typer(
+app: Final[typer.Typer] = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -56,7 +56,7 @@ class BayesianLogistic(Problem):
             raise ValueError(
                 f"BayesianLogistic: prior_deviation must be positive and finite, got {prior_deviation}"
             )
-        self.prior_deviation = prior_deviation
+        self.prior_deviation: float = prior_deviation
         inputs, labels = breast_cancer()
         self.design: Tensor  # [569, 31], the last column is the bias
         self.labels: Tensor  # [569]

@@ -184,17 +184,17 @@ class DeepQLearning(Problem):
 
     def __init__(self, seed: int = 0, **settings: Any) -> None:
         super().__init__(seed)
-        self.settings = replace(self.defaults, **settings)
+        self.settings: AgentSettings = replace(self.defaults, **settings)
         self._environment = _make_environment(self.environment, self.name)
         width, hidden = len(self.spread), self.settings.hidden
-        self.network = nn.Sequential(
+        self.network: nn.Sequential = nn.Sequential(
             nn.utils.skip_init(nn.Linear, width, hidden),
             nn.Tanh(),
             nn.utils.skip_init(nn.Linear, hidden, hidden),
             nn.Tanh(),
             nn.utils.skip_init(nn.Linear, hidden, self.actions),
         )
-        self.target_network = _frozen(self.network)
+        self.target_network: nn.Module = _frozen(self.network)
         self.reset()
 
     @property
@@ -299,7 +299,8 @@ class DeepQLearning(Problem):
             old.copy_(new)
         self._random = np.random.default_rng(seeded_generator(self.seed, "acting").initial_seed())
         self._replay = _Replay(self.settings.capacity, len(self.spread))
-        self._rounds = self.env_steps_taken = 0
+        self._rounds = 0
+        self.env_steps_taken: int = 0
         self._hold = self._held_action = 0  # steps still to go with a random action, and that action
         self._return = 0.0  # of the episode so far
         self.episode_returns: list[float] = []
@@ -340,10 +341,10 @@ class CartPole(DeepQLearning):
 
     name = "cartpole"
     environment = "CartPole-v1"
-    centre = (0.0, 0.0, 0.0, 0.0)
-    spread = (2.4, 2.0, 0.21, 2.0)
+    centre: ClassVar[tuple[float, ...]] = (0.0, 0.0, 0.0, 0.0)
+    spread: ClassVar[tuple[float, ...]] = (2.4, 2.0, 0.21, 2.0)
     actions = 2
-    defaults = AgentSettings()
+    defaults: ClassVar[AgentSettings] = AgentSettings()
 
     @property
     def minimum(self) -> float:
@@ -356,10 +357,10 @@ class Acrobot(DeepQLearning):
 
     name = "acrobot"
     environment = "Acrobot-v1"
-    centre = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-    spread = (1.0, 1.0, 1.0, 1.0, 4.0, 9.0)
+    centre: ClassVar[tuple[float, ...]] = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    spread: ClassVar[tuple[float, ...]] = (1.0, 1.0, 1.0, 1.0, 4.0, 9.0)
     actions = 3
-    defaults = AgentSettings(batch_size=128, epsilon_steps=4_000)
+    defaults: ClassVar[AgentSettings] = AgentSettings(batch_size=128, epsilon_steps=4_000)
 
 
 @final
@@ -372,10 +373,10 @@ class MountainCar(DeepQLearning):
 
     name = "mountain-car"
     environment = "MountainCar-v0"
-    centre = (-0.3, 0.0)
-    spread = (0.9, 0.07)
+    centre: ClassVar[tuple[float, ...]] = (-0.3, 0.0)
+    spread: ClassVar[tuple[float, ...]] = (0.9, 0.07)
     actions = 3
-    defaults = AgentSettings(
+    defaults: ClassVar[AgentSettings] = AgentSettings(
         hidden=128,
         env_steps=16,
         warm_up=2_000,

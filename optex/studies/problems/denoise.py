@@ -57,7 +57,7 @@ class Denoise(Problem):
         check_integer("Denoise", "images", images, least=1, most=1000)
         clean, noisy = digit_pairs(images)
         self.log_weights: nn.Parameter = nn.Parameter(torch.empty(len(cosine_filters()), dtype=torch.float64))
-        self.levels = denoising(clean, noisy)
+        self.levels: SmoothBilevel = denoising(clean, noisy)
         self.reset()
 
     def forward(self, batch: None) -> Tensor:

@@ -50,22 +50,25 @@ class Plate:
     """
 
     def __init__(self, size: int, heaters: int, steps: int, spacing: int) -> None:
-        self.size, self.steps = size, steps
+        self.size: int = size
+        self.steps: int = steps
         across = np.eye(size + 1, size) - np.eye(size + 1, size, -1)
         mean = abs(across) / 2  # on the rim of one cell alone, the face's part of the plate being half as wide
         across[[0, -1]] *= 2
-        self.differences, self.means = size * _along_both(across), _along_both(mean)
-        self.neighbours = _along_both(np.eye(size - 1, size, 1) - np.eye(size - 1, size))
+        self.differences: sparse.csr_array = size * _along_both(across)  # D [2n(n + 1), n²]
+        self.means: sparse.csr_array = _along_both(mean)  # W, as D
+        self.neighbours: sparse.csr_array = _along_both(np.eye(size - 1, size, 1) - np.eye(size - 1, size))
         side = math.isqrt(heaters)
         centres = (np.arange(side) + 0.5) / side
         y, x = self._centres()
         spots = [(x - a) ** 2 + (y - b) ** 2 for a in centres for b in centres]
-        self.heaters = np.stack([50 * np.exp(-spot / 0.005).ravel() for spot in spots], axis=1)  # [n², heaters]
+        warmth = [50 * np.exp(-spot / 0.005).ravel() for spot in spots]
+        self.heaters: NDArray[np.float64] = np.stack(warmth, axis=1)  # [n², heaters]
         along = np.arange(spacing // 2, size, spacing)
-        self.thermometers = (along[:, None] * size + along[None, :]).ravel()
+        self.thermometers: NDArray[np.int64] = (along[:, None] * size + along[None, :]).ravel()
         clean = self._march(self.truth(), np.arange(heaters))[0][:, self.thermometers]
         noise = np.random.default_rng(0).standard_normal(clean.shape)
-        self.readings = clean + _NOISE * noise  # [steps, thermometers, heaters]
+        self.readings: NDArray[np.float64] = clean + _NOISE * noise  # [steps, thermometers, heaters]
 
     def _centres(self) -> tuple[NDArray[np.float64], ...]:  # y and x of the cells, each [n, n]
         return np.meshgrid(*[(np.arange(self.size) + 0.5) / self.size] * 2, indexing="ij")
@@ -116,7 +119,7 @@ class Plate:
         residuals = temperatures[:, self.thermometers] - self.readings[:, :, chosen]
         weight, jumps = 1 / (_NOISE**2 * residuals.size), self.neighbours @ m
         value = 0.5 * weight * (residuals**2).sum() + 0.5 * _SMOOTHNESS * (jumps**2).sum()
-        through_faces, adjoint = np.zeros(self.differences.shape[0]), np.zeros_like(temperatures[0])
+        through_faces, adjoint = np.zeros(2 * self.size * (self.size + 1)), np.zeros_like(temperatures[0])
         for state, residual in zip(temperatures[::-1], residuals[::-1], strict=True):
             adjoint[self.thermometers] += weight * residual
             adjoint = matrix.solve(adjoint)
@@ -125,10 +128,10 @@ class Plate:
         return float(value), data + _SMOOTHNESS * (self.neighbours.T @ jumps)
 
 
-def _along_both(matrix: NDArray[np.float64]) -> Any:
+def _along_both(matrix: NDArray[np.float64]) -> sparse.csr_array:
     """What ``matrix`` does to a row of cells, done to all rows and to all columns."""
     unit = sparse.eye_array(matrix.shape[1])
-    return sparse.vstack([sparse.kron(unit, matrix), sparse.kron(matrix, unit)], format="csr")
+    return sparse.csr_array(sparse.vstack([sparse.kron(unit, matrix), sparse.kron(matrix, unit)]))
 
 
 class _Misfit(torch.autograd.Function):
@@ -204,8 +207,9 @@ class HeatConduction(Problem):
             raise ValueError(f"HeatConduction: heaters must be 4, 9 or 16, got {heaters!r}")
         at_once = heaters if heaters_at_once is None else heaters_at_once
         check_integer("HeatConduction", "heaters_at_once", at_once, most=heaters)
-        self.heaters, self.heaters_at_once = heaters, at_once
-        self.plate = _plate(size, heaters)
+        self.heaters: int = heaters
+        self.heaters_at_once: int = at_once
+        self.plate: Plate = _plate(size, heaters)
         self.log_conductivity: nn.Parameter = nn.Parameter(torch.empty(size**2, dtype=torch.float64))
         self.reset()
 

@@ -8,7 +8,7 @@ from typing import ClassVar, final
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from optex.checks import check_integer
@@ -71,27 +71,27 @@ class ImageClassification(Problem):
     ) -> None:
         super().__init__(seed)
         images, _ = self._arrays("train")
-        self.model = self.default_model if model is None else model
+        self.model: str = self.default_model if model is None else model
         if self.model not in CLASSIFIERS:
             raise ValueError(f"{type(self).__name__}: model {model!r} is not one of {', '.join(CLASSIFIERS)}")
         kind = CLASSIFIERS[self.model]
-        self.train_size = len(images) if train_size is None else train_size
+        self.train_size: int = len(images) if train_size is None else train_size
         self._check("train_size", self.train_size, len(images))
-        self.held_size = min(kind.held_size, self.train_size) if held_size is None else held_size
+        self.held_size: int = min(kind.held_size, self.train_size) if held_size is None else held_size
         self._check("held_size", self.held_size, self.train_size)
         if test_size is not None:
             self._check("test_size", test_size, len(self._arrays("test")[1]))
-        self.test_size = test_size
-        self.batch_size = batch_size
+        self.test_size: int | None = test_size
+        self.batch_size: int = batch_size
         self._check("batch_size", self.batch_size, self.train_size)
-        self.augment = augment
+        self.augment: bool = augment
         # One order for every seed: training images are its first ones, the held batches the first of those.
         self._order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))[: self.train_size]
         width, depth = kind.width if width is None else width, kind.depth if depth is None else depth
         self._check("width", width, 1 << 16)
         self._check("depth", depth, 1 << 10)
         with torch.random.fork_rng(devices=[]):  # layers draw an initialisation that is replaced below
-            self.network = kind.build(images.shape[1], images.shape[2], width, depth)
+            self.network: nn.Module = kind.build(images.shape[1], images.shape[2], width, depth)
         self.reset()
 
     def _check(self, name: str, value: int, most: int) -> None:
@@ -193,8 +193,8 @@ class FashionMNIST(ImageClassification):
 
     name = "fashion-mnist"
     default_model = "mlp"
-    mean = (0.2860,)
-    deviation = (0.3530,)
+    mean: ClassVar[tuple[float, ...]] = (0.2860,)
+    deviation: ClassVar[tuple[float, ...]] = (0.3530,)
 
     def _arrays(self, split: Split) -> tuple[np.ndarray, np.ndarray]:
         return fashion_mnist(split)
@@ -212,8 +212,8 @@ class CIFAR10(ImageClassification):
 
     name = "cifar10"
     default_model = "residual-mlp"
-    mean = (0.4914, 0.4822, 0.4465)
-    deviation = (0.2470, 0.2435, 0.2616)
+    mean: ClassVar[tuple[float, ...]] = (0.4914, 0.4822, 0.4465)
+    deviation: ClassVar[tuple[float, ...]] = (0.2470, 0.2435, 0.2616)
 
     def _arrays(self, split: Split) -> tuple[np.ndarray, np.ndarray]:
         return cifar10(split)

@@ -39,10 +39,12 @@ class LinearQuadraticPolicy(Problem):
 
     def __init__(self, seed: int = 0, trajectories: int = 50) -> None:
         super().__init__(seed)
-        self.trajectories = check_integer("LinearQuadraticPolicy", "trajectories", trajectories, least=2)
-        self.system = LinearQuadratic()
+        self.trajectories: int = check_integer("LinearQuadraticPolicy", "trajectories", trajectories, least=2)
+        self.system: LinearQuadratic = LinearQuadratic()
         with torch.random.fork_rng(devices=[]):  # layers draw a start of their own, which reset() replaces
-            self.policy = GaussianPolicy(1, 1, hidden=(), deviation=_DEVIATION, dtype=torch.float64)
+            self.policy: GaussianPolicy = GaussianPolicy(
+                1, 1, hidden=(), deviation=_DEVIATION, dtype=torch.float64
+            )
         self.reset()
 
     @property

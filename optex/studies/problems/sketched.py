@@ -35,8 +35,8 @@ class LogisticSketched(Problem):
 
     def __init__(self, seed: int = 0, sketch_size: int = 8, kind: str = "srht") -> None:
         super().__init__(seed)
-        self.logistic = LogisticBreastCancer(seed)
-        self.sketch = Sketch(kind, sketch_size)  # pyright: ignore[reportArgumentType]  (Sketch checks it)
+        self.logistic: LogisticBreastCancer = LogisticBreastCancer(seed)
+        self.sketch: Sketch = Sketch(kind, sketch_size)  # pyright: ignore[reportArgumentType]  (Sketch checks it)
         self.sketch.second_moment(self.dimension)  # refuses sizes above the dimension
 
     def forward(self, batch: None) -> Tensor:

@@ -65,6 +65,8 @@ class SourceMixture(Problem):
             self.register_buffer(f"{name}_inputs", rows.clone(), persistent=False)
             self.register_buffer(f"{name}_labels", targets.clone(), persistent=False)
         self.weights: SourceWeights = SourceWeights(NAMES, dtype=dtype)
+        self.model: nn.Linear
+        self.rival: nn.Linear
         with torch.random.fork_rng(devices=[]):  # layers draw an initialisation that is replaced below
             self.model, self.rival = (nn.Linear(DIMENSION, 1, bias=False, dtype=dtype) for _ in range(2))
         self.reset()

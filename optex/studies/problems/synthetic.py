@@ -60,7 +60,7 @@ class Function(Problem):
                 f"{type(self).__name__}: noise must be finite and not negative, got {noise}; "
                 "it is the standard deviation of one component"
             )
-        self.noise = noise
+        self.noise: float = noise
         self.theta: nn.Parameter = nn.Parameter(torch.empty(dim, dtype=dtype))
         self.reset()
 
@@ -129,7 +129,7 @@ class Ackley(Function):
     """F(θ) = -20 exp(-0.2 sqrt(mean(θ²))) - exp(mean(cos 2πθ)) + 20 + e: many local minima in a funnel."""
 
     name = "ackley"
-    radius = 1.5
+    radius: ClassVar[float] = 1.5
 
     def value(self, theta: Tensor) -> Tensor:
         funnel = -20 * torch.exp(-0.2 * root_mean_square(theta))
@@ -142,7 +142,7 @@ class Rosenbrock(Function):
     """F(θ) = mean over i of 100 (θ_{i+1} - θ_i²)² + (1 - θ_i)²: a curved valley; least at θ = 1."""
 
     name = "rosenbrock"
-    least_dimension = 2
+    least_dimension: ClassVar[int] = 2
 
     def value(self, theta: Tensor) -> Tensor:
         here, following = theta[:-1], theta[1:]

@@ -90,7 +90,7 @@ class LogisticBreastCancer(Problem):
         super().__init__(seed)
         if not 0 < l2 < math.inf:
             raise ValueError(f"LogisticBreastCancer: l2 must be positive and finite, got {l2}")
-        self.l2 = l2
+        self.l2: float = l2
         inputs, labels = breast_cancer()
         self.inputs: Tensor  # [569, 30]
         self.labels: Tensor  # [569]
@@ -178,7 +178,7 @@ class DigitsMLP(Problem):
         inputs, labels, test_inputs, test_labels = _digits()
         if not 1 <= batch_size <= len(inputs):
             raise ValueError(f"DigitsMLP: batch_size must be between 1 and {len(inputs)}, got {batch_size}")
-        self.batch_size = batch_size
+        self.batch_size: int = batch_size
         self.inputs: Tensor  # [1437, 64]
         self.labels: Tensor  # [1437]
         self.test_inputs: Tensor  # [360, 64]
@@ -187,8 +187,8 @@ class DigitsMLP(Problem):
         self.register_buffer("labels", labels, persistent=False)
         self.register_buffer("test_inputs", test_inputs.to(dtype), persistent=False)
         self.register_buffer("test_labels", test_labels, persistent=False)
-        self.hidden = cast(nn.Linear, nn.utils.skip_init(nn.Linear, 64, 64, dtype=dtype))
-        self.output = cast(nn.Linear, nn.utils.skip_init(nn.Linear, 64, 10, dtype=dtype))
+        self.hidden: nn.Linear = cast(nn.Linear, nn.utils.skip_init(nn.Linear, 64, 64, dtype=dtype))
+        self.output: nn.Linear = cast(nn.Linear, nn.utils.skip_init(nn.Linear, 64, 10, dtype=dtype))
         self.reset()
 
     def logits(

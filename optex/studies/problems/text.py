@@ -44,9 +44,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.characters: nn.Embedding = nn.Embedding(alphabet, width)
         self.positions: nn.Embedding = nn.Embedding(context, width)
-        self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.Sequential(*(_Block(heads, width, dropout) for _ in range(layers)))
-        self.norm = nn.LayerNorm(width)
+        self.dropout: nn.Dropout = nn.Dropout(dropout)
+        self.blocks: nn.Sequential = nn.Sequential(*(_Block(heads, width, dropout) for _ in range(layers)))
+        self.norm: nn.LayerNorm = nn.LayerNorm(width)
         self.output: nn.Linear = nn.Linear(width, alphabet)
 
     def forward(
@@ -153,7 +153,7 @@ class Shakespeare(Problem):
         self._check("held_size", held_size, windows)
         if test_size is not None:
             self._check("test_size", test_size, (len(testing) - 1) // context)
-        self.test_size = test_size
+        self.test_size: int | None = test_size
         self._check("width", width, 1 << 16)
         self._check("heads", heads, width)
         if width % heads:
@@ -162,10 +162,10 @@ class Shakespeare(Problem):
             raise ValueError(f"Shakespeare: dropout must be at least 0 and below 1, got {dropout}")
         if start not in ("torch", "gpt2"):
             raise ValueError(f"Shakespeare: start must be 'torch' or 'gpt2', got {start!r}")
-        self.start = start
-        self.context = context
-        self.batch_size = batch_size
-        self.held_size = held_size
+        self.start: str = start
+        self.context: int = context
+        self.batch_size: int = batch_size
+        self.held_size: int = held_size
         with torch.random.fork_rng(devices=[]):  # layers draw an initialisation that is replaced below
             self.network: Transformer = Transformer(alphabet, layers, heads, width, context, dropout)
         self.reset()

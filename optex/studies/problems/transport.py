@@ -80,9 +80,11 @@ class SparseTransport(Problem):
         owner = "SparseTransport"
         check_integer(owner, "sources", sources, most=100_000)
         check_integer(owner, "targets", targets, most=100_000)
-        self.k = sources if k is None else check_integer(owner, "k", k, most=sources)
-        self.gamma = check_number(owner, "gamma", gamma, open_below=True)
-        self.columns = columns if columns is None else check_integer(owner, "columns", columns, most=targets)
+        self.k: int = sources if k is None else check_integer(owner, "k", k, most=sources)
+        self.gamma: float = check_number(owner, "gamma", gamma, open_below=True)
+        self.columns: int | None = (
+            columns if columns is None else check_integer(owner, "columns", columns, most=targets)
+        )
         costs = torch.cdist(sample_colours(sources, 0), sample_colours(targets, 1)).square()
         self.costs: Tensor  # [m, n]
         self.a: Tensor  # [m]
@@ -90,7 +92,7 @@ class SparseTransport(Problem):
         self.register_buffer("costs", costs / costs.max(), persistent=False)
         self.register_buffer("a", costs.new_full((sources,), 1 / sources), persistent=False)
         self.register_buffer("b", costs.new_full((targets,), 1 / targets), persistent=False)
-        self.alpha = nn.Parameter(torch.empty(sources, dtype=torch.float64))
+        self.alpha: nn.Parameter = nn.Parameter(torch.empty(sources, dtype=torch.float64))
         self.reset()
         self.source()  # checks the rest
 
