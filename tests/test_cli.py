@@ -312,7 +312,7 @@ REFUSALS = {
     "learning rate": (["sphere", "--lr", "0"], "--lr: must be positive and finite, got 0.0"),
     "negative rate": (["sphere", "--lr", "-1"], "--lr: must be positive and finite, got -1.0"),
     "noise": (["sphere", "--noise", "-1"], "--noise: must be finite and not negative, got -1.0"),
-    "dimension": (["rosenbrock", "--dim", "1"], "Rosenbrock: dim must be at least 2, got 1"),
+    "dimension": (["rosenbrock", "--dim", "1"], "Rosenbrock: dim must be an integer of at least 2, got 1"),
     "batch size": (["digits-mlp", "--batch-size", "5000"], "batch_size must be between 1 and 1437, got 5000"),
     "no value": (["digits-mlp", "--set", "model"], "--set: 'model' must be KEY=VALUE"),
     "value of another type": (["cifar10", "--set", "width=a"], "--set: width must be of type int, got 'a'"),
