@@ -217,10 +217,21 @@ class TestInterrupted:
         record = tmp_path / "out.json"
         first = run("compare", "sphere", *SMALL, "--seeds", "1", "--methods", "target", "--json", str(record))
         assert first.exit_code == 0
-        interrupted_after(monkeypatch, 0)
-        again = run("compare", "ackley", "sphere", *SMALL, *self.METHODS, "--json", str(record), "--resume")
-        assert again.exit_code == 2  # of another problem first: nothing to measure by
-        assert len(json.loads(record.read_text())["runs"]) == 2
+        resume = ["compare", "ackley", "sphere", *SMALL, *self.METHODS, "--json", str(record), "--resume"]
+        with monkeypatch.context() as patched:
+            interrupted_after(patched, 0)
+            again = run(*resume)
+        assert (again.exit_code, again.stdout) == (130, "")
+        assert len(json.loads(record.read_text())["runs"]) == 2  # as it was: nothing was made
+
+        # The sphere's vanilla is too short to measure optex by, and left out; target is kept.
+        interrupted_after(monkeypatch, 2)
+        again = run(*resume)
+        assert again.exit_code == 130
+        assert "ackley" in again.stdout
+        assert "sphere" not in again.stdout  # nothing to measure by
+        kept = [(each["problem"], each["method"]) for each in json.loads(record.read_text())["runs"]]
+        assert kept == [("ackley", "vanilla"), ("ackley", "target"), ("sphere", "target")]
 
     def test_a_record_written_on_the_way_keeps_runs_that_stand_behind(self, monkeypatch, tmp_path):
         record = tmp_path / "out.json"
@@ -306,7 +317,7 @@ REFUSALS = {
     "learning rate": (["sphere", "--lr", "0"], "--lr: must be positive and finite, got 0.0"),
     "negative rate": (["sphere", "--lr", "-1"], "--lr: must be positive and finite, got -1.0"),
     "noise": (["sphere", "--noise", "-1"], "--noise: must be finite and not negative, got -1.0"),
-    "dimension": (["rosenbrock", "--dim", "1"], "Rosenbrock: dim must be at least 2, got 1"),
+    "dimension": (["rosenbrock", "--dim", "1"], "Rosenbrock: dim must be an integer of at least 2, got 1"),
     "batch size": (["digits-mlp", "--batch-size", "5000"], "batch_size must be between 1 and 1437, got 5000"),
     "no value": (["digits-mlp", "--set", "model"], "--set: 'model' must be KEY=VALUE"),
     "value of another type": (["cifar10", "--set", "width=a"], "--set: width must be of type int, got 'a'"),

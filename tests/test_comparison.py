@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -177,6 +180,19 @@ class TestTables:
         with pytest.raises(ValueError, match=r"page\.md: .* no place for 'c'"):
             fill(tmp_path / "page.md", {"a": "new", "c": "more"})
         assert (tmp_path / "page.md").read_text() == self.PAGE
+
+    def test_pages_and_records_are_utf_8_whatever_the_locale_is(self, tmp_path):
+        text = "±\n" + self.PAGE
+        (tmp_path / "page.md").write_text(text, encoding="utf-8")
+        program = (
+            "from pathlib import Path; from optex.studies import records, tables; "
+            "tables.fill(Path('page.md'), {'a': '\\u2265 1'}); "
+            "records.write_whole(Path('whole.html'), '\\u221aN')"
+        )
+        ascii_locale = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=ascii_locale, check=True)
+        assert (tmp_path / "page.md").read_text(encoding="utf-8") == fill_text(text, {"a": "≥ 1"})
+        assert (tmp_path / "whole.html").read_text(encoding="utf-8") == "√N"
 
     def test_rows_have_the_heads_columns(self):
         with pytest.raises(ValueError, match="1 cells under a head of 2"):

@@ -1005,7 +1005,7 @@ def test_what_cannot_be_sent_is_named_with_the_remedy() -> None:
     with pytest.raises(TypeError, match="objective cannot be sent"):
         next(optimizer.rounds(regression_batches(4), lambda batch: SquaredError(model)(batch) if lock else 0))
     optimizer = OptEx(torch.optim.Adam(model.parameters()), evaluator=WorkersEvaluator(2))
-    with pytest.raises(TypeError, match="batches cannot be sent to workers"):
+    with pytest.raises(TypeError, match="a batch of type lock cannot be sent to workers"):
         next(optimizer.rounds([lock] * 4, SquaredError(model)))
 
 

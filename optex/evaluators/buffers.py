@@ -1,10 +1,10 @@
-"""Buffers that an evaluation would change and nobody could put in order again: one refusal for all evaluators.
+"""Models whose buffers an evaluation would change beyond repair: all evaluators refuse them in the same words.
 
 BatchNorm in training mode moves its running statistics at every point it is evaluated at, whether that point's
-step is kept or not. Points in turn can hand them on, where the model is known; points at once cannot. Who
-notices
-depends on what is known: the modules, if the model is at hand; versions of its tensors, in a worker's copy;
-nothing but which modules are run, for a closure.
+step is kept or not. Points evaluated in turn can pass the statistics on, if the model is known; points
+evaluated at once cannot. How such a model is recognised depends on what is known of it: by its modules, if it
+is at hand; by the versions of its tensors, in a worker's copy; by the modules that are run, if there is only a
+closure.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def buffers_refused(who: str, what: str, remedy: str) -> ValueError:
     """The error for a model that updates buffers where they cannot be looked after.
 
     Args:
-        who: the evaluator.
-        what: updates them.
-        remedy: what this evaluator's user may do beside what helps everywhere.
+        who: the evaluator, which the message begins with.
+        what: the module or model that updates buffers.
+        remedy: what helps with this evaluator, beside what helps with every one.
     """
     return ValueError(
         f"{who}: {what} updates buffers (BatchNorm's running statistics?) at every point evaluated, not at the "
@@ -39,7 +39,7 @@ def refuse_running_statistics(who: str, model: nn.Module, remedy: str) -> None:
     """Refuse a model that has a normalisation layer in training mode with running statistics.
 
     Raises:
-        ValueError: it has; the message names the layer.
+        ValueError: the model has one; the message names the layer.
     """
     for name, module in model.named_modules():
         if _updates_statistics(module):
@@ -53,13 +53,16 @@ def _updates_statistics(module: nn.Module) -> bool:
 
 @contextmanager
 def statistics_watched(who: str, remedy: str) -> Iterator[None]:
-    """Refuse modules that this thread runs in here and that would update running statistics.
+    """Refuse modules that would update running statistics, if this thread runs them inside the context.
 
-    For models that nobody showed us. torch has such hooks for all modules of the process alone, so other
-    threads' modules are let pass.
+    For closures, whose model is not known. The only hook of torch's for such modules is called for every module
+    of the process, so those that other threads run are let pass here.
+
+    Args:
+        who, remedy: as in :func:`buffers_refused`.
 
     Raises:
-        ValueError: before such a module has changed anything.
+        ValueError: such a module is about to run; it has changed nothing yet.
     """
     thread = threading.get_ident()
 
@@ -74,4 +77,4 @@ def statistics_watched(who: str, remedy: str) -> Iterator[None]:
         try:
             handle.remove()
         finally:
-            handle.remove()  # once more, should the first have been interrupted: it would refuse for ever
+            handle.remove()  # again, in case the first call was interrupted: the hook would stay for good

@@ -32,8 +32,8 @@ class EvaluationRequest:
         draws: n, the random numbers of each point's step.
         gradient_hook: changes a gradient in place, with the parameters at its point and it in their ``.grad``.
         buffers: what an evaluation changes beside the gradients; None where that is not known.
-        observe: called behind each backward pass, for what the base optimizer needs beside the gradient; an
-            evaluator that cannot (``observes`` is False) is never asked to.
+        observe: called after each backward pass, for what the base optimizer needs beside the gradient; None
+            for an evaluator that cannot call it (``observes`` is False).
     """
 
     source: GradientSource
@@ -46,11 +46,11 @@ class EvaluationRequest:
     observe: Callable[[], Any] | None = None
 
     def __len__(self) -> int:
-        """Points."""
+        """n, how many points."""
         return len(self.points)
 
     def rows(self, rows: slice) -> EvaluationRequest:
-        """The same for some of the points."""
+        """The same request for some of its points."""
         return replace(self, points=self.points[rows], batches=self.batches[rows], draws=self.draws[rows])
 
 
@@ -60,15 +60,15 @@ class Evaluation:
 
     Attributes:
         losses: [n]; NaN where a point was lost.
-        gradients: [n, width], zero where a parameter received no gradient; the hook has been at them.
+        gradients: [n, width], as the request's hook left them; zero where a parameter received no gradient.
         masks: n, which parameters received a gradient at each point.
-        noise_variance: [n], variance of one component's noise; NaN where the source does not know it. None
-            where it knows none.
-        buffers: per point, the request's buffers after its evaluation and those of the points before it; None
-            where the evaluator leaves buffers alone.
-        observations: per point, what was observed there; None where nothing was asked for.
+        noise_variance: [n], variance of the noise in one component of the gradient; NaN where the source does
+            not know it. None where it is known at no point.
+        buffers: n, the values of the request's buffers after each point and all points before it were
+            evaluated; None where the evaluator leaves buffers alone.
+        observations: n, what ``observe`` returned at each point; None where the request has no ``observe``.
         retried: indices of points that got no answer at the first try.
-        lost: those that got none at all. Never the first point.
+        lost: indices of points that got no answer at all. The first point is never among them.
     """
 
     losses: Tensor
@@ -82,7 +82,7 @@ class Evaluation:
 
 
 class Evaluator(ABC):
-    """Computes the gradients of a request at once. Parameters and buffers after a call are those before it.
+    """Computes the gradients of a request, at once if it can; parameters and buffers are left as they were.
 
     Attributes:
         observes: backward passes run in this process and on the parameters themselves, so that a base optimizer
@@ -100,31 +100,37 @@ class Evaluator(ABC):
         """
 
     def connect(self, parameters: Sequence[Tensor]) -> Ranks | None:
-        """Meet the other processes that take part in the run; None where there are none.
+        """Connect to the other processes that take part in the run; None where there are none.
 
-        Called once, before the first request, with the parameters to be optimised. Vectors may then be split
-        among these ranks.
+        Called once, before the first request. Vectors may then be split among the ranks that are returned.
+
+        Args:
+            parameters: those to be optimised.
         """
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """What the evaluator has to know to go on."""
+        """What an evaluator needs to continue a saved run."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over where another evaluator of this kind was; of any other kind there is nothing to take."""
+        """Continue a saved run.
+
+        Args:
+            state: ``state_dict()`` of the run's evaluator; empty where that was of a kind that saves nothing.
+        """
 
 
 class WrappingEvaluator(Evaluator):
-    """An evaluator around another of any kind; what it does not change it hands on.
+    """An evaluator around another one of any kind; methods that a subclass does not override are the other's.
 
     Attributes:
-        inner: the other one.
+        inner: the other evaluator.
     """
 
     def __init__(self, inner: Evaluator) -> None:
-        self.inner = inner
-        self.observes = inner.observes
+        self.inner: Evaluator = inner
+        self.observes: bool = inner.observes
 
     def connect(self, parameters: Sequence[Tensor]) -> Ranks | None:
         return self.inner.connect(parameters)
@@ -158,7 +164,7 @@ def with_hook(request: EvaluationRequest, evaluation: Evaluation) -> Evaluation:
 def stack_noise(
     found: Sequence[Tensor | float | None],  # n
 ) -> Tensor | None:  # [n] float64
-    """What a source said of its noise, as an ``Evaluation`` has it."""
+    """The variances that a source gave for n points, as ``Evaluation.noise_variance`` has them."""
     if all(variance is None for variance in found):
         return None
     return torch.tensor([torch.nan if v is None else float(v) for v in found], dtype=torch.float64)

@@ -1,12 +1,12 @@
-"""Random numbers: a step has its own ones, the same each time it is evaluated.
+"""Random numbers: each step has its own, and draws the same ones each time it is evaluated.
 
-Where those of a new step start is the one thing evaluators differ in:
+Evaluators differ only in where the numbers of a new step start:
 
 =============  =====================================================================================
 in turn        where torch's generators stand, as in the plain loop: ``RandomDraws.replayed``
-in workers     the same, foreseen from how many numbers the last evaluation drew:
+in workers     at the same place, foreseen from how many numbers the last evaluation drew:
                :mod:`optex.evaluators.workers.foresight`
-across ranks   at a seed of the step's own, which no rank has to ask another for: ``seeded_states``
+across ranks   at a seed of the step's own, which every rank knows without asking: ``seeded_states``
 vectorized     nowhere: ``torch.func.vmap`` draws for all points at once, anew each time
 =============  =====================================================================================
 """
@@ -32,14 +32,14 @@ _REPLAYING: Final = threading.RLock()
 
 
 class RandomDraws:
-    """The random numbers of a step, dropout's say: the same ones each time the step is evaluated.
+    """The random numbers of a step, such as dropout's: the same ones each time the step is evaluated.
 
-    A step that drew none at its first evaluation leaves the generators alone for good. Threads whose objectives
-    do draw share torch's generators, and cannot count on the same numbers twice.
+    A step that drew none at its first evaluation never touches the generators again. All threads share torch's
+    generators: where objectives of several threads draw, a step may get other numbers the second time.
 
     Attributes:
         state: of torch's generators before the first evaluation: the CPU's, then every CUDA device's if CUDA is
-            in use; None before it.
+            in use; None until then.
     """
 
     def __init__(self, state: list[Tensor] | None = None) -> None:
@@ -48,11 +48,11 @@ class RandomDraws:
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Evaluate the step in here.
+        """The context to evaluate the step in.
 
-        The first evaluation takes numbers from torch's generators as they stand, and moves those on, just as
-        the plain loop would; one that fails leaves no trace. A later evaluation starts from the state
-        remembered and leaves the generators as they were.
+        The first evaluation draws from torch's generators as they stand and moves them on, as the plain loop
+        does; if it fails, they are put back. A later evaluation starts from the remembered state and leaves the
+        generators as they were.
         """
         if self._none_drawn:
             yield
@@ -76,15 +76,19 @@ class RandomDraws:
                     set_generator_states(now)
 
     def held(self) -> tuple[list[Tensor] | None, bool]:
-        """What is known now, for ``put_back``."""
+        """What is remembered now, for ``put_back``."""
         return self.state, self._none_drawn
 
     def put_back(self, held: tuple[list[Tensor] | None, bool]) -> None:
-        """Be as when ``held`` was asked."""
+        """Remember again what ``held`` returned."""
         self.state, self._none_drawn = held
 
     def apart(self, part: int) -> RandomDraws:
-        """Draws for one part of the step's batch: parts must not share their dropout. Part 0 has the step's."""
+        """Draws for one part of the step's batch, as parts must not share their dropout; part 0 has the step's.
+
+        Args:
+            part: its index, from 0.
+        """
         if not part or self.state is None:
             return self
         generator = torch.Generator()
@@ -97,7 +101,7 @@ def _equal(left: list[Tensor], right: list[Tensor]) -> bool:
 
 
 def seeded_states(entropy: Sequence[int]) -> list[Tensor]:
-    """States of torch's generators, the CPU's and those of CUDA devices in use, from a seed in parts."""
+    """States of torch's generators, the CPU's and those of CUDA devices in use, seeded by several numbers."""
     seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
     devices = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
     generators = [torch.Generator(), *(torch.Generator(f"cuda:{i}") for i in range(devices))]

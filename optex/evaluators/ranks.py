@@ -34,34 +34,36 @@ class DistributedEvaluator(Evaluator):
 
     How vectors lie in memory is chosen by ``OptEx(shard=...)``:
 
-    **Split**: each rank keeps a slice of d / ranks numbers of the history, of the parameters and
-    of the base optimizer's state, drafts and replays on it, and sums inner products with the others. A round's
-    proxies are made whole by one all-to-all, and their gradients cut up by another: with N = ranks each rank
-    sends and receives ``2 · d · (1 - 1 / ranks)`` numbers a round, as much as one all-reduce of a gradient,
-    whatever N and T0 are, beside about 3 N messages of T0 numbers. Between rounds the model's parameters are
-    those of before, on every rank: ``optimizer.gather()`` makes them whole, as the end of ``rounds`` does.
+    **Split**: each rank keeps a slice of d / ranks numbers of the history, of the parameters and of the base
+    optimizer's state, drafts and replays on it, and sums inner products with the others. One all-to-all makes a
+    round's proxies whole, and another cuts their gradients into slices: with N = ranks each rank sends and
+    receives ``2 · d · (1 - 1 / ranks)`` numbers a round, as much as one all-reduce of a gradient, whatever N
+    and T0 are, beside about 3 N messages of T0 numbers. Between rounds the model's parameters are stale on
+    every rank: ``optimizer.gather()`` brings them up to date, as the end of ``rounds`` does.
 
-    **Replicated**: for base optimizers that do not step every coordinate by itself. Every rank keeps and does
-    everything but the evaluations; each sends its gradients to all, about N · d numbers a round.
+    **Replicated**: for base optimizers that do not step every coordinate by itself. Every rank keeps all state
+    and does everything but the others' evaluations; each sends its gradients to all, about N · d numbers a
+    round.
 
     **Beside data parallelism**: with a mesh of two dimensions, ``("proxies", "data")``, ranks along the second
     evaluate the same proxies, each on its part of the batch; gradients and losses are averaged, for no more
-    bytes than above. Ranks of one place along "data" iterate the same parts. The model is not wrapped in
+    bytes than above. Ranks at the same place along "data" are given the same parts. The model is not wrapped in
     ``DistributedDataParallel``.
 
     Random numbers: a step's draws (dropout) start from a seed of the step's own, so that they do not depend on
-    which rank evaluates it; a model that draws none goes the way of the ``SequentialEvaluator``, one that does
-    another way that is as good. Buffers that an evaluation changes (BatchNorm's) are refused.
+    which rank evaluates it. A model that draws none takes the same steps as with the ``SequentialEvaluator``;
+    one that does draw gets other numbers than there. Buffers that an evaluation changes (BatchNorm's) are
+    refused.
 
     Args:
         mesh: of one dimension ``("proxies",)``, or two; all ranks along "proxies" by default.
         local: how a rank evaluates its own proxies; ``SequentialEvaluator()`` by default. With N above the
-            number of ranks a ``VectorizedEvaluator`` may do better.
+            number of ranks a ``VectorizedEvaluator`` may be faster.
         seed: of the steps' random draws.
 
     Attributes:
-        ranks: the process group and this rank's place in it, None before ``OptEx`` is built.
-        traffic: bytes and messages so far, None before that, too.
+        ranks: the process group and this rank's place in it; None until ``OptEx`` is built.
+        traffic: bytes and messages so far; None until then.
 
     Memory of a rank in numbers, with R ranks, P of them along "proxies": split, ``2 · T0 · d / R`` for the
     history, at most ``5 · N · d / R`` for a round and the steps not kept yet, and ``2 / R`` of parameters and
@@ -69,8 +71,8 @@ class DistributedEvaluator(Evaluator):
     each of the N / P proxies in flight.
 
     Raises:
-        RuntimeError: torch.distributed has no process group, the ranks are not at the same place, or another
-            rank's objective failed.
+        RuntimeError: torch.distributed has no process group, the ranks are not in the same round with the same
+            parameters, or another rank's objective failed.
         RankLostError: another rank died or did not answer within the process group's timeout.
     """
 
@@ -81,9 +83,9 @@ class DistributedEvaluator(Evaluator):
         local: Evaluator | None = None,
         seed: int = 0,
     ) -> None:
-        self.mesh = mesh
+        self.mesh: DeviceMesh | None = mesh
         self.local: Evaluator = local if local is not None else SequentialEvaluator()
-        self.seed = seed
+        self.seed: int = seed
         self.ranks: Ranks | None = None
         self._drawn = 0  # steps that were given their random draws
         self._requests = 0
@@ -141,8 +143,10 @@ class DistributedEvaluator(Evaluator):
     def _evaluate_here(
         self, ranks: Ranks, request: EvaluationRequest, shares: Sequence[int], mine: slice, *, split: bool
     ) -> tuple[Tensor, Evaluation]:  # [m, d]
-        """This rank's own gradients, and everyone's losses and fates."""
-        shared = ranks.data > 1  # then no rank alone has a gradient that the hook could change
+        """This rank's own gradients, and all ranks' losses, masks and lost points."""
+        shared = (
+            ranks.data > 1
+        )  # the hook is for whole gradients, and each rank has that of a part of the batch
         found, error = self._attempt(replace(request, gradient_hook=None) if shared else request)
         answer = _exchange_headers(ranks, found, shares, len(request.vector.parameters), error)
         if not shared or (split and request.gradient_hook is None):  # collecting the slices averages
@@ -151,7 +155,7 @@ class DistributedEvaluator(Evaluator):
         return with_hook(request, Evaluation(found.losses, averaged, answer.masks[mine])).gradients, answer
 
     def _attempt(self, request: EvaluationRequest) -> tuple[Evaluation, Exception | None]:
-        """This rank's own evaluations, or what went wrong: the others wait, and have to know."""
+        """This rank's own evaluation, and its error if it failed: the other ranks wait and have to be told."""
         nothing = Evaluation(request.points.new_empty(0), torch.zeros_like(request.points), ())
         if not len(request):
             return nothing, None
@@ -166,7 +170,7 @@ class DistributedEvaluator(Evaluator):
         return found, None
 
     def _check_agreement(self, ranks: Ranks, vector: ParameterVector, points: Tensor) -> None:
-        """Refuse ranks that are not in the same round of the same run, before they wait for each other."""
+        """Refuse ranks that are not in the same round of the same run: they would wait for each other."""
         split = isinstance(vector, ShardedVector)
         content = torch.zeros((), dtype=torch.float64) if split else points.sum(dtype=torch.float64).cpu()
         counts = torch.tensor([len(points), vector.dimension, self._requests], dtype=torch.float64)
@@ -182,7 +186,7 @@ class DistributedEvaluator(Evaluator):
                 )
 
     def _pin(self, draws: Sequence[RandomDraws]) -> None:
-        """Give new steps the random numbers they keep, alike on all ranks, without asking."""
+        """Give new steps the random numbers that they keep, the same on all ranks, without a message."""
         for drawn in draws:
             if drawn.state is None:
                 drawn.state = seeded_states([self.seed, self._drawn])
@@ -196,10 +200,18 @@ def _exchange_headers(
     parameters: int,
     error: Exception | None,
 ) -> Evaluation:
-    """All rows' losses, noise, masks and fates on all ranks; gradients are left out.
+    """All points' losses, noise, masks and which were lost or retried, on all ranks; gradients are left out.
+
+    Args:
+        ranks: the process group.
+        found: this rank's own evaluation of m points.
+        shares: points of each place along "proxies".
+        parameters: how many tensors a mask tells of.
+        error: what this rank's evaluation failed with; None where it did not.
 
     Raises:
-        RuntimeError: a rank's evaluation failed; on that rank its own error.
+        RuntimeError: another rank's evaluation failed.
+        Exception: ``error``, where there is one.
     """
     most, count = max(shares), len(found.losses)
     numbers = torch.full((2, most), torch.nan, dtype=torch.float64)  # losses, variances of the noise

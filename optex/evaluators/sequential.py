@@ -19,17 +19,18 @@ _REMEDY: Final = "Hand the module that owns them to OptEx(..., model=model)"
 
 
 class SequentialEvaluator(Evaluator):
-    """Swap each point into the parameters, backpropagate, and put the parameters back whatever happens.
+    """Write each point into the parameters, backpropagate, and put the parameters back, even after an error.
 
     Buffers (BatchNorm's running statistics) pass from point to point, as in the plain loop; the round keeps
     those of its last accepted step.
 
-    Works with every model and every closure, and gains nothing in time: it is the reference the parallel
-    evaluators are held to, and the way to count rounds without hardware for them.
+    Works with every model and every closure, and saves no time: it is the reference for the evaluators that
+    compute at once, and counts rounds where there is no hardware for those.
 
     Raises:
-        ValueError, TypeError: at evaluation, where no parameter or a sparse gradient came, and for running
-            statistics of a model that is not known.
+        ValueError: at evaluation, where no parameter received a gradient, or a model that is not known updates
+            running statistics.
+        TypeError: at evaluation, where a gradient is sparse.
     """
 
     observes = True
@@ -50,7 +51,7 @@ class SequentialEvaluator(Evaluator):
                 ):
                     vector.write(point)
                     vector.clear_gradients()
-                    torch.clear_autocast_cache()  # or a caller's autocast keeps the last point's weights
+                    torch.clear_autocast_cache()  # a caller's autocast would keep the last point's weights
                     with torch.enable_grad(), drawn.replayed():
                         loss, variance = gradient_of(request.source, batch)
                         if request.observe is not None:
@@ -81,10 +82,10 @@ class SequentialEvaluator(Evaluator):
 
 
 def gradient_of(source: GradientSource, batch: Any) -> tuple[Tensor, Tensor | None]:  # [], []
-    """What the source answers; a ``StopIteration`` from in there would end the wrong loop.
+    """The source's loss, and the variance of its gradient's noise where it knows that.
 
     Raises:
-        RuntimeError: in its place.
+        RuntimeError: the source raised ``StopIteration``, which would silently end the caller's own loop.
     """
     try:
         return source.gradient(batch)
@@ -99,8 +100,8 @@ def _check_gradients(vector: ParameterVector) -> None:
     found = [p.grad for p in vector.parameters if p.grad is not None]
     if not found:
         raise ValueError(
-            "closure: no parameter received a gradient; call loss.backward() in it, and make sure that the "
-            "loss is computed from the parameters this optimizer was built with"
+            "closure: no parameter received a gradient; call loss.backward() in a closure (an objective needs "
+            "none), and compute the loss from the parameters this optimizer was built with"
         )
     if any(gradient.layout is not torch.strided for gradient in found):
         raise TypeError(

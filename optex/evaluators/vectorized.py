@@ -24,19 +24,22 @@ class VectorizedEvaluator(Evaluator):
     """Evaluate all points in one ``vmap``: for models too small to fill the device by themselves.
 
     Needs ``rounds(batches, objective)``: a closure that backpropagates by itself cannot be vectorized. The
-    objective must read the parameters through ``model`` and its batches must have one shape (batches of
-    another shape, as the last one of a loader, are evaluated in a call of their own).
+    objective must read the parameters through ``model``. Batches of one shape are evaluated in one call; those
+    of another shape, such as the last one of a loader, in a call of their own.
 
     Args:
         model: the module whose parameters are optimised, as the objective uses it.
-        chunk_size: points a call; all of them by default. Memory grows with it.
+        chunk_size: points a call, at least 1; all of them by default. Memory grows with it.
         randomness: what dropout and the like do across points: ``"error"`` (refuse), ``"different"`` or
-            ``"same"`` draws, as in ``torch.func.vmap``. A step evaluated again then draws anew: only the
-            ``SequentialEvaluator`` pins a step's random numbers.
+            ``"same"`` draws, as in ``torch.func.vmap``. A step that is evaluated again draws anew; the other
+            evaluators repeat a step's random numbers.
 
     Raises:
-        ValueError: at evaluation, for BatchNorm that would update its running statistics, for parameters
-            that are not the model's, and for random operations under ``randomness="error"``.
+        TypeError: ``model`` is no module; at evaluation, gradients come from a closure or from a source that
+            backpropagates by itself.
+        ValueError: ``chunk_size`` or ``randomness`` is out of range; at evaluation, for BatchNorm that would
+            update its running statistics, for parameters that are not the model's, and for random operations
+            under ``randomness="error"``.
     """
 
     def __init__(
@@ -54,8 +57,8 @@ class VectorizedEvaluator(Evaluator):
             raise ValueError(
                 f"VectorizedEvaluator: randomness must be 'error', 'different' or 'same', got {randomness!r}"
             )
-        self.model = model
-        self.chunk_size = chunk_size
+        self.model: nn.Module = model
+        self.chunk_size: int | None = chunk_size
         self.randomness: Literal["error", "different", "same"] = randomness
         self._mask: tuple[list[Tensor], GradientMask] | None = None
 
@@ -130,9 +133,10 @@ class VectorizedEvaluator(Evaluator):
         return [known[id(p)] for p in vector.parameters]
 
     def _mask_of(self, source: ObjectiveSource, vector: ParameterVector, batch: Any) -> GradientMask:
-        # vmap answers zeros for parameters that the loss does not reach; a base optimizer must see None
-        # there (weight decay!). One plain backward pass the first time tells which ones they are.
-        # Compared by identity of a list that a ParameterVector never changes.
+        # vmap returns zeros for parameters that the loss does not depend on; a base optimizer must see None
+        # there (it would decay their weights). One plain backward pass the first time tells which ones they
+        # are. A ParameterVector never replaces its list of parameters, so the list's identity tells vectors
+        # apart.
         if self._mask is None or self._mask[0] is not vector.parameters:
             with torch.enable_grad(), torch.random.fork_rng(enabled=self.randomness != "error"):
                 loss = source.objective(batch)

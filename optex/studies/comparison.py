@@ -30,6 +30,7 @@ __all__ = [
     "Row",
     "Run",
     "describe",
+    "measurable",
     "read_runs",
     "run_case",
     "summarise",
@@ -37,7 +38,9 @@ __all__ = [
 ]
 
 _LISTS: Final = ("loss", "gradients", "seconds", "accepted")  # of a trace, an entry a round
-BEYOND: Final = 4  # times the steps of the target that vanilla is run, where strides may go past those
+_BEYOND: Final = (
+    4  # vanilla's rounds over the target's steps, where a method with strides may take more of them
+)
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,12 @@ class Comparison:
         parallelism: N.
         stride: of ``optex`` and ``optex-alone``: ``"auto"``, the largest, or 1 for none.
         history_size: T0 of every method that has a history; None is each method's own default.
-        rounds: of every method but vanilla, which runs ``reach · rounds`` of its own.
-        seeds: how many starts of each problem, 0, 1, ...
+        rounds: of every method but vanilla, which is run for ``reach · rounds``.
+        seeds: how many starts of each problem: seeds 0, 1, ...
         dim, noise: of the problems that are functions.
         batch_size: of the problems with minibatches; None is each problem's own.
-        problem_options: further choices, ``{"model": "cnn"}``; each reaches the problems that have it, and at
-            least one has to.
+        problem_options: further options, such as ``{"model": "cnn"}``; each goes to the problems that have it,
+            and at least one problem must have it.
 
     Raises:
         ValueError: a name is unknown or a number out of range; the message says which.
@@ -122,9 +125,9 @@ class Comparison:
 
     @property
     def reach(self) -> int:
-        """Rounds of vanilla for each of the methods': N, and more where a method may take more steps."""
+        """Rounds of vanilla for each round of the methods: N, and more where a method may take more steps."""
         strides = read_stride(self.stride) > 1 and any(make_method(name).strides for name in self.methods)
-        return self.parallelism * (BEYOND if strides else 1)
+        return self.parallelism * (_BEYOND if strides else 1)
 
     @property
     def learning_rate(self) -> float:
@@ -151,9 +154,9 @@ class Comparison:
         """Build every problem and base optimizer once, so that no mistake shows up after hours of runs.
 
         Raises:
-            ValueError, ImportError, FileNotFoundError: as the problem or the optimizer says; a method needs a
-                deterministic objective, and a problem is none; a method has gradients alone for an optimizer
-                that needs more of an evaluation.
+            ValueError, ImportError, FileNotFoundError: as the problem or the optimizer says.
+            ValueError: a method needs a deterministic objective and a problem has sampled gradients; or a
+                method has nothing but gradients for an optimizer that needs more of an evaluation.
         """
         for name in self.problems:
             start = self.problem(name, seed=0)
@@ -193,11 +196,12 @@ class Run:
     """One run made.
 
     Attributes:
-        problem, method, seed: as in the case.
+        problem, method: as in the case.
         optimizer: what took the steps: the base optimizer, or the method's own.
-        lr: its learning rate, which data-parallel has tuned.
+        lr: its learning rate; data-parallel tunes it.
         parallelism: N.
-        rounds: that the run is compared over; vanilla's lists go on further.
+        seed: as in the case.
+        rounds: that the run is compared over; vanilla's lists are longer.
         trace: what happened.
     """
 
@@ -212,7 +216,7 @@ class Run:
 
     @property
     def case(self) -> Case:
-        """What it is a run of."""
+        """The case that it is a run of."""
         return Case(self.problem, self.method, self.seed)
 
     def record(self) -> dict[str, Any]:
@@ -226,7 +230,11 @@ class Run:
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any], rounds: int) -> Run:
-        """The run that a record is of.
+        """The run that ``record()`` was made of.
+
+        Args:
+            record: as compare's JSON has it.
+            rounds: that the run is compared over.
 
         Raises:
             KeyError, TypeError, ValueError: it is no such record, or its lists differ in length.
@@ -267,10 +275,10 @@ class Row:
     Attributes:
         problem, method: names.
         lr: learning rates of the runs, each once.
-        summary: of the runs; ``rounds_to_vanilla`` is to vanilla's loss after the same number of rounds.
-        overhead_seconds: per round beyond the gradients, mean; NaN where a method does not measure it.
-        break_even_seconds: a gradient has to be slower than this for the method to pay where N of them at
-            once take the time of one: overhead / (acceleration - 1); infinite at acceleration ≤ 1.
+        summary: of the runs; ``rounds_to_vanilla`` counts to vanilla's loss after the runs' number of rounds.
+        overhead_seconds: of a round beyond its gradients, mean; NaN where a method does not measure it.
+        break_even_seconds: the method pays if a gradient takes longer than this, where N of them at once take
+            the time of one: overhead / (acceleration - 1); infinite at acceleration ≤ 1.
     """
 
     problem: str
@@ -284,6 +292,12 @@ class Row:
         """The row as compare's JSON has it, the summary's numbers beside the others."""
         row = asdict(self)
         return {**row, **row.pop("summary")}
+
+
+def measurable(runs: Sequence[Run]) -> list[Run]:
+    """Those runs whose start has a vanilla run among them, by which ``summarise`` measures the others."""
+    starts = {(run.problem, run.seed) for run in runs if run.method == VANILLA}
+    return [run for run in runs if (run.problem, run.seed) in starts]
 
 
 def summarise(runs: Iterable[Run]) -> list[Row]:
@@ -368,8 +382,8 @@ def _cpu_name() -> str:
 
 
 def write_json(path: Path, meta: dict[str, Any], runs: Sequence[Run]) -> None:
-    """Write meta with the summary in it, and the runs; numbers that are not finite become null."""
-    summary = [row.record() for row in summarise(runs)]
+    """Write meta, with a summary of the measurable runs, and all runs; what is not finite becomes null."""
+    summary = [row.record() for row in summarise(measurable(runs))]
     document = {"meta": {**meta, "summary": summary}, "runs": [run.record() for run in runs]}
     write_whole(path, json.dumps(finite_or_null(document), allow_nan=False) + "\n")
 
@@ -378,8 +392,8 @@ def read_runs(path: Path, comparison: Comparison) -> list[Run]:
     """The runs of an earlier comparison that belong to this one; none where there is no file.
 
     Args:
-        path: of its JSON.
-        comparison: what is to be made: with the same settings, perhaps of more problems, methods or seeds.
+        path: of the earlier comparison's JSON.
+        comparison: the one to be made, with the same settings; problems, methods and seeds may differ.
 
     Raises:
         ValueError: the file is no such record, or its settings differ.
@@ -387,7 +401,7 @@ def read_runs(path: Path, comparison: Comparison) -> list[Run]:
     if not path.exists():
         return []
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_text(encoding="utf-8"))
         before = dict(document["meta"]["options"])
         runs = [Run.of_record(record, comparison.rounds) for record in document["runs"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -400,7 +414,7 @@ def read_runs(path: Path, comparison: Comparison) -> list[Run]:
                 ", or another file"
             )
     cases = set(comparison.cases())
-    # Vanilla's run is as long as the methods it is measured against ask for.
+    # How long vanilla is run depends on the other methods: one that is too short now is made again.
     return [
         run for run in runs if run.case in cases and run.trace.rounds == comparison.setting(run.method).rounds
     ]

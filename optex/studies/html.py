@@ -1,7 +1,7 @@
-"""A comparison as one page for a browser: plots that can be asked, the tables, the settings, the machine.
+"""A comparison as one page for a browser: plots to read values from, the tables, the settings, the machine.
 
-The page needs no network: style, program and data stand in it, and its policy forbids to load anything else.
-The program is ``page/page.js``; its data are the record that compare's JSON has.
+The page needs no network: it contains its style, program and data, and its content security policy forbids
+loading anything else. The program is ``page/page.js``; its data are the record that compare's JSON has.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["check_page_path", "html_page", "readable_on_dark"]
 
 _SUFFIXES: Final = (".html", ".htm")
 _DARK: Final = "#161616"  # the page's background, as page.css has it
-_INK: Final = "#ececec"  # its letters there
+_INK: Final = "#ececec"  # of the page's text on that background
 _CONTRAST: Final = 4.0  # WCAG 2.2 asks for 3 from lines
 
 
@@ -66,7 +66,7 @@ def html_page(meta: Mapping[str, Any], runs: Sequence[Run], told: Told) -> str:
 
     Args:
         meta: as from ``describe``.
-        runs: at least one; vanilla's lists are drawn as far as the others' gradients or seconds go.
+        runs: at least one; vanilla's line ends where the other methods have used up their gradients or seconds.
         told: the comparison in words and cells.
     """
     methods = dict.fromkeys(run.method for run in runs)
@@ -101,12 +101,12 @@ def _part(name: str) -> str:
 
 
 def _filled(template: str, parts: Mapping[str, str]) -> str:
-    # In one pass: what is put in may itself have braces, and is not looked at again.
+    # In one pass: text that is put in may have braces of its own, which must stay as they are.
     return re.sub(r"{{(\w+)}}", lambda match: parts[match[1]], template)
 
 
 def _embedded(document: Mapping[str, Any]) -> str:
-    """JSON for a script element, which no text in it can end: HTML's own letters are escaped as JSON has it."""
+    """JSON for a script element; ``<``, ``>`` and ``&`` are escaped, so that no text in it can end that."""
     text = json.dumps(finite_or_null(dict(document)), allow_nan=False)
     for letter in "<>&":
         text = text.replace(letter, f"\\u{ord(letter):04x}")
@@ -127,10 +127,10 @@ def _style(method: str, parallelism: int) -> dict[str, Any]:
 
 
 def readable_on_dark(colour: str) -> str:
-    """The colour, mixed with as much white as it takes to be seen on the page's dark background.
+    """The colour, mixed with as much white as it takes to be visible on the page's dark background.
 
-    Seen is a contrast of 4, where WCAG 2.2 asks for 3 (Success Criterion 1.4.11). Black is the colour of the
-    letters, and stays that.
+    Visible means a contrast of 4, where WCAG 2.2 asks for 3 (Success Criterion 1.4.11). Black, the colour of
+    the text, becomes the colour of the text on the dark background.
 
     Args:
         colour: as ``#rrggbb``.
@@ -174,7 +174,7 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _scrolling(title: str, rows: str) -> str:
-    """A table that a narrow screen scrolls in its own frame, by keys, too."""
+    """A table in a frame that scrolls on a narrow screen, also by the keyboard."""
     label = escape(title, quote=True)
     return f'<div class="scroll" role="region" aria-label="{label}" tabindex="0"><table>{rows}</table></div>'
 

@@ -31,9 +31,9 @@ class Spread:
     """Mean and sample standard deviation over those seeds that have a value.
 
     Attributes:
-        mean: NaN where no seed has one.
-        deviation: NaN where fewer than two have one.
-        count: how many have one.
+        mean: NaN where no seed has a value.
+        deviation: NaN where fewer than two seeds have one.
+        count: how many seeds have one.
     """
 
     mean: float
@@ -42,7 +42,7 @@ class Spread:
 
     @classmethod
     def over(cls, values: Iterable[float]) -> Spread:
-        """Of the values that are not NaN."""
+        """The spread of those values that are not NaN."""
         known = [value for value in values if not math.isnan(value)]
         return cls(
             mean=float(np.mean(known)) if known else math.nan,
@@ -57,8 +57,8 @@ class Outcome:
 
     Attributes:
         final_loss: after its last round; NaN where it stopped before.
-        rounds_to_vanilla: first round that is as good as vanilla is after a number of rounds that the study
-            names; NaN where it did not get there.
+        rounds_to_vanilla: the first round with a loss no higher than vanilla's after a number of rounds that
+            the study names; NaN where the run did not get there.
         acceleration: as the function of that name has it; NaN where vanilla was not run far enough.
         accepted: mean steps kept a round.
         gradients: evaluated.
@@ -81,8 +81,8 @@ class Summary:
 
     Attributes:
         seeds: runs made.
-        final_loss: over the runs that came so far.
-        rounds_to_vanilla: over the runs that got there.
+        final_loss: over the runs that were not stopped early.
+        rounds_to_vanilla: over the runs that reached vanilla's loss.
         acceleration: over the runs that have one.
         accepted, gradients, seconds: means over all runs.
         stopped: how many runs ended early.
@@ -99,7 +99,7 @@ class Summary:
 
     @classmethod
     def over(cls, outcomes: Sequence[Outcome]) -> Summary:
-        """Of one method's runs, at least one."""
+        """The summary of one method's runs, of which there is at least one."""
         return cls(
             seeds=len(outcomes),
             final_loss=Spread.over(run.final_loss for run in outcomes),
@@ -115,7 +115,7 @@ class Summary:
 def best_so_far(
     loss: ArrayLike,  # [rounds + 1]
 ) -> NDArray[np.float64]:  # [rounds + 1]
-    """The lowest loss up to each round; rounds without a loss (NaN) do not lower it.
+    """The lowest loss up to each round; rounds without a loss (NaN) leave it as it is.
 
     >>> best_so_far([3.0, 4.0, 1.0, math.nan]).tolist()
     [3.0, 3.0, 1.0, 1.0]
@@ -134,12 +134,13 @@ def acceleration(
     At round r: (first vanilla round whose best loss so far is at most the method's best by r) / r. The
     run's acceleration is the mean of that at a third, two thirds and all of the rounds.
 
-    Only vanilla's first ``reach · rounds`` rounds count; at ``reach`` N those are the target's steps. A method
-    that is better than vanilla is in all of them gets their number, and the same run has the same acceleration
-    however far vanilla was run. A method that diverges keeps its best loss and falls behind by standing still.
+    Only vanilla's first ``reach · rounds`` rounds count, so that a run has the same acceleration however far
+    vanilla was run; with ``reach`` = N they are as many as the target's steps. A method that is better than
+    vanilla is in all of them is taken to have reached the last of them. A method that diverges keeps its best
+    loss, and falls behind by standing still.
 
     Raises:
-        ValueError: vanilla was not run that far.
+        ValueError: vanilla was run for fewer rounds.
 
     >>> vanilla = [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
     >>> acceleration([8.0, 6.0, 4.0, 2.0], vanilla, reach=2)     # two of vanilla's steps a round
@@ -150,8 +151,8 @@ def acceleration(
     length = reach * (len(loss) - 1) + 1
     if len(vanilla) < length:
         raise ValueError(
-            f"acceleration: {len(loss) - 1} rounds are measured against {length - 1} of "
-            f"vanilla's, which was run for {len(vanilla) - 1}"
+            f"acceleration: {len(loss) - 1} rounds are measured against {length - 1} of vanilla's, which was "
+            f"run for {len(vanilla) - 1}; run it further, or lower reach, which is {reach}"
         )
     rounds = _judged(len(loss) - 1)
     best = best_so_far(loss)[rounds]
@@ -160,7 +161,7 @@ def acceleration(
 
 
 def largest_acceleration(rounds: int, reach: int) -> float:
-    """The acceleration of a method whose loss is at every round lower than vanilla's ever is.
+    """The largest acceleration that can be measured: of a method that is always better than vanilla's best.
 
     >>> largest_acceleration(rounds=3, reach=2)     # the mean of 6 / 1, 6 / 2 and 6 / 3
     3.6666666666666665
@@ -181,9 +182,9 @@ def rounds_to_level(
     """The first round with a loss of at most ``level``; NaN where there is none.
 
     Args:
-        loss: NaN after the run stopped.
-        level: to reach.
-        rounds: that the losses belong to; None is 0, 1, 2, ...
+        loss: after each of the rounds; NaN after the run stopped.
+        level: the loss to reach.
+        rounds: after which the losses were measured; None is 0, 1, 2, ...
 
     >>> rounds_to_level([4.0, 3.0, 2.0], level=3.0)
     1.0
@@ -198,7 +199,7 @@ def rounds_behind(
     loss: Sequence[float],  # [rounds + 1]
     vanilla: Sequence[float],  # [rounds + 1, or more]
 ) -> int:
-    """After how many rounds the best loss so far is above vanilla's, by more than rounding.
+    """The number of rounds after which the best loss so far is above vanilla's, by more than rounding.
 
     >>> rounds_behind([5.0, 6.0, 3.0, 2.0], [5.0, 4.0, 3.0, 2.0])
     1
@@ -208,7 +209,7 @@ def rounds_behind(
 
 
 def geometric_mean(values: ArrayLike, floor: float = 0.05) -> float:
-    """With a floor, so that one run that fails does not turn everything to zero.
+    """The geometric mean of the values, each raised to ``floor``: one failed run must not make it zero.
 
     >>> round(geometric_mean([1.0, 4.0]), 6), round(geometric_mean([0.0, 0.05]), 6)
     (2.0, 0.05)

@@ -1,4 +1,4 @@
-"""Lines over seeds against rounds, in panels; drawn without touching the user's matplotlib backend."""
+"""Curves over rounds, mean and band over seeds, in panels; drawn without the user's matplotlib backend."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ __all__ = [
     "write_plot",
 ]
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; line styles say it once more. The two
-# ends of the scale, vanilla and target, are black and grey; L-BFGS's kin and nowcasting's are shades of one.
+# Okabe and Ito's palette, which colour-blind readers can tell apart, and line styles beside it. The two ends of
+# the scale, vanilla and target, are black and grey; the L-BFGS methods are shades of one colour, and so are
+# those of nowcasting.
 METHOD_STYLES: Final[dict[str, dict[str, Any]]] = {
     "vanilla": {"color": "#000000", "linestyle": (0, (1, 1.2)), "linewidth": 1.8},
     "target": {"color": "#8a8a8a", "linestyle": (0, (6, 2)), "linewidth": 1.8},
@@ -52,7 +53,7 @@ METHOD_STYLES: Final[dict[str, dict[str, Any]]] = {
     "optex-alone": {"color": "#f2a25c", "linestyle": (0, (4, 1)), "linewidth": 2.0},
     "optex": {"color": "#d55e00", "linestyle": "-", "linewidth": 2.4},
 }
-# Marks at other rounds for each method tell apart lines that coincide.
+# Each method's marks stand at other rounds, so that lines that coincide can be told apart.
 METHOD_MARKERS: Final[dict[str, str]] = {
     "vanilla": "o",
     "target": "s",
@@ -75,7 +76,7 @@ _MARKS: Final = 6  # on each line, about
 _MARK: Final[dict[str, Any]] = {"markersize": 5.0, "markeredgecolor": "white", "markeredgewidth": 0.6}
 _LEVEL: Final[dict[str, Any]] = {"color": "black", "linewidth": 0.7, "alpha": 0.6}
 _COLUMNS: Final = 3
-_ROW: Final = 6  # entries of a legend that need a second row
+_ROW: Final = 6  # a legend of so many entries or more has two rows
 
 
 Interval = Callable[[NDArray[np.float64]], tuple[NDArray[np.float64], NDArray[np.float64]]]
@@ -88,7 +89,7 @@ class Line:
     Attributes:
         label: in the legend.
         x: [n].
-        values: [seeds, n]; NaN after a run stopped, and the line ends with a cross there.
+        values: [seeds, n]; NaN after a run stopped, where the line ends with a cross.
         style: matplotlib's, as in ``METHOD_STYLES``.
     """
 
@@ -103,12 +104,13 @@ class Panel:
     """A panel of a picture.
 
     Attributes:
-        title, x_label, y_label: words.
+        title, x_label, y_label: text.
         lines: at least one.
-        logarithmic: whether the values, then positive, are seen in logarithms; so are their mean and band.
-        interval: ends of the band from values [seeds, n], each [n]; None is one standard deviation.
-        level: where a thin line across is drawn, for the others to be read against.
-        level_label: what that line is, in the legend.
+        logarithmic: whether the axis is logarithmic, and mean and band are those of the values' logarithms; the
+            values must then be positive.
+        interval: ends of the band, each [n], from values [seeds, n]; None is one standard deviation.
+        level: where a thin horizontal line is drawn, to read the others against; None for no such line.
+        level_label: of that line in the legend.
     """
 
     title: str
@@ -122,15 +124,15 @@ class Panel:
 
 
 def method_style(method: str) -> dict[str, Any]:
-    """How a method's line is drawn; one that is not the library's is dark grey."""
+    """matplotlib's style of a method's line; dark grey for a method that is not in ``METHOD_STYLES``."""
     return METHOD_STYLES.get(method, _UNKNOWN_STYLE)
 
 
 def method_label(method: str, parallelism: int | None = None) -> str:
-    """A method in a legend; the two ends of the scale say what they are.
+    """A method's label in a legend; those of vanilla and target say what they are.
 
     Args:
-        method: a name.
+        method: its name.
         parallelism: N; None where it differs among panels.
 
     >>> method_label("target", 5), method_label("optex", 5)
@@ -163,8 +165,8 @@ def write_plot(path: Path, figure: Figure) -> None:
 def plot_comparison(runs: Sequence[Run], minimum: dict[str, float | None] | None = None) -> Figure:
     """Geometric mean over seeds, and a band of one standard deviation of the logarithm.
 
-    A line ends with a cross where a seed of it stopped because something was not finite: going on with the
-    seeds that are left would show a mean of other runs.
+    A line ends with a cross where the run of one seed stopped because something was not finite: beyond that,
+    the mean would be one over fewer seeds.
 
     Args:
         runs: as from ``run_case``; vanilla is drawn as far as the others go.
@@ -221,7 +223,7 @@ def _add_titles(figure: Figure, runs: Sequence[Run], legend_columns: int) -> Non
 
 
 def _marker(label: str, labels: Sequence[str]) -> str:
-    """Of a method its own; of another line the one of its place among those of a legend."""
+    """A method's own marker; for another line, one by its place among the labels of the legend."""
     return METHOD_MARKERS.get(label, "oD^sv"[labels.index(label) % 5])
 
 
@@ -232,7 +234,7 @@ def _handle(label: str, style: dict[str, Any], marker: str) -> Line2D:
 def bootstrap_interval(
     values: NDArray[np.float64],  # [seeds, n]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:  # [n], [n]
-    """95 % interval of the mean over seeds: percentiles of 2,000 resamples, the same ones for all columns.
+    """95 % bootstrap interval of the mean over seeds: percentiles of 2,000 resamples, the same for all columns.
 
     >>> import numpy as np
     >>> low, high = bootstrap_interval(np.array([[1.0], [2.0], [3.0]]))
@@ -246,7 +248,15 @@ def bootstrap_interval(
 
 
 def plot_panels(panels: Sequence[Panel], columns: int, heading: str) -> Figure:
-    """Panels row by row; one legend below all where the first shows every line, else one below each."""
+    """A figure of panels, row by row.
+
+    One legend stands below all panels if the first panel has every line, else one below each.
+
+    Args:
+        panels: at least one.
+        columns: panels a row, at most.
+        heading: above all.
+    """
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.2 * min(columns, len(panels)), 3.4 * rows + 0.9), layout="constrained")
     FigureCanvasAgg(figure)
@@ -276,7 +286,7 @@ def plot_panels(panels: Sequence[Panel], columns: int, heading: str) -> Figure:
 
 
 def _handles(panels: Sequence[Panel], spelled: Callable[[str], str]) -> list[Line2D]:
-    """Of the first panel's lines, and of the levels that any of them has."""
+    """Legend entries of the first panel's lines, and of the levels that any panel has."""
     labels = [line.label for line in panels[0].lines]
     handles = [
         _handle(spelled(line.label), line.style, _marker(line.label, labels)) for line in panels[0].lines
@@ -288,7 +298,7 @@ def _handles(panels: Sequence[Panel], spelled: Callable[[str], str]) -> list[Lin
 def _draw_lines(place: Axes, panel: Panel, legend: Sequence[str] | None = None) -> None:
     labels = legend or [line.label for line in panel.lines]
     start = max(float(line.values[:, 0].max()) for line in panel.lines)
-    # Rounding ends the way down. A diverging method leaves through the top, and the others stay readable.
+    # Below the floor is rounding. Above the top are methods that diverge, and the others stay readable.
     floor, top = np.finfo(float).eps * abs(start), 1e3 * abs(start)
     for order, line in enumerate(panel.lines):
         values = np.log(np.clip(line.values, floor, 10 * top)) if panel.logarithmic else line.values
@@ -323,9 +333,9 @@ def _draw_line(
     order: float,
     marker: str,
 ) -> None:
-    """A line with its marks, which begin at a place of their own: ``order``, in 0..1, of the way between two.
+    """A line with its marks; the first stands at ``order``, in [0, 1), of the distance between two marks.
 
-    Wide lines lie beneath narrow ones, or they would hide those that coincide with them.
+    Wide lines lie beneath narrow ones, which they would hide where they coincide.
     """
     apart = max(1, len(x) // _MARKS)
     depth = 2.5 - 0.1 * line.style.get("linewidth", 1.5)

@@ -13,18 +13,17 @@ from optex.checks import check_integer
 
 __all__ = ["Poisson", "obstacles"]
 
-_OWNER = "Poisson"
-
 
 @dataclass(frozen=True)
 class Poisson:
-    """-Δx = b for the cells outside the obstacles, times the square of a cell's width.
+    """A x = b: -Δx = b, times the square of a cell's width, on the cells outside the obstacles.
 
-    Beyond the grid's rim x is 0. An obstacle's wall lets nothing through (Neumann), as for the pressure of a
-    fluid; its own cells have rows and columns of zeros: A is singular, and definite on the other cells.
+    Beyond the grid's rim x is 0 (Dirichlet). Nothing passes an obstacle's wall (Neumann), as for the pressure
+    of a fluid. Cells inside an obstacle have rows and columns of zeros, so A is singular; it is definite on the
+    others.
 
     Args:
-        solid: [*grid], which cells are obstacle; cells that obstacles cut off from the rim are counted in.
+        solid: [*grid], which cells are inside an obstacle; those that obstacles cut off from the rim are added.
 
     >>> problem = Poisson(np.zeros((2, 2), dtype=bool))
     >>> problem.matrix.toarray()[0]
@@ -44,7 +43,7 @@ class Poisson:
 
     @property
     def fluid(self) -> NDArray[np.bool_]:  # [*grid]
-        """Cells outside the obstacles."""
+        """Which cells are outside the obstacles."""
         return ~self.solid
 
     @property
@@ -72,15 +71,20 @@ class Poisson:
         return self.matrix[kept][:, kept]
 
     def random_right_hand_side(self, seed: int) -> NDArray[np.float64]:  # [*grid]
-        """Normal numbers, 0 in the obstacles."""
+        """Standard normal numbers, 0 inside the obstacles."""
         return np.where(self.solid, 0.0, np.random.default_rng(seed).normal(size=self.solid.shape))
 
 
 def obstacles(shape: tuple[int, ...], count: int, seed: int) -> NDArray[np.bool_]:  # [*shape]
-    """Balls and boxes in random places, each of an eighth to a fourth of the grid's shortest side in radius.
+    """Cells inside balls and boxes at random places, with radii of an eighth to a fourth of the shortest side.
+
+    Args:
+        shape: of the grid.
+        count: how many balls and boxes, at least 0.
+        seed: of their places, radii and kinds.
 
     Raises:
-        ValueError: count is no integer of at least 0.
+        ValueError: ``count`` is no such integer.
 
     >>> bool(obstacles((16, 16), 2, 0).any()), bool(obstacles((16, 16), 0, 0).any())
     (True, False)
@@ -88,7 +92,7 @@ def obstacles(shape: tuple[int, ...], count: int, seed: int) -> NDArray[np.bool_
     random = np.random.default_rng(seed)
     solid = np.zeros(shape, dtype=bool)
     grid = np.stack(np.meshgrid(*(np.arange(size) for size in shape), indexing="ij"))
-    for _ in range(check_integer(None, "obstacles: count", count, least=0)):
+    for _ in range(check_integer("obstacles", "count", count, least=0)):
         centre = np.array([random.uniform(0.2, 0.8) * size for size in shape])
         radius = random.uniform(0.125, 0.25) * min(shape)
         away = grid - centre.reshape(-1, *(1 for _ in shape))

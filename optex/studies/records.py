@@ -1,4 +1,4 @@
-"""Records of runs in JSON: numbers it cannot write, and files in which a later record replaces an earlier."""
+"""Records of runs in JSON: numbers that JSON cannot write, files whose later records replace earlier ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["finite_or_null", "latest", "null_to_nan", "read_lines", "significant
 
 
 def significant(value: float, digits: int) -> float | None:
-    """Rounded to so many significant digits; None, JSON's null, where the value is not finite.
+    """The value rounded to so many significant digits; None, JSON's null, where it is not finite.
 
     >>> significant(0.123456, 3), significant(math.nan, 3)
     (0.123, None)
@@ -21,7 +21,7 @@ def significant(value: float, digits: int) -> float | None:
 
 
 def null_to_nan(values: Iterable[float | None]) -> list[float]:
-    """NaN where JSON has null: the inverse of ``significant``.
+    """The values with NaN in place of None, which ``significant`` and ``finite_or_null`` wrote.
 
     >>> null_to_nan([1.0, None])
     [1.0, nan]
@@ -30,7 +30,7 @@ def null_to_nan(values: Iterable[float | None]) -> list[float]:
 
 
 def finite_or_null(value: Any) -> Any:
-    """The document with None in place of every float that is not finite, which JSON cannot write.
+    """A document with None in place of every float that is not finite, which JSON cannot write.
 
     >>> finite_or_null({"loss": [1.0, math.inf]})
     {'loss': [1.0, None]}
@@ -43,7 +43,7 @@ def finite_or_null(value: Any) -> Any:
 
 
 def latest(records: Iterable[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
-    """The last of all records that agree in ``keys``: a run that was made again replaces the earlier one.
+    """Of records that agree in ``keys`` the last one: a run that was made again replaces the earlier one.
 
     >>> latest([{"seed": 0, "loss": 2.0}, {"seed": 1, "loss": 3.0}, {"seed": 0, "loss": 1.0}], ["seed"])
     [{'seed': 0, 'loss': 1.0}, {'seed': 1, 'loss': 3.0}]
@@ -55,12 +55,13 @@ def read_lines(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
     """The latest records of a file with a JSON list of records on each line; none where there is no file."""
     if not path.exists():
         return []
-    return latest((record for line in path.read_text().splitlines() for record in json.loads(line)), keys)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return latest((record for line in lines for record in json.loads(line)), keys)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file, whose folder is made; an old one is replaced when the new one is complete."""
+    """Write a file in UTF-8, making its folder; an old file is replaced when the new one is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(text)
+    unfinished.write_text(text, encoding="utf-8")
     unfinished.replace(path)

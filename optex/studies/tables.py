@@ -37,7 +37,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def places(text: str) -> set[str]:
-    r"""Names of the tables that a page has a place for.
+    r"""Names of the tables that a page has places for.
 
     >>> places("<!-- table:loss -->\n<!-- end -->")
     {'loss'}
@@ -50,10 +50,10 @@ def fill_text(text: str, tables: Mapping[str, str]) -> str:
 
     Args:
         text: with ``<!-- table:NAME -->`` and ``<!-- end -->`` lines.
-        tables: what stands between them, by name: tables, or any lines of text.
+        tables: what to put between them, by name: tables, or any lines of text.
 
     Raises:
-        ValueError: the page has no place for one of them.
+        ValueError: the page has no place for one of the tables.
 
     >>> print(fill_text("<!-- table:loss -->\nold\n<!-- end -->", {"loss": "new"}))
     <!-- table:loss -->
@@ -69,9 +69,13 @@ def fill_text(text: str, tables: Mapping[str, str]) -> str:
 
 
 def fill(path: Path, tables: Mapping[str, str]) -> None:
-    """Put tables into a page, as ``fill_text`` does, and leave all else as it is."""
+    """Put tables into a page, a file in UTF-8, as ``fill_text`` does.
+
+    Raises:
+        ValueError: the page has no place for one of the tables; it is left as it is.
+    """
     try:
-        text = fill_text(path.read_text(), tables)
+        text = fill_text(path.read_text(encoding="utf-8"), tables)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")

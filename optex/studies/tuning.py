@@ -1,4 +1,4 @@
-"""Tuned against tuned: each method's best of optimizers and rates, by rounds and gradients to common levels."""
+"""Tuned against tuned: each method with its best optimizer and rate, in rounds and gradients to a level."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
     "tuned",
 ]
 
-FRACTIONS: Final = (0.25, 0.5, 1.0)  # of vanilla's rounds: what it has reached then are the levels
+FRACTIONS: Final = (0.25, 0.5, 1.0)  # of vanilla's rounds: its best losses by then are the levels
 _DIVERGED: Final = 1e3  # times the loss at the start
 _PATIENCE: Final = 3  # times the best run's rounds to the first level
 
@@ -45,7 +45,7 @@ class Choice:
     rate: float
 
     def beside(self, steps: int) -> Choice:
-        """So many steps up the grid of rates: ..., 0.01, 0.03, 0.1, 0.3, 1, ...
+        """The same optimizer, so many steps up the grid of rates ..., 0.01, 0.03, 0.1, 0.3, 1, ...
 
         >>> [Choice("adam", 0.01).beside(steps).rate for steps in (-2, -1, 0, 1, 2)]
         [0.001, 0.003, 0.01, 0.03, 0.1]
@@ -61,9 +61,9 @@ class Limits:
     Attributes:
         rounds: at most.
         levels: losses from high to low; the run ends when the last is reached.
-        first: rounds within which the first level has to be reached; None is any.
+        first: rounds within which the first level has to be reached; None for no such limit.
         every: rounds from one evaluation of the objective to the next.
-        held_at: rounds at which the held-out measure is taken; at levels it is in any case.
+        held_at: rounds after which the held-out measure is taken, as it is whenever a level is reached.
     """
 
     rounds: int
@@ -81,9 +81,10 @@ class Attempt:
         choice: what it ran with.
         seed: of the start.
         rounds: [levels], gradients in turn to each level; infinite where it was not reached.
-        gradients: [levels], gradients in all to each level.
-        held: held-out measure at each level, or at each of ``held_at``; NaN where there is none.
-        curve: rounds and losses, as evaluated.
+        gradients: [levels], all gradients to each level; infinite where it was not reached.
+        held: held-out measure at each level, or at each of ``held_at`` where there are no levels; NaN where it
+            was not taken.
+        curve: pairs of a round and the loss after it.
     """
 
     choice: Choice
@@ -99,7 +100,7 @@ class Attempt:
         return float(best_so_far([loss for _, loss in self.curve])[-1])
 
     def best_by(self, rounds: float) -> float:
-        """The lowest loss within so many rounds."""
+        """The lowest loss after at most so many rounds."""
         return float(best_so_far([loss for r, loss in self.curve if r <= rounds])[-1])
 
 
@@ -109,16 +110,17 @@ class _OverError(Exception):
 
 @dataclass
 class Watch:
-    """Looks at a run from the problem's side, and ends it when no more is to be seen.
+    """Watches a run from the problem's side, and ends it when its outcome is known.
 
-    Rounds are counted where the objective is evaluated after each, gradients where the loss is computed with
-    autograd: neither relies on what a method says of itself. Inside, ``problem.evaluate`` is this object's.
+    A round is counted whenever the objective is evaluated after it, a gradient whenever the loss is computed
+    with autograd: neither count relies on what a method reports. Inside the context, ``problem.evaluate`` is
+    replaced.
 
     Attributes:
         problem: that the run is of.
         limits: how far it goes.
         seen: (round, gradients so far, loss) of each evaluation.
-        held: round -> held-out measure.
+        held: held-out measures by round.
     """
 
     problem: Problem
@@ -172,13 +174,14 @@ def held_out(problem: Problem) -> float:
 def attempt(
     method: Method, problem: Problem, setting: Setting, choice: Choice, limits: Limits, gradients: int = 1
 ) -> Attempt:
-    """Run a method until the last level is reached, the rounds are used up, or there is no hope.
+    """Run a method until the last level is reached, the rounds are used up, it diverges or is too late.
 
     Args:
-        method, problem, setting: as in a comparison; ``setting.base`` is the choice's.
+        method, problem, setting: as in a comparison; ``setting.base`` makes the choice's optimizer.
         choice: for the record.
-        limits: how far.
-        gradients: that stand for one, for a method whose N gradients are known to be the same.
+        limits: how far the run goes.
+        gradients: how many each gradient that is seen stands for: N for a method whose N gradients are known to
+            be the same, and which computes one of them.
     """
     with Watch(problem, limits) as watch:
         method(problem, setting)
@@ -210,14 +213,14 @@ def search(
     starts: Iterable[Choice],
     most: int = 40,
 ) -> dict[Choice, Sequence[Cost]]:
-    """Try some choices, then go up and down from the best ones until these have worse neighbours on both sides.
+    """Try some choices, then the neighbours of the best ones, until these have worse neighbours on both sides.
 
-    The best ones: overall at each level, and of each optimizer at the last level.
+    The best ones are the best overall at each level, and the best of each optimizer at the last level.
 
     Args:
         run: a choice's costs, one a level.
-        starts: the first ones.
-        most: choices to try in all.
+        starts: the choices to try first.
+        most: how many choices to try in all, at most.
 
     Returns:
         The costs of all that were tried.
@@ -247,7 +250,7 @@ def _leaders(costs: dict[Choice, Sequence[Cost]]) -> set[Choice]:
 
 
 def finalists(costs: dict[Choice, Sequence[Cost]], count: int) -> list[Choice]:
-    """The best ``count`` at each level, each once.
+    """The best ``count`` choices at each level, each choice once.
 
     >>> costs = {Choice("sgd", r): [(r,), (-r,)] for r in (1.0, 2.0, 3.0)}
     >>> [choice.rate for choice in finalists(costs, 1)]
@@ -259,7 +262,12 @@ def finalists(costs: dict[Choice, Sequence[Cost]], count: int) -> list[Choice]:
 
 
 def first_level_within(best: float, rounds: int) -> int:
-    """Rounds that the search leaves a run to the first level, where the best one so far took ``best``."""
+    """Rounds within which a run has to reach the first level, where the best run so far took ``best``.
+
+    Args:
+        best: rounds of the best run; infinite where none has reached the level.
+        rounds: at most.
+    """
     return rounds if math.isinf(best) else min(rounds, max(10, math.ceil(_PATIENCE * best)))
 
 
@@ -269,9 +277,9 @@ class Tuned:
 
     Attributes:
         choice: the optimizer and rate that need the fewest rounds; None where no choice reaches the level.
-        rounds: median over the seeds, gradients in turn.
-        gradients: median over the seeds of the choice that needs the fewest, gradients in all.
-        held: median over the seeds at the level, of ``choice``.
+        rounds: gradients in turn to the level with ``choice``, median over the seeds.
+        gradients: all gradients to the level with the choice that needs the fewest, median over the seeds.
+        held: the held-out measure at the level with ``choice``, median over the seeds.
     """
 
     choice: Choice | None
@@ -281,7 +289,12 @@ class Tuned:
 
 
 def tuned(attempts: Sequence[Attempt], level: int, seeds: int) -> Tuned:
-    """The best of all choices that were run on every seed.
+    """The best of those choices that were run on every seed.
+
+    Args:
+        attempts: of one method.
+        level: index among the levels.
+        seeds: how many there are.
 
     >>> tried = [Choice("sgd", 1.0), Choice("sgd", 2.0)]
     >>> runs = [Attempt(c, s, [10 * c.rate + s], [20 * c.rate], [], []) for c in tried for s in range(3)]
@@ -302,7 +315,7 @@ def tuned(attempts: Sequence[Attempt], level: int, seeds: int) -> Tuned:
 
 
 def median(values: Iterable[float]) -> float:
-    """Of numbers that may be infinite, as a level that is not reached is.
+    """The median of numbers that may be infinite, as rounds to a level that was not reached are.
 
     >>> median([1.0, math.inf, 3.0]), median([1.0, math.inf])
     (3.0, inf)

@@ -1,4 +1,4 @@
-"""Messages over a socket. The program's end never waits, whatever the worker does with its own."""
+"""Messages over a socket. The program's end never waits, whatever the worker does at its end."""
 
 from __future__ import annotations
 
@@ -14,13 +14,19 @@ _CHUNK: Final = 2**16  # bytes asked for at once
 
 
 class Channel:
-    """The program's end: messages go out and replies come in as far as they can, and no call waits.
+    """The program's end: messages are sent and replies received as far as that is possible now; no call waits.
 
-    A worker that is stopped takes no message, one of several megabytes cannot be left in the operating
-    system's buffer, and a blocking send would wait for that worker for ever.
+    A blocking send would wait for ever for a worker that is stopped: the operating system's buffer does not
+    hold a message of several megabytes.
+
+    Attributes:
+        socket: the program's end.
+        other_end: the worker's end, to be closed here once the worker has it.
     """
 
     def __init__(self) -> None:
+        self.socket: socket
+        self.other_end: socket
         self.socket, self.other_end = socketpair()
         self.socket.setblocking(False)
         self._unsent: deque[memoryview] = deque()
@@ -37,10 +43,10 @@ class Channel:
         self._send()
 
     def proceed(self) -> bytes | None:
-        """Go on sending and receiving; a reply once it is complete, else None.
+        """Go on sending and receiving; the reply if it is complete, else None.
 
         Raises:
-            EOFError, OSError: the worker has closed its end.
+            EOFError, OSError: the worker has closed its end, and no complete reply is left.
         """
         self._send()
         ended = self._receive()
@@ -83,7 +89,11 @@ def send(connection: socket, message: bytes) -> None:
 
 
 def receive(connection: socket) -> bytes:
-    """The worker's end: wait for a message; an EOFError where the program has closed its own."""
+    """The worker's end: wait for a message.
+
+    Raises:
+        EOFError: the program has closed its end.
+    """
     (length,) = _LENGTH.unpack(_exactly(connection, _LENGTH.size))
     return _exactly(connection, length)
 

@@ -33,40 +33,41 @@ class WorkersEvaluator(Evaluator):
 
     The objective is sent to each worker once, with copies of the parameters; after that only points, batches
     and states of torch's random generator are sent. Losses and gradients are those of the
-    ``SequentialEvaluator``, provided that a worker computes with as many threads. The objective must depend
-    on nothing but the parameters and the batch; what it writes elsewhere, a counter say, stays in the worker.
+    ``SequentialEvaluator``, provided that a worker computes with as many threads. The objective must depend on
+    nothing but the parameters and the batch; what it writes elsewhere, such as a counter, stays in the worker.
     Tensors that it holds and the modes of its modules are watched, and it is sent again when they change; other
-    things that it reads must stay as they are. Modules that update buffers in training, as BatchNorm, are
+    things that it reads must stay as they are. Modules that update buffers in training, such as BatchNorm, are
     refused.
 
     A point that gets no answer (its worker died, hung or raised an error) is evaluated once more, by a new
     worker if one can be started. If that fails too, the round goes on without the point and lists it in its
-    report's ``lost``. Only the first point, the round's start, is indispensable: without it the round fails.
+    report's ``lost``. Without the first point, the round's start, the round fails.
 
     Args:
         workers: an integer: that many processes of our own, -1 for one per core, started when first needed,
             with points and gradients in shared memory. Or any ``concurrent.futures.Executor``, or a function
-            like ``map`` (of a ``multiprocessing.Pool``, say), which the caller closes. None: what ``rebuild``
-            makes, else -1.
-        timeout: seconds for the evaluations of a round, with all that is sent for them, and as many for the
+            like ``map`` (that of a ``multiprocessing.Pool``, for one), which the caller closes. None: what
+            ``rebuild`` makes, and -1 without ``rebuild``.
+        timeout: seconds for the evaluations of a round and what is sent for them, positive, and as many for the
             second try; None waits for ever. Processes of our own that are started for a try have 60 seconds
-            more, before it, to start and to load the objective. Needs an integer or an executor.
+            before it, to start and to load the objective. Needs an integer or an executor.
         threads: of torch and BLAS in each worker process; by default cores // workers for processes of our
             own, at least 1, and 1 for those of an executor. The threads of this process keep their settings.
         rebuild: a function without arguments that makes a new executor or map function, for the second try
-            after the present one has lost a point; executors that it made are shut down when no longer needed.
+            after the present one has lost a point; executors that it made are shut down when they are no longer
+            needed.
 
-    Threads of the program may share an evaluator: their calls take turns, and each sends its objective again
-    if another one was evaluated in between. Several runs at once are faster with an evaluator for each.
+    Threads of the program may share an evaluator: their calls take turns, and an objective is sent again if
+    another one was evaluated in between. Several runs at once are faster with an evaluator for each.
 
     Worker processes end with the program, however that ends.
 
     Memory: ``2 · workers · d`` numbers in shared memory, and in every worker what the objective holds.
 
     Raises:
-        TypeError, ValueError: an argument cannot work, the objective cannot be sent to another process, or
+        TypeError, ValueError: an argument is of no use, the objective cannot be sent to another process, or it
             cannot be evaluated at several points at once; the message says what would do.
-        WorkerLostError: at evaluation, no answer for the round's start, at the second try either.
+        WorkerLostError: at evaluation, there was no answer for the round's start, not even at the second try.
         Exception: whatever the objective raises at the round's start, with the worker's traceback as its cause.
 
     Source: ``workers`` as in ``scipy.optimize.differential_evolution``.
@@ -140,7 +141,7 @@ class WorkersEvaluator(Evaluator):
             jobs = {i: Job(points[i], packed[i], starts[i]) for i in pending}
             try:
                 found = self._run(self._objective, jobs, retried)
-            except BaseException:  # Ctrl-C, say
+            except BaseException:  # Ctrl-C, for one
                 self._pool.abandon()
                 raise
             for i, outcome in found.items():
@@ -182,8 +183,8 @@ def _packed(batch: Any) -> bytes:
         return pickle.dumps(batch, protocol=5)
     except Exception as error:
         raise TypeError(
-            f"WorkersEvaluator: batches cannot be sent to workers ({error}); let them be tensors, arrays, "
-            "numbers and containers of these"
+            f"WorkersEvaluator: a batch of type {type(batch).__name__} cannot be sent to workers ({error}); "
+            "pass tensors, arrays, numbers and containers of these"
         ) from error
 
 

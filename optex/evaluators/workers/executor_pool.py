@@ -34,10 +34,10 @@ class ExecutorPool(WorkerPool):
         self._threads = threads
         self._rebuild = rebuild
         self._rebuilt = False  # the present one is ours to shut down
-        # The workers that did not know the objective need not be those that get the second message, so after
-        # an Unknown every task of the next run brings the objective along.
+        # Nobody tells which worker gets a task: those that did not know the objective need not be those that
+        # got it afterwards. So after an Unknown every task of the next run brings the objective along.
         self._send_objective = False
-        self._broken = False  # or has a worker that hangs
+        self._broken = False  # the present one has lost a job: it is broken, or one of its workers hangs
 
     def run(self, objective: SharedObjective, jobs: Sequence[Job], timeout: float | None) -> list[Outcome]:
         if self._workers is None:
@@ -60,7 +60,7 @@ class ExecutorPool(WorkerPool):
         return Task(objective.token, pickled, point, job.batch, generator, self._threads)
 
     def _submit(self, tasks: Sequence[Task], deadline: float | None) -> list[Any]:
-        """What each task is answered."""
+        """The answer to each task, in their order; Lost for those that got none by the deadline."""
         if isinstance(self._workers, Executor):
             return _through_executor(self._workers, tasks, deadline)
         try:

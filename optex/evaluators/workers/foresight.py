@@ -1,4 +1,4 @@
-"""Foresees where the random numbers of each evaluation start, so that evaluations need not wait in turn."""
+"""Foresees where the random numbers of each evaluation start, so that no evaluation waits for another."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ _MOST_DRAWS: Final = 2**24  # random numbers an evaluation may draw and still be
 
 
 class DrawForesight:
-    """Predicts how many random numbers an evaluation draws, and names the evaluations that were mistaken.
+    """Predicts how many random numbers an evaluation draws, and finds the evaluations it was wrong about.
 
-    One after the other, each new step would draw (dropout's numbers, say) where the step before it left
-    torch's generator. Evaluated at once, they have to start before that is known. So each is predicted to draw
-    as many numbers as the evaluation last seen: the k-th new step starts from the generator advanced k times
-    by that count. After the evaluations the true positions are known; steps that started from another state
-    are evaluated again from the right one. The draws are then those of the loop in turn, to the bit, and an
-    objective that always draws the same number of times is evaluated again in the first round only.
+    If they were evaluated in turn, each new step would draw its numbers (dropout's, for one) from where the
+    step before it left torch's generator. Steps evaluated at once have to start before that place is known. So
+    each is predicted to draw as many numbers as the evaluation last seen: the k-th new step starts from the
+    generator advanced k times by that count. After the evaluations the true places are known; steps that
+    started from another state are evaluated again from the right one. The draws are then those of evaluations
+    in turn, to the bit, and an objective that always draws the same number of times is evaluated again in the
+    first round only.
 
     Steps that were evaluated in an earlier round start from the state that they had there, and move nothing.
     """
 
     def __init__(self) -> None:
-        self._count: int | None = 0  # random numbers that an evaluation draws; None: cannot be told
+        self._count: int | None = 0  # random numbers that an evaluation draws; None: too many to count
 
     def starts(self, draws: Sequence[RandomDraws]) -> list[Tensor]:  # n states
-        """The state of torch's generator that each step starts from, for new ones as predicted."""
+        """The state of torch's generator that each step starts from; for new steps, as predicted."""
         starts = [torch.empty(0) if drawn.state is None else drawn.state[0] for drawn in draws]
         state = torch.get_rng_state()
         for i in _new(draws):
@@ -48,7 +49,13 @@ class DrawForesight:
         starts: list[Tensor],  # n states
         outcomes: Sequence[Outcome],
     ) -> list[int]:
-        """The new steps that started from a wrong state; ``starts`` now has a better one for each."""
+        """Indices of the new steps that started from a wrong state; ``starts`` gets a better one for each.
+
+        Args:
+            draws: of the n steps.
+            starts: where they started; corrected in place.
+            outcomes: n, of their evaluations.
+        """
         new = _new(draws)
         for position, (before, here) in enumerate(pairwise(new)):
             end = _end(starts[before], outcomes[before])
@@ -68,7 +75,7 @@ class DrawForesight:
         starts: Sequence[Tensor],  # n states
         outcomes: Sequence[Outcome],
     ) -> None:
-        """Fix the new steps' states for good, and move the generator behind the last of them."""
+        """Fix the new steps' states for good, and move torch's generator past the numbers of the last."""
         new = _new(draws)
         others = generator_states()[1:]
         for i in new:
@@ -76,7 +83,7 @@ class DrawForesight:
         if new:
             end = _end(starts[new[-1]], outcomes[new[-1]])
             end = starts[new[-1]] if end is None else end
-            # If nothing was drawn it is left alone: another thread of the program may have drawn meanwhile.
+            # If nothing was drawn the generator is not set: another thread may have drawn from it meanwhile.
             if not torch.equal(end, starts[new[0]]):
                 torch.set_rng_state(end)
 
@@ -87,7 +94,7 @@ def _new(draws: Sequence[RandomDraws]) -> list[int]:
 
 
 def _end(start: Tensor, outcome: Outcome) -> Tensor | None:  # a state
-    """Where an evaluation left the generator; None if it was lost."""
+    """The state in which an evaluation left the generator; None if it got no answer."""
     if not isinstance(outcome, Answer):
         return None
     return start if outcome.generator is None else torch.tensor(outcome.generator)
@@ -104,9 +111,10 @@ def _advanced(state: Tensor, count: int | None) -> Tensor:  # a state
 
 
 def _draws_between(start: Tensor, end: Tensor) -> int | None:
-    """How many random numbers lie between two states; None where that cannot be told.
+    """How many random numbers lie between two states; None where they are more than are counted.
 
-    The generator is a Mersenne twister: 624 numbers, made anew when used up, and the position in them.
+    The generator is a Mersenne twister: its state is 624 numbers, made anew when they are used up, and the
+    position in them.
     """
     position = [int(state.view(torch.int64)[2]) for state in (start, end)]
     count = (position[1] - position[0]) % 624

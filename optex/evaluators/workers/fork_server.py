@@ -1,9 +1,9 @@
 """Imported by multiprocessing's fork server, which then leaves nothing in the temporary folder.
 
 The fork server listens at a socket in a temporary folder of the program. The program removes both when it
-exits, but not when a signal ends it. The fork server outlives the program and its workers, so it removes them
-then. Like multiprocessing's resource tracker it ignores signals that are sent to the whole process group.
-Imported anywhere else this module does nothing.
+exits, but not when a signal ends it. The fork server outlives the program and its workers, so it can remove
+them in that case. Like multiprocessing's resource tracker it ignores signals that are sent to the whole process
+group. Imported anywhere else, this module does nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _remove_socket() -> None:
     if hasattr(sys, "last_type"):  # an error ended the server; the program lives and needs the folder
         return
     address = getattr(forkserver._forkserver, "_forkserver_address", None)  # set by the server's main function
-    if isinstance(address, str) and address.startswith(os.sep):  # and not an abstract socket
+    if isinstance(address, str) and address.startswith(os.sep):  # an abstract socket is no file
         with suppress(OSError):
             Path(address).unlink(missing_ok=True)
             Path(address).parent.rmdir()  # only if nobody else has left something there

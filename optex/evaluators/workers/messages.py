@@ -1,11 +1,13 @@
-"""What travels between the program and its workers: points to evaluate, and what came of them."""
+"""Messages between the program and its workers: points to evaluate, and the outcomes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from optex.stepping import GradientMask
@@ -15,25 +17,39 @@ __all__ = ["Answer", "Failure", "Job", "Lost", "Outcome", "Ready", "Task", "Unkn
 
 @dataclass(frozen=True)
 class Job:
-    """One point to evaluate: where, on which batch, from which state of torch's generator on."""
+    """One point to evaluate, on a batch, with random numbers from a state of torch's generator on.
 
-    point: Tensor  # [d]
+    Attributes:
+        point: [d].
+        batch: pickled.
+        generator: [bytes], the state.
+    """
+
+    point: Tensor
     batch: bytes
-    generator: Tensor  # [bytes]
+    generator: Tensor
 
 
 @dataclass(frozen=True)
 class Task:
-    """A job for a worker of an executor, in plain bytes and arrays, with all that the worker needs.
+    """A job for a worker of an executor, with all that the worker needs.
 
-    No tensors: where torch decides how processes exchange them, each would cost an open file.
+    It has arrays and no tensors: torch would send each tensor to another process through an open file.
+
+    Attributes:
+        token: that the objective is known by.
+        objective: pickled, for a worker that answered that it does not know the token; None for the others.
+        point: [d].
+        batch: pickled.
+        generator: [bytes], state of torch's generator.
+        threads: of torch and BLAS, in a worker that is a process of its own.
     """
 
     token: str
-    objective: bytes | None  # pickled, for a worker that answered that it does not know the token
-    point: np.ndarray  # [d]
+    objective: bytes | None
+    point: NDArray[np.floating[Any]]
     batch: bytes
-    generator: np.ndarray  # [bytes]
+    generator: NDArray[np.uint8]
     threads: int
 
 
@@ -42,24 +58,30 @@ class Answer:
     """A gradient that was found.
 
     Attributes:
-        loss, dtype: its value, and the dtype it had.
+        loss: its value.
+        dtype: of the loss as a tensor.
         gradient: [d]; None where it lies in shared memory.
         mask: which parameters received a gradient.
-        noise_variance: what the source said of it.
-        generator: torch's generator after the evaluation; None if it did not move.
+        noise_variance: of one component of the gradient; None where the source does not know it.
+        generator: [bytes], state of torch's generator after the evaluation; None if nothing was drawn.
     """
 
     loss: float
     dtype: torch.dtype
-    gradient: np.ndarray | None
+    gradient: NDArray[np.floating[Any]] | None
     mask: GradientMask
     noise_variance: float | None
-    generator: np.ndarray | None
+    generator: NDArray[np.uint8] | None
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The objective raised an error, and where."""
+    """The objective raised an error.
+
+    Attributes:
+        error: that error, or its words where it cannot be sent.
+        trace: the worker's traceback.
+    """
 
     error: BaseException
     trace: str
@@ -71,7 +93,12 @@ class Failure:
 
 @dataclass(frozen=True)
 class Lost:
-    """No answer came; why."""
+    """No answer came.
+
+    Attributes:
+        reason: in words.
+        error: that told of it, if one did.
+    """
 
     reason: str
     error: BaseException | None = None

@@ -31,13 +31,18 @@ _NAMES: Final[dict[type, str]] = {ObjectiveSource: "objective", ClosureSource: "
 class SharedObjective:
     """A source of gradients with its parameters, under a token by which workers know it.
 
-    Workers in this process (threads) use it directly if it can share everything but its parameters; all
-    others get it pickled, once.
+    Workers in this process (threads) use the source itself, with parameters of their own, if it can be used so;
+    all others get it pickled, once.
+
+    Attributes:
+        source: of the gradients.
+        vector: its parameters.
+        token: no other objective has it.
     """
 
     def __init__(self, source: GradientSource, vector: ParameterVector) -> None:
-        self.source = source
-        self.vector = vector
+        self.source: GradientSource = source
+        self.vector: ParameterVector = vector
         self.token: str = uuid.uuid4().hex
         self._process = os.getpid()
         self._dtype = torch.get_default_dtype()
@@ -48,13 +53,17 @@ class SharedObjective:
 
     @staticmethod
     def of_this_process(token: str) -> SharedObjective | None:
-        """The objective with this token if this process made it, and not the one it was forked from."""
+        """The objective with this token, if this very process made it and not the one it was forked from."""
         found = _OBJECTIVES.get(token)
         return found if found is not None and found._process == os.getpid() else None
 
     @cached_property
     def pickled(self) -> bytes:
-        """The source and its parameters in one piece, so that they are the same tensors there as here."""
+        """The source and its parameters, pickled together: what are the same tensors here are so there.
+
+        Raises:
+            TypeError: something in it cannot be pickled.
+        """
         file = io.BytesIO()
         pickler = _Pickler(file)
         try:
@@ -75,7 +84,7 @@ class SharedObjective:
         return file.getvalue()
 
     def serves(self, source: GradientSource, vector: ParameterVector) -> bool:
-        """Is what was sent still what would be sent for this source?"""
+        """Whether what was sent is still what would be sent for this source."""
         alike = self.source is source or (type(source) in _NAMES and self.source == source)
         return (
             alike
@@ -85,7 +94,7 @@ class SharedObjective:
         )
 
     def _state_now(self) -> list[Any]:
-        """Changes when a tensor is changed in place, or a module's mode or tensors are."""
+        """Differs once a tensor has been changed in place, or a module has another mode or other tensors."""
         state: list[Any] = [tensor_version(tensor) for tensor in self._watched]
         for module in self._modules:
             state.append(module.training)

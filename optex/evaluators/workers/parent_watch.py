@@ -23,10 +23,9 @@ _EXIT_CODE: Final = 1
 def end_with_program() -> None:
     """From now on this worker process ends when the program that started it does.
 
-    A worker that computes reads nothing, so the end of its connection alone would not be noticed for as long as
-    it computes. A thread waits for the program instead: for multiprocessing's sentinel, the pipe that the
-    program holds open, and on Linux also for the process itself, as other forks of the program may hold that
-    pipe open too.
+    A worker that computes does not read its connection, so it would not notice the connection's end. Instead a
+    thread waits for the program's end: for multiprocessing's sentinel, a pipe that the program holds open, and
+    on Linux also for the process itself, as other forks of the program may hold that pipe open, too.
     """
     program = multiprocessing.parent_process()
     if program is None:
@@ -48,9 +47,9 @@ def _exit_after(signs: list[int]) -> None:
 
 
 def _be_killed_after(sentinel: int) -> None:
-    """Let the kernel, where it is Linux, kill this process when the sentinel's other end is closed.
+    """Let a Linux kernel kill this process when the sentinel's other end is closed.
 
-    A computation that keeps Python's global interpreter lock would keep the thread from running.
+    The thread that waits cannot run during a computation that holds Python's global interpreter lock.
     """
     if fcntl is None or not hasattr(fcntl, "F_SETSIG"):
         return

@@ -16,10 +16,10 @@ class WorkerPool(ABC):
 
     @abstractmethod
     def run(self, objective: SharedObjective, jobs: Sequence[Job], timeout: float | None) -> list[Outcome]:
-        """One outcome for each job, in their order, within ``timeout`` seconds."""
+        """One outcome for each job, in their order, within ``timeout`` seconds; None waits for ever."""
 
     def renew(self) -> None:
-        """Repair what the losses of the last run have broken."""
+        """Repair what broke when jobs were lost in the last run."""
 
     def abandon(self) -> None:
         """Drop all evaluations under way; nobody waits for them any more."""

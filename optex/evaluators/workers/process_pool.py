@@ -31,12 +31,12 @@ _START_SECONDS: Final = 60.0  # for processes to start and to load the objective
 
 
 class _Worker:
-    """One process, the channel to it, and a stretch of memory for a point and its gradient.
+    """One process, the channel to it, and shared memory for a point and its gradient.
 
     The memory is an anonymous mapping that processes inherit: it has no name that could outlive them.
 
     Raises:
-        OSError, EOFError: the process has not started, by the deadline or at all.
+        OSError, EOFError: the process could not be started, or not before the deadline.
     """
 
     def __init__(self, context: Any, objective: SharedObjective, threads: int, deadline: float | None) -> None:
@@ -65,26 +65,26 @@ class _Worker:
             self.channel.other_end.close()  # only now: until it has started, the process has yet to inherit it
 
     def fits(self, objective: SharedObjective) -> bool:
-        """Is its memory the right one for this objective?"""
+        """Whether its memory has the right size and dtype for this objective."""
         vector = objective.vector
         return len(self._point) == vector.dimension and self._point.dtype == vector.dtype
 
     def send_objective(self, objective: SharedObjective) -> None:
-        """To be answered by ``Ready`` or a Failure."""
+        """Send the objective; the worker will reply with ``Ready`` or a ``Failure``."""
         self.token = objective.token
         self._post(objective.token, objective.pickled)
 
     def send_job(self, job: Job) -> None:
-        """To be answered by an Answer or a Failure."""
+        """Send a job; the worker will reply with an ``Answer`` or a ``Failure``."""
         self._point.copy_(job.point)
         self._post(job.batch, job.generator.numpy())
 
     def _post(self, *message: Any) -> None:
-        with suppress(OSError):  # it has ended, which ``reply`` will find
+        with suppress(OSError):  # the process has ended, which ``reply`` will find
             self.channel.post(pickle.dumps(message))
 
     def reply(self) -> Any:
-        """Its reply if it is complete, Lost if the process has ended, else None; without waiting."""
+        """Its reply if that is complete, ``Lost`` if the process has ended, else None; does not wait."""
         alive = self.process.is_alive()  # asked first: a reply may be its last
         try:
             message = self.channel.proceed()
@@ -102,10 +102,14 @@ class _Worker:
 
 
 class ProcessPool(WorkerPool):
-    """Up to ``count`` processes, started when first needed; one that is lost is replaced by a new one.
+    """Processes of our own, started when first needed; one that is lost is replaced by a new one.
 
     With a timeout no call waits for ever: processes have that time for the evaluations, which includes sending
     messages and loading an objective or a batch, and new ones have ``_START_SECONDS`` before that to start.
+
+    Args:
+        count: of processes, at most.
+        threads: of torch and BLAS in each.
     """
 
     def __init__(self, count: int, threads: int) -> None:
@@ -132,7 +136,7 @@ class ProcessPool(WorkerPool):
     def _exchange(
         self, objective: SharedObjective, jobs: Sequence[Job], deadline: float | None
     ) -> Iterator[tuple[int | None, Outcome]]:
-        """Jobs' numbers with their outcomes as they come; None with the reason why others have none."""
+        """A job's number with its outcome, as they come; None with the reason why other jobs have none."""
         waiting = deque(range(len(jobs)))
         idle = [worker for worker in self._workers if worker.token == objective.token]
         # The job that each evaluates; None: it loads the objective.
@@ -164,7 +168,7 @@ class ProcessPool(WorkerPool):
                     yield number, reply
 
     def _grow(self, objective: SharedObjective, count: int, timeout: float | None) -> Failure | Lost | None:
-        """Start processes until there are ``count``; what went wrong with one, if anything did.
+        """Start processes until there are ``count``; returns what went wrong with one, None if nothing did.
 
         Their start and their imports do not count against the timeout, so they are waited for here.
         """
@@ -194,7 +198,7 @@ class ProcessPool(WorkerPool):
         return refusal
 
     def _dismiss(self, workers: Iterable[_Worker]) -> None:
-        """Kill processes, stopped or computing; all at once, as each takes a moment to end."""
+        """Kill processes, whether they are stopped or compute; all at once, as each takes a moment to end."""
         dismissed = list(workers)
         self._workers = [worker for worker in self._workers if worker not in dismissed]
         for worker in dismissed:
@@ -213,10 +217,13 @@ class ProcessPool(WorkerPool):
 
 
 def _start_within(start: Callable[[], None], deadline: float | None) -> None:
-    """Start a process; a TimeoutError if that takes too long.
+    """Start a process, in a thread where there is a deadline.
 
-    multiprocessing waits for its fork server, which may be stopped, and knows no timeout; so a thread waits
-    for it. A process that it starts later after all finds its channel closed, and ends.
+    multiprocessing waits for its fork server without a timeout, and that may be stopped. A process that the
+    thread starts after the deadline finds its channel closed, and ends.
+
+    Raises:
+        TimeoutError: the deadline has passed.
     """
     if deadline is None:
         start()
@@ -239,7 +246,7 @@ def _start_within(start: Callable[[], None], deadline: float | None) -> None:
 
 
 def _replies(workers: Collection[_Worker], deadline: float | None) -> list[tuple[_Worker, Any]]:
-    """Wait for at least one reply; none when the deadline has passed."""
+    """Wait for at least one reply; an empty list when the deadline has passed."""
     while ready := _wait(workers, deadline):
         replies = [(worker, worker.reply()) for worker in ready]
         if complete := [(worker, reply) for worker, reply in replies if reply is not None]:
@@ -248,13 +255,13 @@ def _replies(workers: Collection[_Worker], deadline: float | None) -> list[tuple
 
 
 def _wait(workers: Collection[_Worker], deadline: float | None) -> list[_Worker]:
-    """Those that take the rest of a message, send a reply or have ended; none when the deadline has passed."""
+    """Those that take more of a message, send a reply or have ended; none once the deadline has passed."""
     with DefaultSelector() as selector:
         for worker in workers:
             events = EVENT_READ | EVENT_WRITE if worker.channel.sending else EVENT_READ
             selector.register(worker.channel.socket, events, worker)
-            # On Windows only sockets can be waited for. Elsewhere the process itself can be too, which counts
-            # when it has left its end of the channel to a child of its own.
+            # On Windows only sockets can be waited for. Elsewhere the process itself can be, too: its channel
+            # does not end where it has left its end to a child of its own.
             if os.name == "posix":
                 selector.register(worker.process.sentinel, EVENT_READ, worker)
         seconds = None if deadline is None else _seconds_until(deadline)
@@ -276,7 +283,7 @@ def _seconds_until(deadline: float) -> float:
 
 
 def _refused(reply: Failure | Lost) -> Failure | Lost:
-    """What became of a worker that was to load the objective, with what may help."""
+    """What became of a worker that was to load the objective, with a remedy added."""
     if isinstance(reply, Lost):
         return Lost(
             f"{reply.reason} while it started; see what it printed. A script that uses worker processes starts "

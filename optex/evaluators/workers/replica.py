@@ -1,4 +1,4 @@
-"""The objective at a worker: a copy that evaluates one point at a time, in whatever process or thread."""
+"""The objective at a worker: a copy that evaluates one point at a time, in another process or thread."""
 
 from __future__ import annotations
 
@@ -30,16 +30,22 @@ from optex.stepping import Buffers, ParameterVector
 
 __all__ = ["Replica", "answer", "serve"]
 
-_REPLICAS_KEPT: Final = 4  # a thread; several runs may take turns on one executor
+_REPLICAS_KEPT: Final = 4  # by each thread; several runs may take turns on one executor
 
 
 class Replica:
-    """An objective whose parameters no other thread touches."""
+    """An objective whose parameters no other thread touches.
+
+    Args:
+        source: of gradients.
+        parameters: that it evaluates at.
+        modules: whose buffers no evaluation may change.
+    """
 
     def __init__(
         self, source: GradientSource, parameters: Iterable[Tensor], modules: Sequence[nn.Module]
     ) -> None:
-        self.source = source
+        self.source: GradientSource = source
         self.vector: ParameterVector = ParameterVector(parameters)
         self._modules = modules
 
@@ -65,7 +71,12 @@ class Replica:
         batch: bytes,
         generator: Tensor,  # [bytes]
     ) -> Answer:
-        """Loss and gradient; random numbers are drawn from the generator's given state on."""
+        """Loss and gradient at a point; random numbers start from the generator's given state.
+
+        Raises:
+            ValueError: the objective updates buffers, or it draws random numbers in a thread.
+            Exception: whatever the objective raises.
+        """
         # Threads share torch's one generator. Only the main thread, which evaluates alone, can set it.
         pinned = threading.current_thread() is threading.main_thread()
         before = torch.get_rng_state()
@@ -80,7 +91,7 @@ class Replica:
                 point[None],
                 [pickle.loads(batch)],
                 [RandomDraws()],
-                buffers=Buffers(),  # _check_buffers takes care of them
+                buffers=Buffers(),  # none to hand on: _check_buffers refuses any change
             )
             evaluation = SequentialEvaluator().evaluate(request)
             end = torch.get_rng_state()
@@ -134,7 +145,7 @@ _REPLICAS: Final = _ReplicasOfThread()
 
 
 def answer(task: Task) -> Answer | Failure | Unknown:
-    """Evaluate a task here and now, whatever process and thread this is."""
+    """Evaluate a task in this process and thread; ``Unknown`` where they do not have its objective."""
     try:
         replica = _replica(task)
         if replica is None:
@@ -177,17 +188,17 @@ def _failure(error: Exception) -> Failure:
 
 
 def serve(connection: socket, memory: Any, threads: int) -> None:
-    """A worker process: receive an objective or a job, answer, until connection or program come to an end.
+    """A worker process: receive objectives and jobs, and reply, until the connection or the program ends.
 
     Args:
-        connection: brings ``(token, pickled objective)``, answered by ``Ready()`` or a Failure, and
-            ``(batch, generator)``, answered by an Answer or a Failure.
+        connection: brings ``(token, pickled objective)``, answered by ``Ready()`` or a ``Failure``, and
+            ``(batch, generator)``, answered by an ``Answer`` or a ``Failure``.
         memory: 2 · d numbers of the vector's dtype, shared with the program: the point, then the gradient.
         threads: of torch and BLAS.
     """
     end_with_program()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the program ends us
-    connection.setblocking(True)  # whatever the user has made sockets' default
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches workers, too; the program ends them
+    connection.setblocking(True)  # socket.setdefaulttimeout may say otherwise
     replica = point = gradient = None
     while True:
         try:

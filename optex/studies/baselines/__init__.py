@@ -22,14 +22,14 @@ class MethodEntry:
     """A method as the registry knows it.
 
     Attributes:
-        run: takes a problem from its start through a setting's rounds.
+        run: runs a problem from its start for a setting's rounds.
         description: one line.
-        own_optimizer: its optimizer, where that is not the base optimizer.
-        tunes_rate: whether it runs with several learning rates and keeps the best.
+        own_optimizer: the optimizer that it uses instead of the base optimizer; None where it uses that.
+        tunes_rate: whether it runs with several learning rates and keeps the best run.
         deterministic_only: whether it refuses problems with sampled gradients.
         strides: whether it takes steps at which no gradient is evaluated, where the setting's stride allows.
-        gradients_alone: whether the base optimizer's steps get gradients and nothing else of an evaluation,
-            which those that are ``ObservesEvaluations`` cannot do with.
+        gradients_alone: whether it gives the base optimizer nothing but gradients; base optimizers that are
+            ``ObservesEvaluations`` need more of an evaluation.
     """
 
     run: Method

@@ -14,9 +14,9 @@ __all__ = ["data_parallel", "tuned_data_parallel"]
 
 
 def tuned_data_parallel(problem: Problem, setting: Setting) -> Trace:
-    """``data_parallel`` with the best of lr, √N · lr and N · lr, by the last noise-free loss of this start.
+    """``data_parallel`` with that of lr, √N · lr and N · lr whose last noise-free loss is lowest.
 
-    The trace is the best run's, with its learning rate; the other two runs are not charged to it.
+    The trace is the best run's, with its learning rate; it does not count what the other two runs cost.
     """
     factors = sorted({1.0, math.sqrt(setting.parallelism), float(setting.parallelism)})
     traces = [data_parallel(problem, setting, factor) for factor in factors]

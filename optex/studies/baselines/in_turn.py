@@ -1,4 +1,4 @@
-"""The base optimizer run in turn: vanilla, which all else is measured against, and target, the ideal."""
+"""The base optimizer run in turn: vanilla, which all methods are measured against, and target, the ideal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def vanilla(problem: Problem, setting: Setting) -> Trace:
 
 
 def target(problem: Problem, setting: Setting) -> Trace:
-    """N steps a round, one after the other: the most that N gradients at once can give the same optimizer."""
+    """N steps a round, each with a gradient of its own: as far as N gradients at once could lead."""
     return _in_turn(problem, setting, steps=setting.parallelism)
 
 

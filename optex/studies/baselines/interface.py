@@ -24,12 +24,13 @@ class Setting:
     """What all methods of a comparison have in common.
 
     Attributes:
-        base: makes the base optimizer of the parameters handed to it.
+        base: makes the base optimizer of the parameters it is given.
         parallelism: N, gradients evaluated at once, at least 1.
         history_size: T0, pairs to predict from, at least 1; None is each method's own default.
         rounds: how many to run, at least 1.
         stride: of ``optex`` and ``optex-alone``, as in ``OptEx``.
-        of_module: ``base`` is handed the whole problem, a module, for optimizers that have to know its layers.
+        of_module: whether ``base`` is given the whole problem, a module, instead of its parameters, for
+            optimizers that have to know the layers.
     """
 
     base: BaseFactory
@@ -48,17 +49,17 @@ class Setting:
 class Trace:
     """A run, round by round. Entry r of a list is after r rounds; entry 0 is the start.
 
-    A run that stopped early is filled up: its losses with NaN, ``gradients`` and ``seconds`` with what was
-    spent until then, ``accepted`` with 0.
+    The lists of a run that stopped early are filled up to their length: ``loss`` with NaN, ``gradients`` and
+    ``seconds`` with what was spent until then, ``accepted`` with 0.
 
     Attributes:
         loss: [rounds + 1], the noise-free objective.
         gradients: [rounds + 1], evaluated so far.
-        seconds: [rounds + 1], wall time so far with what happens between rounds, without the evaluations of
-            ``loss``.
+        seconds: [rounds + 1], wall time so far, including what happens between rounds, without the evaluations
+            of ``loss``.
         accepted: [rounds + 1], steps of the base optimizer that the round kept.
         lr: the learning rate it ran with.
-        overhead_seconds: per round beyond the gradients, as in ``RoundReport``; NaN where not measured.
+        overhead_seconds: of a round beyond its gradients, mean, as in ``RoundReport``; NaN where not measured.
         stopped: why the run ended before its last round; None where it did not.
     """
 
@@ -80,11 +81,11 @@ Method = Callable[[Problem, Setting], Trace]
 
 
 class Recorder:
-    """Follows one run: evaluates the objective after every round and times the rounds without that.
+    """Records one run: evaluates the objective after every round, and times the rounds without that.
 
-    Entering it puts the problem back to its start. Inside, ``round`` is called at the end of every round. A
-    value that is not finite ends the run, and leaving the block swallows that one error: a method that
-    diverges is a result.
+    Entering the context resets the problem to its start. Inside, ``round`` is called at the end of every round.
+    A value that is not finite, or a matrix that is not positive definite, ends the run, and leaving the context
+    suppresses that error: a method that diverges is a result.
 
         with Recorder(problem, rounds) as recorder:
             ...
@@ -119,7 +120,7 @@ class Recorder:
 
     @property
     def done(self) -> bool:
-        """All rounds have been recorded."""
+        """Whether all rounds have been recorded."""
         return len(self._loss) > self._rounds
 
     def round(self, *, gradients: int, accepted: int, overhead_seconds: float | None = None) -> None:
@@ -131,8 +132,8 @@ class Recorder:
             overhead_seconds: its wall time beyond the gradients, where the method measures that.
 
         Raises:
-            NonFiniteError: the objective is not finite there, or the problem cannot go on from there; the round
-                is not recorded.
+            NonFiniteError: the objective is not finite there, or the problem cannot continue from there; the
+                round is not recorded.
         """
         self._problem.between_rounds()
         seconds = time.perf_counter() - self._started
@@ -150,7 +151,11 @@ class Recorder:
         self._started = time.perf_counter()
 
     def trace(self, lr: Any) -> Trace:
-        """The run, filled up to its full length."""
+        """The run, its lists filled up to their full length.
+
+        Args:
+            lr: the learning rate it ran with, a number or a tensor of one.
+        """
         missing = self._rounds + 1 - len(self._loss)
         return Trace(
             loss=self._loss + [math.nan] * missing,

@@ -1,4 +1,4 @@
-"""L-BFGS: a quasi-Newton method with as many gradients in turn."""
+"""L-BFGS, a quasi-Newton method, with one gradient a round."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class _RoundsUsedUpError(Exception):
 def lbfgs(problem: Problem, setting: Setting) -> Trace:
     """``torch.optim.LBFGS`` with strong-Wolfe line search; every evaluation of its closure is a round.
 
-    It has no use for N gradients at once: its trial points come one after the other. The loss after a round
-    is that of the point it goes to next, which may be a trial point of the line search; a round that only
-    shortens a step accepts none. Its learning rate is 1 whatever the base optimizer's is. Where the problem
-    has minibatches, each iteration holds one for its whole line search.
+    It cannot use N gradients at once, as each trial point follows from the one before. The loss after a round
+    is that of the next point, which may be a trial point of the line search; a round that only shortens a step
+    accepts no step. Its learning rate is 1 whatever the base optimizer's is. Where the problem has minibatches,
+    each iteration keeps one for its whole line search.
     """
     with Recorder(problem, setting.rounds) as recorder:
         batches = problem.batches()
@@ -47,7 +47,7 @@ def lbfgs(problem: Problem, setting: Setting) -> Trace:
 
 
 class _RecordingClosure:
-    """torch's closure; a call first records the round that the evaluation before it was."""
+    """The closure for torch; a call first records the evaluation before it as a round."""
 
     def __init__(self, problem: Problem, optimizer: torch.optim.LBFGS, recorder: Recorder) -> None:
         self.batch: object = None

@@ -18,12 +18,12 @@ __all__ = ["line_search", "lowest", "step_factors"]
 def line_search(problem: Problem, setting: Setting) -> Trace:
     """Try the base optimizer's step at N lengths, 1 among them, and keep the one of lowest loss.
 
-    All N points of a round see the same batch, or the choice would follow the noise. Each is evaluated with
-    its gradient, so that the next direction is known when the round ends: a round is one sequential
+    All N points of a round are evaluated on the same batch, or noise would decide among them. Each is evaluated
+    with its gradient, so that the next direction is known when the round ends: a round is one sequential
     evaluation. The first round evaluates only the start, so it takes no step.
 
-    The base optimizer's state advances once a round, by the gradient at the point that was kept; how far
-    that step then goes does not touch the state, as if the learning rate had been another for this one step.
+    The base optimizer's state advances once a round, by the gradient at the point that was kept; the length
+    that is then chosen does not change the state, as if the learning rate had been another for this one step.
     """
     base = setting.base_optimizer(problem)
     lr = base.param_groups[0]["lr"]
@@ -61,10 +61,14 @@ def lowest(
     method: str,
     losses: Tensor,  # [n]
 ) -> int:
-    """Where the loss is least.
+    """Index of the lowest finite loss.
+
+    Args:
+        method: whose points they are, for the message.
+        losses: at the points tried.
 
     Raises:
-        NonFiniteError: it is finite nowhere.
+        NonFiniteError: none of the losses is finite.
     """
     finite = losses.isfinite()
     if not finite.any():

@@ -1,4 +1,4 @@
-"""Weight nowcasting: from time to time the run's own path is extrapolated, and kept where the loss agrees."""
+"""Weight nowcasting: now and then the run jumps along its own extrapolated path, if the loss is lower there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from optex.studies.problems import Problem
 __all__ = ["dynamic_modes", "linear", "nowcast", "nowcast_dmd"]
 
 _TRAIL: Final = 8  # iterates to extrapolate from, and steps between two jumps
-_SMALLEST: Final = 1e-3  # of the modes kept: singular value over the largest
+_SMALLEST: Final = 1e-3  # singular value of a mode that is kept, over the largest
 
 Extrapolate = Callable[[Tensor, list[int]], Tensor]  # iterates [m, d], steps ahead: points [n, d]
 
@@ -27,10 +27,11 @@ Extrapolate = Callable[[Tensor, list[int]], Tensor]  # iterates [m, d], steps ah
 def nowcast(problem: Problem, setting: Setting) -> Trace:
     """The base optimizer, and after every 8 steps a jump along the straight line through its last 8 iterates.
 
-    Where it goes is decided by the loss on the next batch: at the present point, and 8 times N - 1 powers of
-    two about 1 steps ahead (N = 8: 1, 2, ..., 64 steps), each evaluated with its gradient, all in one round.
-    The lowest is kept, and the next step starts there, with the gradient measured there; the base optimizer's
-    state is left as it is. With N = 1 there is one point, 8 steps ahead, and it costs a round of its own.
+    The loss on the next batch decides how far it jumps: it is evaluated, with its gradient and all in one
+    round, at the present point and at N - 1 points ahead, whose distances are 8 steps times powers of two about
+    1 (N = 8: 1, 2, ..., 64 steps). The point of lowest loss is kept, and the next step starts there, with the
+    gradient measured there; the base optimizer's state is left as it is. With N = 1 there is one point, 8 steps
+    ahead, which costs a round of its own.
 
     Source: Kamarthi, Pittner, *Accelerating neural network training using weight extrapolations*, Neural
     Networks 12, 1999. Jang et al., *Learning to boost training by periodic nowcasting near future weights*,
@@ -40,7 +41,7 @@ def nowcast(problem: Problem, setting: Setting) -> Trace:
 
 
 def nowcast_dmd(problem: Problem, setting: Setting) -> Trace:
-    """As ``nowcast``, and the path goes on by the linear dynamics that fit its last steps best.
+    """As ``nowcast``, with the path extrapolated by the linear dynamics that fit its last steps best.
 
     Source: Dogra, Redman, *Optimizing neural networks via Koopman operator theory*, NeurIPS 2020; Tu et al.,
     *On dynamic mode decomposition: theory and applications*, Journal of Computational Dynamics 1, 2014.
@@ -52,7 +53,7 @@ def linear(
     iterates: Tensor,  # [m, d], oldest first
     ahead: list[int],  # [n], steps
 ) -> Tensor:  # [n, d]
-    """The last iterate and so many steps along the least-squares line through all.
+    """Points so many steps ahead of the last iterate, along the slope of the least-squares line through all.
 
     >>> import torch
     >>> linear(torch.tensor([[0.0], [1.0], [2.0]]), [1, 10]).tolist()
@@ -68,10 +69,11 @@ def dynamic_modes(
     iterates: Tensor,  # [m, d], oldest first, m at least 3
     ahead: list[int],  # [n], steps
 ) -> Tensor:  # [n, d]
-    """The last iterate and so many steps v_{j+1} = A v_j, A fitted to the m - 1 steps between the iterates.
+    """Points so many steps v_{j+1} = A v_j ahead of the last iterate, with A fitted to the steps so far.
 
-    A acts on the span of the steps but the last: with X = [v_0 .. v_{m-3}] = U Σ Wᵀ and Y = [v_1 .. v_{m-2}] it
-    is U (Uᵀ Y W Σ⁻¹) Uᵀ, without the directions of singular values below a thousandth of the largest.
+    The m - 1 steps so far are the differences of the iterates. With X = [v_0 .. v_{m-3}] = U Σ Wᵀ and Y = [v_1
+    .. v_{m-2}], A = U (Uᵀ Y W Σ⁻¹) Uᵀ acts on the span of all steps but the last, without the directions of
+    singular values below a thousandth of the largest.
 
     >>> import torch
     >>> halving = torch.tensor([[8.0], [4.0], [2.0], [1.0]], dtype=torch.float64)
@@ -112,7 +114,7 @@ def _run(problem: Problem, setting: Setting, extrapolate: Extrapolate) -> Trace:
                 points, since = torch.cat([points, jumps[jumps.isfinite().all(1)]]), 0
             batch, draws, parts = next(batches), RandomDraws(), []
             for part in points.split(setting.parallelism):
-                if parts:  # the round before ended without a step
+                if parts:  # the points do not fit into one round; the one before takes no step
                     evaluator.keep(0)
                     recorder.round(gradients=len(parts[-1].losses), accepted=0)
                     if recorder.done:
@@ -122,7 +124,7 @@ def _run(problem: Problem, setting: Setting, extrapolate: Extrapolate) -> Trace:
             kept = lowest("nowcast", torch.cat([part.losses for part in parts]))
             evaluator.keep(min(kept, len(parts[-1].losses) - 1))
             if kept:
-                trail.clear()  # a path that was left says nothing of the one to come
+                trail.clear()  # the iterates before a jump do not lie on the path that starts after it
             vector.write(points[kept])
             stepper.step(torch.cat([part.gradients for part in parts])[kept])
             since += 1

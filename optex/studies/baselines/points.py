@@ -1,4 +1,4 @@
-"""Gradients at points of a method's own choice, for the methods that are not OptEx."""
+"""Gradients at points that a method chooses, for the methods that are not OptEx."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["Points"]
 
 
 class Points:
-    """Evaluates a problem at points, and has BatchNorm's running statistics follow the one that is kept.
+    """Evaluates a problem at points; BatchNorm's running statistics follow the point that is kept.
 
     Args:
-        problem: whose gradients.
+        problem: whose losses and gradients are evaluated.
         vector: its parameters.
     """
 
@@ -33,13 +33,13 @@ class Points:
         batches: Sequence[Any],  # [n]
         draws: Sequence[RandomDraws],  # [n]
     ) -> Evaluation:
-        """Losses and gradients, one after the other; the parameters are left where they were."""
+        """Losses and gradients, one after the other; the parameters are left as they were."""
         request = EvaluationRequest(self._source, self._vector, points, batches, draws, buffers=self._buffers)
         evaluation = self._evaluator.evaluate(request)
         self._after = evaluation.buffers
         return evaluation
 
     def keep(self, index: int) -> None:
-        """Statistics go on from this point of the last evaluation; they have seen the points before it, too."""
+        """Set the statistics to those after this point of the last evaluation and all points before it."""
         if self._after is not None:
             self._buffers.write(self._after[index])

@@ -26,11 +26,14 @@ class _RoundsUsedUpError(Exception):
 def lbfgs_scipy(history: int) -> Method:
     """SciPy's L-BFGS-B without bounds; every evaluation of loss and gradient is a round.
 
-    As ``lbfgs``, it has no use for N gradients at once, its learning rate is 1, and the loss after a round is
-    that of the point it goes to next. Where SciPy gives up, it starts anew from the lowest point seen.
+    As with ``lbfgs``, N gradients at once are of no use, the learning rate is 1, and the loss after a round is
+    that of the next point. Where SciPy gives up, it is started again from the point of lowest loss so far.
 
     Args:
-        history: pairs of steps and changes of the gradient that it keeps, SciPy's ``maxcor``.
+        history: how many pairs of a step and a change of the gradient are kept, SciPy's ``maxcor``.
+
+    Raises:
+        ValueError: at the run, of a problem with sampled gradients.
 
     Source: Zhu, Byrd, Lu, Nocedal, *Algorithm 778: L-BFGS-B*, ACM TOMS 1997.
     """
@@ -39,7 +42,10 @@ def lbfgs_scipy(history: int) -> Method:
 
 
 def nonlinear_cg(problem: Problem, setting: Setting) -> Trace:
-    """SciPy's nonlinear conjugate gradients, by Polak and Ribière; otherwise as ``lbfgs_scipy``.
+    """SciPy's nonlinear conjugate gradients (Polak and Ribière); otherwise as ``lbfgs_scipy``.
+
+    Raises:
+        ValueError: the problem has sampled gradients.
 
     Source: Nocedal, Wright, *Numerical Optimization*, 2006, pages 120-122.
     """
@@ -70,7 +76,7 @@ def _run(problem: Problem, setting: Setting, name: str, method: str, options: di
 
 
 class _Evaluation:
-    """Loss and gradient as SciPy takes them; a call first records the round that the one before it was.
+    """Loss and gradient as SciPy takes them; a call first records the evaluation before it as a round.
 
     Attributes:
         best: [d], the point of the lowest loss so far.

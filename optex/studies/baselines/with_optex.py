@@ -1,4 +1,4 @@
-"""Methods that are configurations of OptEx: its defaults, the paper's, two without a gradient model."""
+"""Methods that are configurations of OptEx: its defaults, the paper's, two without a model of the gradient."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["history_choice", "hold_last", "optex", "optex_alone", "optex_paper",
 
 
 def optex(problem: Problem, setting: Setting) -> Trace:
-    """``OptEx`` with its defaults, and the setting's T0 where it has one; its stride is the setting's."""
+    """``OptEx`` with its defaults, the setting's stride, and the setting's T0 where there is one."""
     base = setting.base_optimizer(problem)
     return run_rounds(
         problem,
@@ -30,7 +30,7 @@ def optex(problem: Problem, setting: Setting) -> Trace:
 
 
 def optex_alone(problem: Problem, setting: Setting) -> Trace:
-    """``optex`` with one gradient a round, whatever the setting's N, and the T0 that goes with that."""
+    """``optex`` with one gradient a round, whatever the setting's N is; a default T0 is that for N = 1."""
     return optex(problem, replace(setting, parallelism=1))
 
 
@@ -51,7 +51,7 @@ def hold_last(problem: Problem, setting: Setting) -> Trace:
 
 
 def picard(problem: Problem, setting: Setting) -> Trace:
-    """Replay of held gradients while they were measured within one step of where they are used."""
+    """Steps with held gradients, kept as far as those were measured within one step of where they are used."""
     base = setting.base_optimizer(problem)
     return run_rounds(
         problem,

@@ -1,4 +1,4 @@
-"""The command line: compare methods, advise, reproduce the paper's figures, list what there is, fetch data."""
+"""The command line: compare methods, advise, reproduce the paper's figures, list all names, fetch data."""
 
 from __future__ import annotations
 

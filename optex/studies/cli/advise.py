@@ -17,7 +17,7 @@ from optex.stepping import base_optimizer, check_name, default_rate
 from optex.studies.cli.app import check_file, refuse
 from optex.studies.cli.settings import read_settings
 from optex.studies.problems import Problem, make_problem
-from optex.studies.records import finite_or_null
+from optex.studies.records import finite_or_null, write_whole
 
 __all__ = ["run"]
 
@@ -34,7 +34,7 @@ def run(
     threads: int,
     json: Path | None,
 ) -> None:
-    """Measure, print, and write what was measured."""
+    """Measure, print, and write what was measured; arguments as ``optex advise`` has them."""
     try:
         check_integer(None, "threads", threads)
         if not 0 < seconds < math.inf:
@@ -50,7 +50,7 @@ def run(
         if json is not None:
             meta = {"command": ["optex", *sys.argv[1:]], "problem": problem, "seed": seed, "options": options}
             document = finite_or_null({**meta, **advice.as_dict()})
-            json.write_text(json_module.dumps(document, allow_nan=False) + "\n")
+            write_whole(json, json_module.dumps(document, allow_nan=False) + "\n")
     except (ValueError, ImportError, OSError) as error:
         refuse(error)
 

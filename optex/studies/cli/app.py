@@ -1,6 +1,6 @@
 """The command line itself, and what its commands share.
 
-Nothing here may load torch: ``--help`` is to come at once.
+Nothing here may load torch, so that ``--help`` appears at once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rich.table import Table
 
 __all__ = ["INTERRUPTED", "Printer", "app", "check_file", "make_folder", "progress", "refuse"]
 
-app = typer.Typer(
+app: Final[typer.Typer] = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -29,9 +29,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
-INTERRUPTED: Final = 130  # exit code of what Ctrl-C ended, as shells have it
+INTERRUPTED: Final = 130  # a shell's exit code for a command that Ctrl-C ended
 
-# The library's errors begin with the name of its argument; whoever typed a command knows the option.
+# The library's errors begin with the name of its argument; the command line shows the option's name instead.
 _OPTIONS: Final[dict[str, str]] = {
     "history_size": "--history",
     "problem_options": "--set",
@@ -44,6 +44,7 @@ _OPTIONS: Final[dict[str, str]] = {
     },
 }
 
+# What a terminal that knows nothing but ASCII is given instead.
 _SPELLED: Final = str.maketrans(
     {
         "±": "+-",
@@ -66,7 +67,7 @@ _SPELLED: Final = str.maketrans(
 
 
 def refuse(error: object) -> NoReturn:
-    """One line on stderr and exit code 2: the user's mistake, not ours."""
+    """Print one line on stderr and exit with code 2, for a mistake in how the command was called."""
     message = " ".join(str(error).split())
     argument, colon, reason = message.partition(": ")
     typer.echo(f"optex: {_OPTIONS.get(argument, argument)}{colon}{reason}", err=True)
@@ -103,7 +104,7 @@ def check_file(name: str, path: Path | None) -> None:
 
 
 class Printer:
-    """Lines and tables on stdout, as wide as the terminal, in ASCII where it knows no other letters."""
+    """Lines and tables on stdout, as wide as the terminal, in ASCII where stdout cannot encode more."""
 
     def __init__(self) -> None:
         self._console = Console(highlight=False)
@@ -116,15 +117,15 @@ class Printer:
         return self._console.width
 
     def line(self, text: str = "", style: str | None = None, *, wrap: bool = True) -> None:
-        """A line, wrapped at the terminal's width."""
+        """Print a line, wrapped at the terminal's width unless ``wrap`` is False; ``style`` is rich's."""
         self._console.print(self._spelled(text), style=style, markup=False, soft_wrap=not wrap)
 
     def table(self, headers: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> None:
-        """Columns side by side; those that the terminal is too narrow for come below, the first one again.
+        """Print columns; those that do not fit beside the others follow below, again with the first column.
 
         Args:
-            headers: of the columns, with line breaks where they are long.
-            rows: cells as text.
+            headers: [columns], with line breaks where they are long.
+            rows: each [columns], cells as text.
             left: headers of the columns that are aligned left, beside the first.
         """
         spelled = [[self._spelled(cell) for cell in row] for row in (headers, *rows)]
@@ -146,7 +147,7 @@ class Printer:
 
 
 def _blocks(widths: Sequence[int], gap: int, room: int) -> Iterator[list[int]]:
-    """Columns of each table: the first, and as many of the next as fit."""
+    """Indices of the columns of each table: the first, and as many of the others as fit."""
     block, used = [0], widths[0]
     for i in range(1, len(widths)):
         if len(block) > 1 and used + gap + widths[i] > room:
@@ -159,11 +160,13 @@ def _blocks(widths: Sequence[int], gap: int, room: int) -> Iterator[list[int]]:
 
 @contextmanager
 def progress(total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
-    """What a command calls after each of its runs, with the run's name: a bar, or a line where nobody watches.
+    """A function for a command to call after each of its runs, with the run's name.
+
+    It moves a progress bar on a terminal, and prints a line anywhere else.
 
     Args:
         total: how many runs there are.
-        done: how many of them were there before.
+        done: how many of them had been made before.
     """
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:

@@ -1,4 +1,4 @@
-"""The commands and their options. What a command does is loaded when it is run: ``--help`` needs no torch."""
+"""The commands and their options. What a command needs is loaded when it runs, so that ``--help`` is quick."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def compare(
     lr: _Rate = None,
     parallelism: Annotated[int, typer.Option(help="N, gradients evaluated at once in a round.")] = 5,
     stride: Annotated[
-        str, typer.Option(help="Steps optex drafts at most for each gradient: auto, a number, 1 for none.")
+        str,
+        typer.Option(help="The most steps that optex drafts for each gradient: auto, or a number from 1 on."),
     ] = "auto",
     history: Annotated[
         int | None, typer.Option(help="T0, pairs to predict from.", show_default="each method's own")
@@ -63,18 +64,18 @@ def compare(
     ] = None,
     html: Annotated[
         Path | None,
-        typer.Option(help="Write one page to look at in a browser: plots that can be asked, table, settings."),
+        typer.Option(help="Write one page for a browser: plots to read values from, table, settings."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Keep the runs that the file of --json has, and make the others.")
+        bool, typer.Option("--resume", help="Keep the runs in the file of --json, and make the others.")
     ] = False,
 ) -> None:
     """Run methods on problems and print what each reached.
 
     Acceleration: vanilla's rounds to the same loss over the method's rounds, so vanilla's is 1 and target's
-    is N where the loss falls steadily. Gradients of a round are evaluated in turn here, and the seconds say
-    so; the break-even is how slow a gradient must be for the method to pay where N of them at once take the
-    time of one. Ctrl-C keeps the runs that are finished.
+    is N where the loss falls steadily. The gradients of a round are evaluated in turn here, and the seconds
+    include that. A method pays if a gradient takes longer than its break-even, where N gradients at once take
+    the time of one. Ctrl-C keeps the runs that are finished.
     """
     from optex.studies.cli.compare import Output, run
 
@@ -119,14 +120,14 @@ def advise(
     seconds: Annotated[float, typer.Option(help="To spend on measuring, about.")] = 10.0,
     workers: Annotated[
         int | None,
-        typer.Option(help="Measure so many worker processes, too; -1 is one a core.", show_default="none"),
+        typer.Option(help="Also measure so many worker processes; -1 is one a core.", show_default="none"),
     ] = None,
     threads: _Threads = 1,
     json: Annotated[Path | None, typer.Option(help="Write what was measured to this file.")] = None,
 ) -> None:
     """Measure whether OptEx pays on a problem, on this machine, and with which settings.
 
-    As optex.advise does for a model of one's own: at the problem's start, in seconds.
+    Measures at the problem's start, in seconds. For a model of your own call optex.advise.
     """
     from optex.studies.cli.advise import run
 
@@ -172,7 +173,7 @@ def reproduce(
     ] = None,
     workers: Annotated[int, typer.Option(help="Runs made at once, each in one thread.")] = 1,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Keep the runs that the JSON in OUT holds, and make the others.")
+        bool, typer.Option("--resume", help="Keep the runs in the JSON in OUT, and make the others.")
     ] = False,
     out: Annotated[
         Path, typer.Option(help="Folder for a JSON, a PNG and a page of text for each figure.")
@@ -180,8 +181,8 @@ def reproduce(
 ) -> None:
     """Reproduce figures of the OptEx paper: run, print, draw, and check its claims.
 
-    The JSON has every run; picture and page are made from it. An existing page keeps its text and gets new
-    tables. An interrupted command continues with --resume.
+    The JSON has every run; picture and page are made from it. A page that exists keeps its text and gets new
+    tables. After an interruption, --resume makes the runs that are missing.
     """
     from optex.studies.cli.reproduce import run
 

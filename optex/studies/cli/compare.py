@@ -23,13 +23,13 @@ from optex.studies.comparison import (
     Comparison,
     Run,
     describe,
+    measurable,
     read_runs,
     run_case,
     summarise,
     write_json,
 )
 from optex.studies.html import check_page_path, html_page
-from optex.studies.measures import VANILLA
 from optex.studies.plots import check_plot_path, plot_comparison, write_plot
 from optex.studies.records import write_whole
 
@@ -43,11 +43,12 @@ class Output:
     """Where the runs go.
 
     Attributes:
-        json: the record, None for none; written every half minute, so that little is lost with the machine.
-        plot: the picture, None for none.
-        html: the page, None for none.
-        resume: whether runs that the record has are kept.
-        written: when the record was written last.
+        json: file of the record, None for none; written every half minute, so that little is lost if the
+            machine fails.
+        plot: file of the picture, None for none.
+        html: file of the page, None for none.
+        resume: whether runs that are in the record are kept.
+        written: when the record was last written, by ``time.monotonic()``.
     """
 
     json: Path | None
@@ -57,10 +58,10 @@ class Output:
     written: float = field(default_factory=time.monotonic)
 
     def check(self) -> None:
-        """Refuse, before anything is run, what could not be written.
+        """Refuse, before any run, files that could not be written.
 
         Raises:
-            ValueError: the file or the format; or nothing to resume from was named.
+            ValueError: a file cannot be written, its format is unknown, or there is no file to resume from.
         """
         if self.plot is not None:
             check_plot_path(self.plot)
@@ -73,7 +74,7 @@ class Output:
             raise ValueError("resume: needs the file that has the runs; name it with --json")
 
     def keep(self, meta: dict[str, Any], runs: Sequence[Run], *, now: bool = False) -> None:
-        """Write the record, if it is asked for and time for it."""
+        """Write the record if one is asked for, and half a minute has passed since the last time or ``now``."""
         if self.json is not None and runs and (now or time.monotonic() - self.written > _WRITE_EVERY):
             write_json(self.json, meta, runs)
             self.written = time.monotonic()
@@ -87,7 +88,7 @@ class Output:
 
 
 def run(output: Output, threads: int, **choices: Any) -> None:
-    """Make the runs, print their table, write the record, the picture and the page that were asked for."""
+    """Make the runs, print their table, and write the record, the picture and the page that were asked for."""
     try:
         comparison = _comparison(**choices)
         check_integer(None, "threads", threads)
@@ -97,11 +98,12 @@ def run(output: Output, threads: int, **choices: Any) -> None:
         meta = {**describe(comparison), "command": ["optex", *sys.argv[1:]]}
         kept = read_runs(output.json, comparison) if output.resume and output.json is not None else []
         runs, notes, whole = _run_all(comparison, kept, output, meta)
-        if runs:
-            result = tell(comparison, meta, summarise(runs), notes)
-            print_result(result)
+        if whole or len(runs) > len(kept):
             output.keep(meta, runs, now=True)
-            output.draw(meta, runs, result)
+        if shown := measurable(runs):
+            result = tell(comparison, meta, summarise(shown), notes)
+            print_result(result)
+            output.draw(meta, shown, result)
     except (ValueError, ImportError, OSError) as error:
         refuse(error)
     if not whole:
@@ -144,7 +146,7 @@ def _run_all(
                     continue
                 runs.append(run_case(comparison, case))
                 tell(f"{case.problem}, seed {case.seed}: {case.method}")
-                output.keep(meta, [*runs, *_measurable(_later(known, runs))])
+                output.keep(meta, [*runs, *_later(known, runs)])
         except KeyboardInterrupt:
             runs += _later(known, runs)
     counts = Counter(warning.category.__name__ for warning in caught)
@@ -154,15 +156,9 @@ def _run_all(
 
 
 def _later(known: Mapping[Case, Run], runs: Sequence[Run]) -> list[Run]:
-    """The runs of an earlier command that stand behind these: what replaces the record is not to lose them."""
+    """An earlier command's runs that come after these; a record written now must have them, too."""
     there = {run.case for run in runs}
     return [run for case, run in known.items() if case not in there]
-
-
-def _measurable(runs: Sequence[Run]) -> list[Run]:
-    """Those whose start has a vanilla run among them, without which there is no summary."""
-    starts = {(run.problem, run.seed) for run in runs if run.method == VANILLA}
-    return [run for run in runs if (run.problem, run.seed) in starts]
 
 
 def _say_how_to_go_on(made: int, planned: int, output: Output) -> None:

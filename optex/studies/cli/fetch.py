@@ -13,7 +13,7 @@ __all__ = ["run"]
 
 
 def run(names: Sequence[str]) -> None:
-    """Fetch each, and say where it is."""
+    """Fetch each data set, and print the folder that it is in."""
     for name in names:
         try:
             paths = fetch(name)

@@ -1,4 +1,4 @@
-"""``optex list``: names of what can be compared."""
+"""``optex list``: the names of all that can be compared."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["run"]
 
 
 def run() -> None:
-    """Print every name with a line of what it is."""
+    """Print every name, with a line that says what it is."""
     printer = Printer()
     groups = {
         "problems": {name: _problem_lines(entry) for name, entry in PROBLEMS.items()},
@@ -43,7 +43,7 @@ def run() -> None:
 
 
 def _problem_lines(entry: ProblemEntry) -> list[str]:
-    """What it is, whether its data is missing, and what --set can choose."""
+    """The problem's description, whether its data is missing, and its options for --set with their defaults."""
     missing = entry.data is not None and find(entry.data) is None
     others = [option for option in entry.options if option not in ("dim", "noise", "batch_size")]
     shown = " ".join(f"{option}={entry.shown(option)}" for option in others)
@@ -54,7 +54,7 @@ def _optimizer_line(name: str) -> str:
     factory = {**OPTIMIZERS, **MODEL_OPTIMIZERS}[name]
     settings = factory.keywords if isinstance(factory, partial) else {}
     made = factory.func if isinstance(factory, partial) else factory
-    made = getattr(made, "__self__", made)  # a class method makes its class
+    made = getattr(made, "__self__", made)  # the class, where the factory is one of its class methods
     home = "torch.optim" if made.__module__.startswith("torch.") else "optex.optimizers"
     inside = ", ".join(f"{key}={value}" for key, value in settings.items())
     return f"lr {default_rate(name):<4g}  {home}.{made.__name__}" + f"({inside})" * bool(inside)

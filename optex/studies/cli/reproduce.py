@@ -44,7 +44,7 @@ def run(
     resume: bool,
     out: Path,
 ) -> None:
-    """Make every figure, one after the other; what is finished is written as it is."""
+    """Make every figure, one after the other; each is written as soon as it is finished."""
     try:
         choice = Choice(scale, seeds, rounds, dim)
         plans = [make_figure(name, choice) for name in figures]
@@ -53,7 +53,7 @@ def run(
         for plan in plans:
             for section in plan.sections:
                 section.comparison.check()
-        torch.set_num_threads(1)  # problems this small gain nothing from a second
+        torch.set_num_threads(1)  # problems this small gain nothing from a second thread
         for plan in plans:
             about = meta(plan, choice, ["optex", *sys.argv[1:]])
             record = out / f"{plan.name}.json"
@@ -72,7 +72,7 @@ def run(
 def _reproduce(
     plan: Figure, choice: Choice, about: dict[str, Any], record: Path, kept: list[Record], workers: int
 ) -> list[Record]:
-    """All runs of a figure, the record written after each."""
+    """Make all runs of a figure that are missing, and write the record after each."""
     runs = list(kept)
     with progress(len(planned_runs(plan)), len(runs)) as tell:
         for run in run_missing(plan, choice, runs, workers):

@@ -11,7 +11,15 @@ __all__ = ["read_settings"]
 
 
 def read_settings(problems: Sequence[str], settings: Sequence[str]) -> dict[str, Any]:
-    """``key=value`` for each, the value of the type that the problems say."""
+    """Options by their keys, each value of the type that the problems declare.
+
+    Args:
+        problems: names.
+        settings: each ``KEY=VALUE``.
+
+    Raises:
+        ValueError: a setting has another form, a value another type, or a key an option of its own.
+    """
     types: dict[str, type] = {}
     for name in problems:
         types.update(PROBLEMS[name].options if name in PROBLEMS else {})

@@ -1,4 +1,4 @@
-"""What ``optex compare`` prints, or puts on a page: a table for every problem, and what its columns mean."""
+"""What ``optex compare`` prints and puts on a page: a table for every problem, and what the columns mean."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Result:
     Attributes:
         heading: what was run.
         headers: [columns], of every table, with line breaks where they are long.
-        tables: of every problem that has runs, its line and its rows, each [columns].
+        tables: for every problem that has runs, its title and its rows, each [columns].
         notes: what the columns mean, and the warnings raised in the runs.
     """
 
@@ -38,7 +38,14 @@ class Result:
 
 
 def tell(comparison: Comparison, meta: dict[str, Any], rows: Sequence[Row], notes: Sequence[str]) -> Result:
-    """A heading, a table for every problem, footnotes, and the warnings raised in the runs."""
+    """The comparison in words and cells.
+
+    Args:
+        comparison: what was to be made.
+        meta: as from ``describe``.
+        rows: as from ``summarise``.
+        notes: the warnings raised in the runs.
+    """
     seeds = f"{comparison.seeds} seed" + "s" * (comparison.seeds > 1)
     history = "each method's own T0" if comparison.history_size is None else f"T0 = {comparison.history_size}"
     of_problem = {name: [row for row in rows if row.problem == name] for name in comparison.problems}
@@ -56,7 +63,7 @@ def tell(comparison: Comparison, meta: dict[str, Any], rows: Sequence[Row], note
 
 
 def print_result(result: Result) -> None:
-    """On the terminal, as wide as that is."""
+    """Print the result on the terminal, as wide as that is."""
     printer = Printer()
     printer.line(result.heading)
     for line, cells in result.tables:
@@ -127,7 +134,7 @@ def _is_at_ceiling(gained: float, ceiling: float) -> bool:
 
 
 def figures(value: float, digits: int) -> str:
-    """Rounded to so many significant digits, with an exponent only for very large or small numbers."""
+    """A number with so many significant digits, and with an exponent only if it is very large or small."""
     return f"{float(f'{value:.{digits}g}'):g}"
 
 

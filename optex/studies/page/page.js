@@ -36,14 +36,15 @@
 
   // ------------------------------------------------------------------ curves
 
-  /** What a run has on the axis chosen, as far as the other methods go. */
+  /** A run's values on the axis chosen, one a round. */
   function places(run) {
     return state.axis === "rounds" ? run.loss.map((_, i) => i) : run[state.axis];
   }
 
+  /** How far the axis goes: as far as the methods other than vanilla do. */
   function reach(ofProblem) {
-    const others = ofProblem.filter((run) => run.method !== vanilla);
     if (state.axis === "rounds") return rounds;
+    const others = ofProblem.filter((run) => run.method !== vanilla);
     return most((others.length ? others : ofProblem).map((run) => places(run).at(-1)));
   }
 

@@ -68,10 +68,10 @@ class ProblemEntry:
     Attributes:
         build: makes one start of it, from ``seed`` and the options.
         description: one line.
-        options: what can be chosen besides the seed, and of which type it is.
-        data: the name among ``optex.studies.problems.data.DATA_SETS`` of what it needs; None where nothing.
-        test_measure: what its ``test_error`` is, for the axis of a picture.
-        values: of the options that are words, which there are.
+        options: what can be chosen besides the seed, with the type of each.
+        data: the data set that it needs, a key of ``optex.studies.problems.data.DATA_SETS``; None for none.
+        test_measure: what its ``test_error`` measures, for the axis of a picture.
+        values: the values of those options that are words.
     """
 
     build: Callable[..., Problem]
@@ -82,7 +82,7 @@ class ProblemEntry:
     values: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def shown(self, option: str) -> str:
-        """An option's default, behind it what else it can be; a word for what the problem itself chooses."""
+        """An option's default and then its other values; its type where the problem chooses the default."""
         settings = getattr(self.build, "defaults", None)
         parameters = signature(self.build).parameters
         default = parameters[option].default if option in parameters else getattr(settings, option)
@@ -202,12 +202,12 @@ def make_problem(name: str, *, seed: int = 0, **options: Any) -> Problem:
     Args:
         name: a key of ``PROBLEMS``.
         seed: of the start and the batches.
-        options: those of its entry, under their names: ``dim``, ``noise``, ``batch_size``, ``model``, ... None
-            is the problem's own default.
+        options: those of its entry, by their names: ``dim``, ``noise``, ``batch_size``, ``model``, ... None
+            stands for the problem's own default.
 
     Raises:
-        ValueError: the name is unknown, or an option is given to a problem that has no such choice: a run
-            labelled with a dimension or a noise that it did not have would be misread.
+        ValueError: the name is unknown, or the problem has no such option: ignoring it would leave runs
+            labelled with a dimension or a noise that they did not have.
         ModuleNotFoundError: the problem's data needs a package that is not installed.
         FileNotFoundError: the problem's data is not on this machine; the message says how to get it.
 

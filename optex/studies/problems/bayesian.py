@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from optex.checks import check_integer
+from optex.checks import check_integer, check_positive
 from optex.studies.problems.interface import Problem, seeded_generator
 from optex.studies.problems.tabular import breast_cancer
 
 __all__ = ["BayesianLogistic"]
 
-# The trapezoidal rule converges as fast as any for a smooth integrand on the line: where z deviates by 15, 256
-# nodes are one apart, and the error is about exp(-2 π²).
+# For a smooth integrand on the line the trapezoidal rule converges geometrically: with 256 nodes on ±8.5
+# standard deviations of z they are 1 apart where that deviation is 15, and the error is about exp(-2 π²).
 _NODES: Final = 256
 _REACH: Final = 8.5  # standard deviations
 _START: Final = -2.0  # log σ
@@ -28,16 +28,17 @@ class BayesianLogistic(Problem):
     """Mean-field variational inference of logistic regression on the Wisconsin breast cancer data.
 
     q(w) = N(μ, diag σ²) over 30 weights and a bias, prior N(0, s² I); θ = (μ, log σ), d = 62. The objective is
-    minus the evidence lower bound, a case:
+    minus the evidence lower bound, divided by the number of cases:
 
         F(μ, log σ) = 1/569 [ Σ over cases E_q log(1 + exp(z)) - y z  +  KL(q ‖ prior) ],   z = xᵀw
 
-    A gradient draws ``samples`` vectors ε ~ N(0, I), the batch, and takes w = μ + σ ε; F itself needs no draws:
-    z is Gaussian with mean xᵀμ and variance (x²)ᵀσ², so that each case is an integral on a line.
+    A batch is ``samples`` vectors ε ~ N(0, I); its loss takes w = μ + σ ε. F itself needs no draws: z is
+    Gaussian with mean xᵀμ and variance (x²)ᵀσ², so that the expectation of each case is an integral over a
+    line.
 
     Args:
         seed: of the start, μ uniform in ±1/√30 and log σ = -2, and of the draws.
-        samples: ε a gradient, at least 1.
+        samples: vectors ε a gradient, at least 1.
         prior_deviation: s, positive.
 
     Raises:
@@ -52,11 +53,7 @@ class BayesianLogistic(Problem):
     def __init__(self, seed: int = 0, samples: int = 4, prior_deviation: float = 1.0) -> None:
         super().__init__(seed)
         self.samples: int = check_integer("BayesianLogistic", "samples", samples)
-        if not 0 < prior_deviation < math.inf:
-            raise ValueError(
-                f"BayesianLogistic: prior_deviation must be positive and finite, got {prior_deviation}"
-            )
-        self.prior_deviation = prior_deviation
+        self.prior_deviation: float = check_positive("BayesianLogistic", "prior_deviation", prior_deviation)
         inputs, labels = breast_cancer()
         self.design: Tensor  # [569, 31], the last column is the bias
         self.labels: Tensor  # [569]

@@ -1,4 +1,4 @@
-"""Files that came from elsewhere, and may be larger than they should be."""
+"""Files from elsewhere, which may be larger than they should be."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ __all__ = ["Bounded"]
 
 
 class Bounded:
-    """Writes, reads or skips up to a number of bytes of a binary file, and not further.
+    """A binary file that is written, read or skipped up to a number of bytes, and not further.
 
     Args:
-        file: as ``open`` or ``gzip.open`` gave it; what counts is what comes out of it.
+        file: as ``open`` or ``gzip.open`` returned it; of the latter, unpacked bytes count.
         size: the number of bytes.
-        excuse: says so where there is more.
+        excuse: message of the error where there are more.
 
     Raises:
-        OSError: with the excuse, before anything further was written or read.
+        OSError: at a call that would go further, before it does.
     """
 
     def __init__(self, file: Any, size: int, excuse: str) -> None:

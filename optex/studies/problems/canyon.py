@@ -1,4 +1,4 @@
-"""A winding canyon whose floor is rippled, seen through values alone."""
+"""A winding canyon with a rippled floor, optimised by function values alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SIGMA: Final = 0.7
 def canyon(
     points: Tensor,  # [..., 2]
 ) -> Tensor:  # [...]
-    """The landscape of the figure: a curved canyon, ripples, a wall across it; least, 0, at the origin.
+    """The landscape of the source's figure: a curved canyon, ripples, a wall across; the minimum, 0, is at 0.
 
         V = Y - (2/16 (X - 1) (X - 4)² + 2),   B = -X - 1.6 Y
         E = 25 (1 - exp(-1.4 V² exp(-0.002 X⁴))) + 0.4 X² + 0.2 Y² + 1.1625 (2 - cos ¾πX - cos ¾πY)
@@ -49,13 +49,13 @@ def canyon(
 class Canyon(Problem):
     """The soft minimum of the canyon around θ, from samples: gradients without derivatives.
 
-    A loss is ``-log(mean exp(-α E(θ + σ ε))) / α`` over the batch's ε ~ N(0, I), with α = 2, σ = 0.7. Its
-    source is a :class:`~optex.ConsensusSource`, which estimates the same gradient from values alone, with draws
-    of its own. The objective is E itself.
+    The loss of a batch is ``-log(mean exp(-α E(θ + σ ε))) / α`` over its vectors ε ~ N(0, I), with α = 2 and
+    σ = 0.7. The problem's source is a :class:`~optex.ConsensusSource`, which estimates the gradient of the same
+    function from values alone, with draws of its own. The objective is E itself.
 
     Args:
         seed: of the start, uniform in (8 ± 0.5)², and of the draws.
-        samples: ε a gradient, at least 2.
+        samples: vectors ε a gradient, at least 2.
 
     Raises:
         ValueError: an argument is out of range.

@@ -29,16 +29,18 @@ class AgentSettings:
         hidden: units in each of the network's two hidden layers, at least 1.
         discount: γ, in (0, 1).
         env_steps: steps in the environment after each round, at least 1.
-        warm_up: steps with random actions before the first round, at least 1; the episode that the last of
-            them falls in is played to its end.
-        capacity: transitions remembered, at least 1; the oldest makes room.
+        warm_up: steps with random actions before the first round, at least 1; the last episode of the warm-up
+            is played to its end.
+        capacity: transitions remembered, at least 1; a new one replaces the oldest.
         target_interval: rounds from one update of the target network to the next, at least 1.
-        target_rate: how far an update takes it towards the present network, in (0, 1]; 1 copies that. An
-            interval of 1 and a small rate make soft updates, a long interval and a rate of 1 hard ones.
-        epsilon_start, epsilon_end: share of steps acted at random, at first and at last, in [0, 1].
-        epsilon_steps: environment steps, after the warm-up, in which it goes linearly from one to the other.
-        held_actions: steps that a random action is held for, on average and at least 1. With 1 exploration is
-            ε-greedy; more of them explore where one action alone moves nothing.
+        target_rate: how far an update moves the target network towards the present network, in (0, 1]; 1 copies
+            that. An interval of 1 and a small rate make soft updates, a long interval and a rate of 1 hard
+            ones.
+        epsilon_start, epsilon_end: ε, the share of steps with random actions, at the start and at the end of
+            its decay, in [0, 1].
+        epsilon_steps: environment steps, after the warm-up, in which ε changes linearly from one to the other.
+        held_actions: for how many steps a random action is repeated on average, at least 1. With 1 exploration
+            is ε-greedy; larger numbers explore where a single action has no effect.
 
     Raises:
         ValueError: a number is out of range; the message names it.
@@ -84,9 +86,9 @@ class ReplayBatch(NamedTuple):
     """What one step learns from.
 
     Attributes:
-        observations: [n, o], where the agent acted.
-        actions: [n], int64, what it did.
-        targets: [n], what that was worth, as the target network saw it when the batch was drawn.
+        observations: [n, o], of the states that the agent acted in.
+        actions: [n], int64, that it took.
+        targets: [n], y, by the target network at the time when the batch was drawn.
     """
 
     observations: Tensor
@@ -95,7 +97,7 @@ class ReplayBatch(NamedTuple):
 
 
 class _Replay:
-    """The last ``capacity`` transitions, in arrays that are written round and round."""
+    """The last ``capacity`` transitions, in ring buffers."""
 
     def __init__(self, capacity: int, width: int) -> None:
         self.capacity = capacity
@@ -133,29 +135,30 @@ class DeepQLearning(Problem):
 
         y = r + γ max_a' Q⁻(s', a'),        or y = r where the task ended at s',
 
-    with Q⁻ the target network. An episode that is cut off only because of its length counts as not ended.
-    Between rounds the agent acts ``env_steps`` times with the present network, puts the transitions into the
-    replay, and the target network is updated: at equal rounds every method has acted as often, however many
-    steps of its optimizer it took. More steps are not more experience, so ``target`` is not N times as fast
-    here.
+    with Q⁻ the target network. An episode that is cut off at its maximal length does not count as ended.
+    Between rounds the agent acts ``env_steps`` times with the present network, the transitions go into the
+    replay, and the target network is updated: at equal rounds all methods have acted equally often, whatever
+    the number of their optimizer's steps. More steps are not more experience, so ``target`` is not N times as
+    fast here.
 
     A batch gets its targets y when it is drawn. From then on the step's loss is a function of the parameters
-    alone: a gradient that was measured for it remains valid when the target network moves on, and evaluators
-    in other processes need not be told. It makes no difference to methods that draw a batch when they step.
-    A batch drawn ahead is older, in its transitions and in its targets; the defaults of ``OptEx`` keep some
-    for a round or two.
+    alone: a gradient that was measured for it remains valid when the target network changes, and evaluators in
+    other processes need not know of that. It makes no difference to methods that draw a batch when they step. A
+    batch that is drawn ahead has older transitions and targets; the defaults of ``OptEx`` keep some batches for
+    a round or two.
 
-    The objective is minus the mean return of all episodes ended so far, those of the warm-up among them:
-    what the OptEx paper plots as cumulative average reward, negated so that less is better. It looks back on
-    the episodes played, so it changes when an episode ends, not when the parameters do.
+    The objective is minus the mean return of all episodes ended so far, the warm-up's among them:
+    what the OptEx paper plots as cumulative average reward, negated so that less is better. It is a mean over
+    past episodes, so it changes when an episode ends, not when the parameters change.
 
     Args:
         seed: of the network's start, the batches, the environment and the exploration.
-        settings: single fields of ``AgentSettings`` to change from the task's ``defaults``.
+        settings: fields of ``AgentSettings`` that are to differ from the task's ``defaults``.
 
     Attributes:
-        settings: the agent's, complete.
-        network: Q, two tanh layers; owns all the parameters.
+        settings: all settings of the agent.
+        network: Q, with two hidden tanh layers; it has all the parameters.
+        target_network: Q⁻; its weights are buffers.
         episode_returns: total reward of each episode ended so far, in order.
         env_steps_taken: since the warm-up.
 
@@ -177,24 +180,25 @@ class DeepQLearning(Problem):
     """
 
     environment: ClassVar[str]
-    centre: ClassVar[tuple[float, ...]]  # mean and scale of the observations: the network
-    spread: ClassVar[tuple[float, ...]]  # sees (observation - centre) / spread
+    # The network's input is (observation - centre) / spread.
+    centre: ClassVar[tuple[float, ...]]
+    spread: ClassVar[tuple[float, ...]]
     actions: ClassVar[int]
     defaults: ClassVar[AgentSettings]
 
     def __init__(self, seed: int = 0, **settings: Any) -> None:
         super().__init__(seed)
-        self.settings = replace(self.defaults, **settings)
+        self.settings: AgentSettings = replace(self.defaults, **settings)
         self._environment = _make_environment(self.environment, self.name)
         width, hidden = len(self.spread), self.settings.hidden
-        self.network = nn.Sequential(
+        self.network: nn.Sequential = nn.Sequential(
             nn.utils.skip_init(nn.Linear, width, hidden),
             nn.Tanh(),
             nn.utils.skip_init(nn.Linear, hidden, hidden),
             nn.Tanh(),
             nn.utils.skip_init(nn.Linear, hidden, self.actions),
         )
-        self.target_network = _frozen(self.network)
+        self.target_network: nn.Module = _frozen(self.network)
         self.reset()
 
     @property
@@ -204,7 +208,7 @@ class DeepQLearning(Problem):
 
     @property
     def epsilon(self) -> float:
-        """Share of steps acted at random at this time."""
+        """ε, the present share of steps with random actions."""
         settings = self.settings
         passed = min(1.0, self.env_steps_taken / settings.epsilon_steps)
         return (1 - passed) * settings.epsilon_start + passed * settings.epsilon_end
@@ -257,7 +261,7 @@ class DeepQLearning(Problem):
                 old.lerp_(new, self.settings.target_rate)
 
     def _act(self, epsilon: float) -> bool:
-        """One step in the environment; whether an episode ended with it."""
+        """Take one step in the environment; returns whether an episode ended with it."""
         observation = self._observation
         action = self._choose_action(epsilon)
         seen, reward, terminated, truncated, _ = self._environment.step(action)
@@ -288,7 +292,7 @@ class DeepQLearning(Problem):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Put everything back to the start, bit for bit: the network, its target, environment and replay."""
+        """Put network, target network, environment and replay back to the start, bit for bit."""
         generator = seeded_generator(self.seed, "start")
         for layer in self.network:
             if isinstance(layer, nn.Linear):
@@ -299,8 +303,9 @@ class DeepQLearning(Problem):
             old.copy_(new)
         self._random = np.random.default_rng(seeded_generator(self.seed, "acting").initial_seed())
         self._replay = _Replay(self.settings.capacity, len(self.spread))
-        self._rounds = self.env_steps_taken = 0
-        self._hold = self._held_action = 0  # steps still to go with a random action, and that action
+        self._rounds = 0
+        self.env_steps_taken: int = 0
+        self._hold = self._held_action = 0  # steps for which a random action is still repeated, and that action
         self._return = 0.0  # of the episode so far
         self.episode_returns: list[float] = []
         start = self._environment.reset(seed=int(self._random.integers(2**31)))[0]
@@ -322,7 +327,7 @@ def _make_environment(environment: str, problem: str) -> Any:
 
 
 def _frozen(network: nn.Module) -> nn.Module:
-    """A copy whose weights are buffers: moved with the module, no parameters, not in its state dict."""
+    """A copy without parameters: its weights are buffers, which move with the module and are not saved."""
     frozen = copy.deepcopy(network)
     for module in frozen.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -333,17 +338,17 @@ def _frozen(network: nn.Module) -> nn.Module:
 
 @final
 class CartPole(DeepQLearning):
-    """Balance a pole on a cart, CartPole-v1: 1 for each step, up to 500; random: 22.
+    """Balance a pole on a cart, CartPole-v1: reward 1 a step, at most 500; with actions at random 22.
 
-    ``minimum`` is that of an agent whose every episode lasts 500 steps.
+    ``minimum`` is minus 500, as for an agent whose episodes all last 500 steps.
     """
 
     name = "cartpole"
     environment = "CartPole-v1"
-    centre = (0.0, 0.0, 0.0, 0.0)
-    spread = (2.4, 2.0, 0.21, 2.0)
+    centre: ClassVar[tuple[float, ...]] = (0.0, 0.0, 0.0, 0.0)
+    spread: ClassVar[tuple[float, ...]] = (2.4, 2.0, 0.21, 2.0)
     actions = 2
-    defaults = AgentSettings()
+    defaults: ClassVar[AgentSettings] = AgentSettings()
 
     @property
     def minimum(self) -> float:
@@ -352,30 +357,30 @@ class CartPole(DeepQLearning):
 
 @final
 class Acrobot(DeepQLearning):
-    """Swing a double pendulum up, Acrobot-v1: -1 for each step until it is, at most 500; random: -500."""
+    """Swing a double pendulum up, Acrobot-v1: -1 a step until it is up, at most 500; at random -500."""
 
     name = "acrobot"
     environment = "Acrobot-v1"
-    centre = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
-    spread = (1.0, 1.0, 1.0, 1.0, 4.0, 9.0)
+    centre: ClassVar[tuple[float, ...]] = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    spread: ClassVar[tuple[float, ...]] = (1.0, 1.0, 1.0, 1.0, 4.0, 9.0)
     actions = 3
-    defaults = AgentSettings(batch_size=128, epsilon_steps=4_000)
+    defaults: ClassVar[AgentSettings] = AgentSettings(batch_size=128, epsilon_steps=4_000)
 
 
 @final
 class MountainCar(DeepQLearning):
-    """Rock a car out of a valley, MountainCar-v0: -1 for each step until it is out, at most 200; random: -200.
+    """Rock a car out of a valley, MountainCar-v0: -1 a step until it is out, at most 200; at random -200.
 
-    ε-greedy exploration hardly ever gets out, and then has nothing to learn from. So random actions are held,
-    for 20 steps on average: one random episode in eight gets out.
+    ε-greedy exploration hardly ever gets out, and so finds nothing to learn from. Random actions are therefore
+    repeated, for 20 steps on average: one random episode in eight gets out.
     """
 
     name = "mountain-car"
     environment = "MountainCar-v0"
-    centre = (-0.3, 0.0)
-    spread = (0.9, 0.07)
+    centre: ClassVar[tuple[float, ...]] = (-0.3, 0.0)
+    spread: ClassVar[tuple[float, ...]] = (0.9, 0.07)
     actions = 3
-    defaults = AgentSettings(
+    defaults: ClassVar[AgentSettings] = AgentSettings(
         hidden=128,
         env_steps=16,
         warm_up=2_000,

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -73,9 +74,9 @@ class DataSet:
 
     Attributes:
         folder: under ``$OPTEX_DATA`` and under the user's cache.
-        layouts: sets of files, each of which is the whole data set; the first that is found is used.
+        layouts: tuples of files, each of which holds the whole data set; the first that is found is used.
         downloads: the public files; together they are one of the layouts.
-        package: Debian's package of it; None where there is none.
+        package: Debian's package of the data set; None where there is none.
         package_folder: where that package installs it.
     """
 
@@ -144,7 +145,10 @@ DATA_SETS: Final[dict[str, DataSet]] = {
 def find(name: str) -> tuple[Path, ...] | None:
     """The files of a data set in the order of their layout; None where it is not on this machine.
 
-    Looked for in ``$OPTEX_DATA``, then in the user's cache, then where Debian's package puts it.
+    It looks in ``$OPTEX_DATA``, then in the user's cache, then where Debian's package installs the files.
+
+    Args:
+        name: a key of ``DATA_SETS``.
     """
     entry = DATA_SETS[name]
     for folder in _folders(entry):
@@ -159,7 +163,7 @@ def locate(name: str) -> tuple[Path, ...]:
     """As ``find``, but an error where the data is not on this machine.
 
     Raises:
-        FileNotFoundError: it is not on this machine; the one line says how to get it.
+        FileNotFoundError: it is not on this machine; the message, one line, says how to get it.
     """
     paths = find(name)
     if paths is not None:
@@ -234,7 +238,7 @@ def fetch(name: str) -> tuple[Path, ...]:
 
 
 def _download_at_most(size: int, http: Any, url: str, path: str, pooch: Any) -> None:
-    """Download to a temporary file, which pooch deletes where that fails."""
+    """Download to a temporary file, which pooch deletes if the download fails."""
     with Path(path).open("wb") as file:
         http(url, Bounded(file, size, f"more than the {size} bytes that it has came, and were not kept"), pooch)
 
@@ -279,7 +283,7 @@ class _DownloadBar:
 # ---------------------------------------------------------------------- Fashion-MNIST
 
 
-def fashion_mnist(split: Split) -> tuple[np.ndarray, np.ndarray]:  # [n, 1, 28, 28] and [n], uint8
+def fashion_mnist(split: Split) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:  # [n, 1, 28, 28], [n]
     """Images of clothes and their classes, 60,000 to train on and 10,000 to test.
 
     Raises:
@@ -291,7 +295,7 @@ def fashion_mnist(split: Split) -> tuple[np.ndarray, np.ndarray]:  # [n, 1, 28, 
 
 
 @lru_cache(maxsize=2)
-def _read_fashion_mnist(images_path: Path, labels_path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _read_fashion_mnist(images_path: Path, labels_path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     images, labels = _read_idx(images_path), _read_idx(labels_path)
     if images.ndim != 3 or labels.shape != images.shape[:1]:
         raise _damaged(
@@ -300,7 +304,7 @@ def _read_fashion_mnist(images_path: Path, labels_path: Path) -> tuple[np.ndarra
     return images[:, None], labels
 
 
-def _read_idx(path: Path) -> np.ndarray:
+def _read_idx(path: Path) -> NDArray[np.uint8]:
     """An array of bytes in LeCun's idx format: 0, 0, type 8, number of dimensions, sizes, content."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
@@ -314,9 +318,8 @@ def _read_idx(path: Path) -> np.ndarray:
             size = math.prod(shape)
             if size > _MOST_UNPACKED:
                 raise _damaged(path, f"{shape} are announced, more than any has", "fashion-mnist")
-            content = file.read(
-                size + 1
-            )  # not all: a small compressed file can hold more than fits into memory
+            # No more than one byte too many: a small compressed file may unpack to more than fits into memory.
+            content = file.read(size + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise _damaged(path, str(error), "fashion-mnist") from error
     if len(content) != size:
@@ -333,24 +336,25 @@ def _damaged(path: Path, why: str, name: str) -> ValueError:
 # ---------------------------------------------------------------------- CIFAR-10
 
 
-def cifar10(split: Split) -> tuple[np.ndarray, np.ndarray]:  # [n, 3, 32, 32] and [n], uint8
+def cifar10(split: Split) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:  # [n, 3, 32, 32], [n]
     """Photographs and their classes, 50,000 to train on and 10,000 to test.
 
-    The files' images are decoded once, a few seconds, and kept in the user's cache. Which files they come from
-    can change a run: archives order them differently, and some hold them as JPEG, which loses a little.
+    The images are decoded once, which takes a few seconds, and kept in the user's cache. A run may depend on
+    the files that they come from: their orders differ, and some hold JPEG, which loses a little.
 
     Raises:
         FileNotFoundError: it is not on this machine.
         ValueError: a file is damaged.
-        ModuleNotFoundError: it is there as parquet files, and pyarrow or Pillow is not installed.
+        ModuleNotFoundError: pooch is not installed; or the data is there as parquet files, and pyarrow or
+            Pillow is not installed.
     """
     paths = locate("cifar10")
-    rows = _read_cifar10(paths[0] if split == "train" else paths[-1], split)  # both in the one archive, or two
+    rows = _read_cifar10(paths[0] if split == "train" else paths[-1], split)  # one archive has both splits
     return rows[:, 1:].reshape(-1, 3, _CIFAR_SIDE, _CIFAR_SIDE), rows[:, 0]
 
 
 @lru_cache(maxsize=2)
-def _read_cifar10(path: Path, split: Split) -> np.ndarray:  # [n, 1 + 3 · 32 · 32], label and pixels, uint8
+def _read_cifar10(path: Path, split: Split) -> NDArray[np.uint8]:  # [n, 1 + 3 · 32 · 32], label and pixels
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     decoded = _cache() / "cifar10" / f"decoded-{split}-{digest[:16]}.npy"
@@ -364,8 +368,8 @@ def _read_cifar10(path: Path, split: Split) -> np.ndarray:  # [n, 1 + 3 · 32 ·
     return rows
 
 
-def _keep(path: Path, rows: np.ndarray) -> None:
-    """Write a temporary file, then rename it: another process never sees half a file."""
+def _keep(path: Path, rows: NDArray[np.uint8]) -> None:
+    """Write a temporary file, then rename it, so that no other process sees half a file."""
     beside = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -377,7 +381,7 @@ def _keep(path: Path, rows: np.ndarray) -> None:
             beside.unlink(missing_ok=True)
 
 
-def _decode_parquet(path: Path) -> np.ndarray:
+def _decode_parquet(path: Path) -> NDArray[np.uint8]:
     parquet, image = _needed("pyarrow.parquet"), _needed("PIL.Image")
     try:
         table = parquet.read_table(path, columns=["img", "label"])
@@ -405,8 +409,8 @@ def _shown(items: Iterable[Item], description: str) -> Iterable[Item]:
         yield from progress.track(items, description=description)
 
 
-def _read_archive(path: Path, split: Split) -> np.ndarray:
-    """The authors' binary version: files of rows, each a label and the pixels, plane by plane."""
+def _read_archive(path: Path, split: Split) -> NDArray[np.uint8]:
+    """Read the authors' binary version: files of rows, each a label and the pixels, channel by channel."""
     names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
     try:
         with gzip.open(path) as unpacked:
@@ -426,7 +430,7 @@ def _read_archive(path: Path, split: Split) -> np.ndarray:
 
 
 def shakespeare() -> str:
-    """Karpathy's 40,000 lines of Shakespeare.
+    """Karpathy's tinyshakespeare: 40,000 lines of Shakespeare's plays.
 
     Raises:
         FileNotFoundError: it is not on this machine.

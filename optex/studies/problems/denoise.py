@@ -20,8 +20,8 @@ from optex.studies.problems.tabular import scikit_learn_arrays
 
 __all__ = ["Denoise", "denoising", "digit_pairs"]
 
-SMOOTHING: Final = 0.05  # of |t| ≈ sqrt(t² + ν²) - ν, in grey levels of 0 to 1
-NOISE: Final = 0.2
+_SMOOTHING: Final = 0.05  # ν in |t| ≈ sqrt(t² + ν²) - ν, in grey levels from 0 to 1
+_NOISE: Final = 0.2
 _START: Final = math.log(0.02)
 _SIDE: Final = 8
 _UNROLLED: Final = 100
@@ -29,19 +29,20 @@ _UNROLLED: Final = 100
 
 @final
 class Denoise(Problem):
-    """Learn how strongly a denoiser punishes the response of each of eight filters, d = 8.
+    """Learn how strongly a denoiser penalises the response of each of eight filters, d = 8.
 
-    The lower level denoises the images y, the upper level compares with the images without noise x*:
+    The lower level denoises the images y, the upper level compares the result with the images without noise,
+    x*:
 
         h(x, θ) = ½ ‖x - y‖² + Σ_k exp(θ_k) Σ_p φ((F_k x)_p),    φ(t) = sqrt(t² + ν²) - ν
         g(x) = ½ ‖x - x*‖² / n
 
-    F_k are the 3 × 3 cosine filters but the constant one, inside the image; y = x* + 0.2 N(0, I). Smooth, and
-    strongly convex in x with μ = 1. Gradients come from ``InexactBilevelSource``.
+    F_k are the 3 × 3 cosine filters without the constant one, applied inside the image; y = x* + 0.2 N(0, I). h
+    is smooth, and strongly convex in x with μ = 1. Gradients come from ``InexactBilevelSource``.
 
     Args:
-        seed: of the start, each weight exp(θ_k) = 0.02 times e to a normal number of deviation ½.
-        images: n, the first so many of the training images.
+        seed: of the start, θ_k = log 0.02 + N(0, ½²).
+        images: n, from 1 to 1,000: the first so many of the training images.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
@@ -57,23 +58,24 @@ class Denoise(Problem):
         check_integer("Denoise", "images", images, least=1, most=1000)
         clean, noisy = digit_pairs(images)
         self.log_weights: nn.Parameter = nn.Parameter(torch.empty(len(cosine_filters()), dtype=torch.float64))
-        self.levels = denoising(clean, noisy)
+        self.levels: SmoothBilevel = denoising(clean, noisy)
         self.reset()
 
     def forward(self, batch: None) -> Tensor:
-        """The loss after 100 accelerated steps of the lower level, to be differentiated through them.
+        """The loss after 100 accelerated steps on the lower level, which autograd can differentiate.
 
-        What evaluators that differentiate by themselves take; ``source`` and ``evaluate`` solve by accuracy.
+        It is for evaluators that differentiate by themselves; ``source`` and ``evaluate`` solve the lower level
+        to a given accuracy.
         """
         filters, weights = cosine_filters().flatten(0, 1), self.log_weights.exp()
         strengths = weights.repeat_interleave(len(filters) // len(weights))  # [8 · 36]
-        lipschitz = 1 + (weights * _squared_norms()).sum() / SMOOTHING
+        lipschitz = 1 + (weights * _squared_norms()).sum() / _SMOOTHING
         momentum = (lipschitz.sqrt() - 1) / (lipschitz.sqrt() + 1)
         x = previous = self.levels.start
         for _ in range(_UNROLLED):
             z = x + momentum * (x - previous)
             responses = z @ filters.mT
-            slopes = strengths * responses / (responses.square() + SMOOTHING**2).sqrt()
+            slopes = strengths * responses / (responses.square() + _SMOOTHING**2).sqrt()
             previous, x = x, z - (z - self.levels.start + slopes @ filters) / lipschitz
         return self.levels.upper(x)
 
@@ -99,7 +101,7 @@ class Denoise(Problem):
 
 @lru_cache(maxsize=1)
 def cosine_filters() -> Tensor:  # [8, 36, 64] float64
-    """The 3 × 3 discrete cosine filters of unit length but the constant one, as maps of 8 × 8 images."""
+    """The 3 × 3 discrete cosine filters of unit norm, without the constant one, as matrices on 8 × 8 images."""
     index = torch.arange(3, dtype=torch.float64)
     waves = torch.stack([torch.cos(math.pi * (index + 0.5) * k / 3) for k in range(3)])
     waves = waves / waves.norm(dim=1, keepdim=True)
@@ -109,7 +111,11 @@ def cosine_filters() -> Tensor:  # [8, 36, 64] float64
 
 
 def digit_pairs(images: int, *, held_out: bool = False) -> tuple[Tensor, Tensor]:  # [n, 64] twice; float64
-    """Digit images of grey levels 0 to 1, and the same with noise; the held-out ones are others.
+    """Digit images with grey levels from 0 to 1, and the same images with noise.
+
+    Args:
+        images: n.
+        held_out: whether to take the last images instead of the first, with other noise.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
@@ -119,14 +125,14 @@ def digit_pairs(images: int, *, held_out: bool = False) -> tuple[Tensor, Tensor]
     rows = rows[-images:] if held_out else rows[:images]
     clean = torch.tensor(inputs[rows] / 16.0, dtype=torch.float64)
     generator = torch.Generator().manual_seed(1 if held_out else 0)
-    return clean, clean + NOISE * torch.randn(clean.shape, generator=generator, dtype=torch.float64)
+    return clean, clean + _NOISE * torch.randn(clean.shape, generator=generator, dtype=torch.float64)
 
 
 def denoising(
     clean: Tensor,  # [n, 64]
     noisy: Tensor,  # [n, 64]
 ) -> SmoothBilevel:
-    """The two levels for these images; θ are the eight logarithms of weights."""
+    """The two levels for these images; θ [8] are the logarithms of the weights."""
     return SmoothBilevel(
         lower=_Lower(noisy),
         upper=_Upper(clean),
@@ -146,10 +152,9 @@ class _Lower:
     def __call__(self, x: Tensor, log_weights: Tensor) -> Tensor:  # []
         filters = cosine_filters()
         responses = x @ filters.flatten(0, 1).mT  # [n, 8 · 36]
-        punished = ((responses.square() + SMOOTHING**2).sqrt() - SMOOTHING).sum(0)
-        return (x - self.noisy).square().sum() / 2 + log_weights.exp() @ punished.reshape(len(filters), -1).sum(
-            1
-        )
+        penalties = ((responses.square() + _SMOOTHING**2).sqrt() - _SMOOTHING).sum(0)
+        of_filters = penalties.reshape(len(filters), -1).sum(1)
+        return (x - self.noisy).square().sum() / 2 + log_weights.exp() @ of_filters
 
 
 class _Upper:
@@ -166,7 +171,7 @@ class _Lipschitz:
     """1 + Σ_k exp(θ_k) ‖F_k‖² / ν, since φ'' ≤ 1 / ν."""
 
     def __call__(self, log_weights: Tensor) -> float:
-        return 1.0 + float(log_weights.exp() @ _squared_norms()) / SMOOTHING
+        return 1.0 + float(log_weights.exp() @ _squared_norms()) / _SMOOTHING
 
 
 @lru_cache(maxsize=1)

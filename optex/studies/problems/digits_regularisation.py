@@ -18,10 +18,10 @@ from optex.studies.problems.tabular import scikit_learn_arrays
 
 __all__ = ["DigitsRegularisation"]
 
-CLASSES: Final = 10
-COMPONENTS: Final = 20
+_CLASSES: Final = 10
+_COMPONENTS: Final = 20
 _NEWTON_STEPS: Final = 8  # from 0, to rounding
-_LENGTHS: Final = (1.0, 0.5, 0.25, 0.0625)  # of a Newton step, the best of which is taken
+_LENGTHS: Final = (1.0, 0.5, 0.25, 0.0625)  # of a Newton step; the best one is taken
 _LEAST: Final = 1e-3  # weight
 _SIGMA: Final = 1e-3
 
@@ -30,22 +30,23 @@ _SIGMA: Final = 1e-3
 class DigitsRegularisation(Problem):
     """The validation loss of a softmax classifier as a function of its classes' L2 weights.
 
-    The outer x [10] holds logarithms of weights, the inner y [10, 21] the classifier, of the first 20 principal
-    components of 64 pixels and a constant:
+    The upper variable x [10] has the logarithms of the weights, the lower variable y [10, 21] is the
+    classifier, on the first 20 principal components of the 64 pixels and a constant:
 
         f(x, y) = mean cross entropy over the validation digits
         g(x, y) = mean cross entropy over the training digits + ½ Σ_c (0.001 + exp(x_c)) ‖y_c‖²
 
-    A loss is f(x, y*(x)), with y* by Newton's method and its derivative by the implicit function theorem: the
-    objective, and what the source's first-order hypergradient is held to. Half of the training labels of 5, 6,
-    7, 8 and 9 are wrong, so that classes differ in what suits them; the others are clean, and so are validation
-    and test. The least weight, 0.001, keeps the lower level's curvature above the penalty's σ. One split for
-    every seed; the validation digits choose x, and only ``test_error`` looks at the rest.
+    The objective is f(x, y*(x)), with y* by Newton's method and its derivative by the implicit function
+    theorem; the source's first-order hypergradient is compared with that. Half of the training labels of 5, 6,
+    7, 8 and 9 are wrong, so that classes need different weights; the other labels are right, also those to
+    validate and to test on. The least weight, 0.001, keeps the lower level's curvature above the penalty's σ.
+    The split is the same for every seed; x is chosen by the validation digits, and only ``test_error`` sees the
+    rest.
 
     Args:
         seed: of the start, uniform in [-4, -1]: weights from 0.02 to 0.37.
-        train_size, held_size: digits to train and to validate on, at least 30 and 20; 100 or more are left to
-            test.
+        train_size, held_size: digits to train and to validate on, at least 30 and 20; at least 100 of the 1,797
+            must be left to test on.
         dtype: of the parameters.
 
     Raises:
@@ -70,20 +71,20 @@ class DigitsRegularisation(Problem):
         pixels = images[order] / 16.0
         centre = pixels[:train_size].mean(0)
         _, _, components = np.linalg.svd(pixels[:train_size] - centre, full_matrices=False)
-        scores = (pixels - centre) @ components[:COMPONENTS].T
+        scores = (pixels - centre) @ components[:_COMPONENTS].T
         inputs = torch.tensor(np.hstack([scores, np.ones_like(scores[:, :1])]), dtype=dtype)
         digits = torch.tensor(labels[order], dtype=torch.int64)
         wrong = torch.arange(len(digits)) % 2 == 0
-        wrong &= (digits >= CLASSES // 2) & (torch.arange(len(digits)) < train_size)
-        others = torch.tensor(np.random.default_rng(1).integers(1, CLASSES, len(digits)))
-        digits = torch.where(wrong, (digits + others) % CLASSES, digits)
+        wrong &= (digits >= _CLASSES // 2) & (torch.arange(len(digits)) < train_size)
+        others = torch.tensor(np.random.default_rng(1).integers(1, _CLASSES, len(digits)))
+        digits = torch.where(wrong, (digits + others) % _CLASSES, digits)
         names = ("train", "held", "test")
         for name, rows, targets in zip(
             names, inputs.tensor_split(ends), digits.tensor_split(ends), strict=True
         ):
             self.register_buffer(f"{name}_inputs", rows, persistent=False)
             self.register_buffer(f"{name}_labels", targets, persistent=False)
-        self.log_weights: nn.Parameter = nn.Parameter(torch.empty(CLASSES, dtype=dtype))
+        self.log_weights: nn.Parameter = nn.Parameter(torch.empty(_CLASSES, dtype=dtype))
         self.reset()
 
     # ------------------------------------------------------------------ the two levels
@@ -113,12 +114,12 @@ class DigitsRegularisation(Problem):
             self.upper,
             self.lower,
             self.log_weights,
-            torch.zeros_like(self.get_buffer("test_inputs")[:CLASSES]),
+            torch.zeros_like(self.get_buffer("test_inputs")[:_CLASSES]),
             sigma=_SIGMA,
             deterministic=True,
         )
 
-    # ------------------------------------------------------------------ the exact way
+    # ------------------------------------------------------------------ the exact gradient
 
     def forward(self, batch: object = None) -> Tensor:
         x = self.log_weights
@@ -133,14 +134,14 @@ class DigitsRegularisation(Problem):
         self,
         x: Tensor,  # [10]
     ) -> Tensor:  # [10, 21]
-        """y*(x), by so many Newton steps from 0; nothing depends on values, so that it can be vectorized."""
+        """y*(x), by eight Newton steps from 0, without branches on values, so that it can be vectorized."""
         x = x.detach()
-        y = x[:, None] * torch.zeros_like(self.get_buffer("test_inputs")[:CLASSES])
+        y = x[:, None] * torch.zeros_like(self.get_buffer("test_inputs")[:_CLASSES])
         for _ in range(_NEWTON_STEPS):
             step = torch.linalg.solve(self._curvature(x, y), self._slope(x, y).reshape(-1)).view_as(y)
             trials = torch.stack([y - length * step for length in _LENGTHS])
             values = torch.stack([self.lower(x, trial) for trial in trials])
-            best = (values == values.amin(0)).to(y.dtype)  # several where the step has become nothing
+            best = (values == values.amin(0)).to(y.dtype)  # several are equal where the step is 0 to rounding
             y = (best[:, None, None] * trials).sum(0) / best.sum(0)
         return y
 
@@ -151,10 +152,9 @@ class DigitsRegularisation(Problem):
     ) -> Tensor:  # [10, 21]
         """∇_y g."""
         inputs = self.get_buffer("train_inputs")
-        wanted = functional.one_hot(self.get_buffer("train_labels"), CLASSES).to(y.dtype)
-        return (torch.softmax(inputs @ y.T, 1) - wanted).T @ inputs / len(inputs) + (_LEAST + x.exp())[
-            :, None
-        ] * y
+        wanted = functional.one_hot(self.get_buffer("train_labels"), _CLASSES).to(y.dtype)
+        of_data = (torch.softmax(inputs @ y.T, 1) - wanted).T @ inputs / len(inputs)
+        return of_data + (_LEAST + x.exp())[:, None] * y
 
     def _curvature(
         self,
@@ -168,7 +168,7 @@ class DigitsRegularisation(Problem):
         rows = scaled.reshape(len(inputs), -1)
         own = torch.einsum("ncj,nk->cjk", scaled, inputs)  # [10, 21, 21]
         own = own / len(inputs) + (_LEAST + x.exp())[:, None, None] * torch.eye(y.shape[1], dtype=y.dtype)
-        same = torch.eye(CLASSES, dtype=y.dtype)
+        same = torch.eye(_CLASSES, dtype=y.dtype)
         blocks = torch.einsum("cjk,cd->cjdk", own, same).reshape(y.numel(), y.numel())
         return blocks - rows.T @ rows / len(inputs)
 
@@ -183,7 +183,7 @@ class DigitsRegularisation(Problem):
 
     @torch.no_grad()
     def test_error(self) -> float:
-        """Share of the digits that chose nothing which the classifier gets wrong."""
+        """Share of the test digits that the classifier gets wrong."""
         logits = self.get_buffer("test_inputs") @ self.solve(self.log_weights).T
         return float((logits.argmax(1) != self.get_buffer("test_labels")).double().mean())
 

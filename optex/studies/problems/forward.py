@@ -17,12 +17,12 @@ __all__ = ["DigitsForward"]
 
 @final
 class DigitsForward(Problem):
-    """``DigitsMLP``, whose gradients are estimated from losses: ``SPSASource`` with d = 4,810.
+    """``DigitsMLP``, d = 4,810, with gradients that ``SPSASource`` estimates from losses.
 
     Args:
         seed: of the start and of the batches.
-        batch_size: digits a batch.
-        queries: random directions a gradient; each costs two forward passes.
+        batch_size: digits a batch, 1 to 1,437.
+        queries: random directions a gradient, at least 1; each costs two forward passes.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.

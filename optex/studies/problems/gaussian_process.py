@@ -25,19 +25,19 @@ _LEAST_NOISE: Final = 1e-6  # variance; keeps the covariance positive definite
 class GaussianProcessHyperparameters(Problem):
     """Length scales, signal and noise of a GP regression on scikit-learn's diabetes data, d = 12.
 
-    The covariance of the targets y (standardised, as the inputs x are) is
+    Inputs x and targets y are standardised. The covariance of the targets is
 
         K_ij = s² exp(-½ Σ_k (x_ik - x_jk)² / ℓ_k²) + (σ² + 1e-6) δ_ij
 
-    and the objective minus the logarithm of the marginal likelihood, a case, over θ = (log ℓ, log s, log σ):
+    and the objective of θ = (log ℓ, log s, log σ) minus the log marginal likelihood over the number of cases:
 
         F = 1/n [ ½ yᵀ K⁻¹ y + ½ log det K + n/2 log 2π ]
 
-    Deterministic, smooth, not convex. Where K cannot be factorised, F is NaN.
+    It is deterministic, smooth and not convex. Where K cannot be factorised, F is NaN.
 
     Args:
         seed: of the start, each component N(0, ½²).
-        rows: n, the first so many of the 442 cases.
+        rows: n, from 2 to 442: the first so many of the cases.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
@@ -97,6 +97,5 @@ def _diabetes(rows: int) -> tuple[Tensor, Tensor]:  # [10, rows, rows], [rows]; 
     inputs, targets = torch.tensor(inputs[:rows]), torch.tensor(targets[:rows])
     inputs = (inputs - inputs.mean(0)) / inputs.std(0, correction=0)
     columns = inputs.T
-    return (columns[:, :, None] - columns[:, None, :]).square(), (targets - targets.mean()) / targets.std(
-        correction=0
-    )
+    squares = (columns[:, :, None] - columns[:, None, :]).square()
+    return squares, (targets - targets.mean()) / targets.std(correction=0)

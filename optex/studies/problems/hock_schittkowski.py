@@ -1,8 +1,8 @@
-"""Equality-constrained problems of Hock and Schittkowski, with their starts and least values.
+"""Equality-constrained problems of Hock and Schittkowski, with their starts and minima.
 
 Source: Hock, Schittkowski: *Test Examples for Nonlinear Programming Codes*, Lecture Notes in Economics and
-Mathematical Systems 187, Springer, 1981. Numbers, starts and values are theirs; numbers with LNP are those of
-CUTEst, the same problem with its active inequalities as equalities.
+Mathematical Systems 187, Springer, 1981. Numbers, starts and minima are theirs. Names with LNP are those of
+CUTEst, for the same problem with its active inequalities as equalities.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["PROBLEMS", "EqualityProblem"]
 
 @dataclass(frozen=True)
 class EqualityProblem:
-    """min f(x) with c(x) = 0; both take x [n] and carry autograd.
+    """min f(x) subject to c(x) = 0; autograd can differentiate both.
 
     Attributes:
         name: HS and its number.
@@ -43,7 +43,7 @@ _Make = Callable[[Tensor], tuple[Tensor, list[Tensor]]]
 
 
 def _problem(name: str, start: tuple[float, ...], least: float) -> Callable[[_Make], _Make]:
-    """Enter a function of x to f and a list of constraints."""
+    """A decorator that enters a problem, given by a function from x to f and a list of constraints."""
 
     def enter(function: _Make) -> _Make:
         PROBLEMS[name] = EqualityProblem(

@@ -8,7 +8,8 @@ from typing import ClassVar, final
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 from torch.nn import functional
 
 from optex.checks import check_integer
@@ -27,25 +28,25 @@ class ImageClassification(Problem):
 
     Pixels are scaled to mean 0 and deviation 1 over the training set, channel by channel. Each epoch is a new
     seeded permutation of the training images, cut into batches of one size; the few left over are not used in
-    that epoch. The objective without noise is the loss on the held batches: the same ``held_size`` of the
-    training images for every seed, in evaluation mode.
+    that epoch. The objective without noise is the loss on the held batches, in evaluation mode: ``held_size``
+    of the training images, the same ones for every seed.
 
-    The data is cached by the process, not held by the problem, which is therefore cheap to copy and send.
+    The process caches the data, and the problem does not hold it: it is cheap to copy and to send.
 
     Args:
         seed: of the start (uniform in ±1/√fan-in, as for ``torch.nn.Linear``), the permutations and the
             augmentation.
-        model: ``"mlp"``, ``"cnn"``, ``"residual-mlp"`` or ``"resnet"``; None is the data set's own.
-        width: of the model: units of a hidden layer, or channels of the first convolutions.
+        model: ``"mlp"``, ``"cnn"``, ``"residual-mlp"`` or ``"resnet"``; None is the data set's default. width:
+        of the model: units of a hidden layer, or channels of the first convolutions; None is its default.
         depth: of the model: hidden layers of the MLP, convolutions of the CNN, blocks of the residual MLP, or
-            layers of the ResNet, 6n + 2.
+            layers of the ResNet, 6n + 2; None is its default.
         batch_size: images a batch.
         train_size: training images to use, the same ones for every seed; None is all.
-        held_size: training images of the held batches; None is what the model evaluates in less than 0.3
+        held_size: training images of the held batches; None is as many as the model evaluates in less than 0.3
             seconds on one core.
-        test_size: test images that ``test_error`` looks at, the first ones; None is all.
-        augment: shift training images by up to 4 pixels, filling with black, and mirror each with probability
-            ½. The draws belong to the batch: all methods see the same ones.
+        test_size: test images for ``test_error``, the first ones; None is all.
+        augment: whether to shift training images by up to 4 pixels, filling with black, and to mirror each with
+            probability ½. The draws belong to the batch: all methods see the same images.
 
     Raises:
         FileNotFoundError: the data is not on this machine; the message says how to get it.
@@ -71,35 +72,35 @@ class ImageClassification(Problem):
     ) -> None:
         super().__init__(seed)
         images, _ = self._arrays("train")
-        self.model = self.default_model if model is None else model
+        self.model: str = self.default_model if model is None else model
         if self.model not in CLASSIFIERS:
             raise ValueError(f"{type(self).__name__}: model {model!r} is not one of {', '.join(CLASSIFIERS)}")
         kind = CLASSIFIERS[self.model]
-        self.train_size = len(images) if train_size is None else train_size
+        self.train_size: int = len(images) if train_size is None else train_size
         self._check("train_size", self.train_size, len(images))
-        self.held_size = min(kind.held_size, self.train_size) if held_size is None else held_size
+        self.held_size: int = min(kind.held_size, self.train_size) if held_size is None else held_size
         self._check("held_size", self.held_size, self.train_size)
         if test_size is not None:
             self._check("test_size", test_size, len(self._arrays("test")[1]))
-        self.test_size = test_size
-        self.batch_size = batch_size
+        self.test_size: int | None = test_size
+        self.batch_size: int = batch_size
         self._check("batch_size", self.batch_size, self.train_size)
-        self.augment = augment
-        # One order for every seed: training images are its first ones, the held batches the first of those.
+        self.augment: bool = augment
+        # One order for every seed: the training images come first in it, and of these the held batches.
         self._order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))[: self.train_size]
         width, depth = kind.width if width is None else width, kind.depth if depth is None else depth
         self._check("width", width, 1 << 16)
         self._check("depth", depth, 1 << 10)
         with torch.random.fork_rng(devices=[]):  # layers draw an initialisation that is replaced below
-            self.network = kind.build(images.shape[1], images.shape[2], width, depth)
+            self.network: nn.Module = kind.build(images.shape[1], images.shape[2], width, depth)
         self.reset()
 
     def _check(self, name: str, value: int, most: int) -> None:
         check_integer(type(self).__name__, name, value, most=most)
 
     @abstractmethod
-    def _arrays(self, split: Split) -> tuple[np.ndarray, np.ndarray]:  # [n, c, h, w] and [n], uint8
-        """The data set."""
+    def _arrays(self, split: Split) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:  # [n, c, h, w], [n]
+        """Images and labels of the data set."""
 
     def _tensors(self, split: Split) -> tuple[Tensor, Tensor]:  # [n, c, h, w] and [n], uint8
         images, labels = self._arrays(split)
@@ -171,7 +172,7 @@ def shifted_and_mirrored(
     images: Tensor,  # [n, c, h, w], uint8
     generator: torch.Generator,
 ) -> Tensor:  # [n, c, h, w], uint8
-    """A random crop of each image, padded with 4 black pixels, mirrored with probability ½."""
+    """A random crop of each image after padding with 4 black pixels, mirrored with probability ½."""
     count, channels, height, width = images.shape
     tops, lefts = torch.randint(2 * _PADDING + 1, (2, count, 1), generator=generator)
     mirrored = torch.randint(2, (count, 1), generator=generator).bool()
@@ -193,10 +194,10 @@ class FashionMNIST(ImageClassification):
 
     name = "fashion-mnist"
     default_model = "mlp"
-    mean = (0.2860,)
-    deviation = (0.3530,)
+    mean: ClassVar[tuple[float, ...]] = (0.2860,)
+    deviation: ClassVar[tuple[float, ...]] = (0.3530,)
 
-    def _arrays(self, split: Split) -> tuple[np.ndarray, np.ndarray]:
+    def _arrays(self, split: Split) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         return fashion_mnist(split)
 
 
@@ -204,16 +205,16 @@ class FashionMNIST(ImageClassification):
 class CIFAR10(ImageClassification):
     """Ten classes of objects and animals, 32 × 32 coloured pixels; 50,000 images to train on, 10,000 held out.
 
-    By default a residual MLP, as OptEx's paper trains on these images (section 6.3); its sizes are ours: 3
-    blocks of width 128, d = 494,730. ``model="resnet"`` is ResNet-20, with BatchNorm and d = 269,722. Data:
-    Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, 2009. Arguments are those of
+    By default a residual MLP, which OptEx's paper trains on these images, too (section 6.3); its sizes are
+    ours: 3 blocks of width 128, d = 494,730. ``model="resnet"`` is ResNet-20, with BatchNorm and d = 269,722.
+    Data: Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, 2009. Arguments are those of
     :class:`ImageClassification`.
     """
 
     name = "cifar10"
     default_model = "residual-mlp"
-    mean = (0.4914, 0.4822, 0.4465)
-    deviation = (0.2470, 0.2435, 0.2616)
+    mean: ClassVar[tuple[float, ...]] = (0.4914, 0.4822, 0.4465)
+    deviation: ClassVar[tuple[float, ...]] = (0.2470, 0.2435, 0.2616)
 
-    def _arrays(self, split: Split) -> tuple[np.ndarray, np.ndarray]:
+    def _arrays(self, split: Split) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         return cifar10(split)

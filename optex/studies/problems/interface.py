@@ -19,17 +19,17 @@ _STREAMS: Final = {"start": 0, "batches": 1, "acting": 2}
 
 
 def seeded_generator(seed: int, stream: Literal["start", "batches", "acting"]) -> torch.Generator:
-    """A generator for one purpose: a start does not depend on how many batches were drawn."""
+    """A generator for one purpose, so that a start does not depend on how many batches were drawn."""
     state = np.random.SeedSequence([seed, _STREAMS[stream]]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
 
 
 class Problem(nn.Module, ABC):
-    """One start of one objective: a module whose parameters are what is optimised.
+    """One start of one objective: a module whose parameters are optimised.
 
-    The problem is its own objective, ``optimizer.rounds(problem.batches(), problem)``, and as the module
-    that owns the parameters it can be handed to ``VectorizedEvaluator``. Building it twice with the same
-    arguments gives the same start and the same batches, to the last bit.
+    The problem is its own objective, ``optimizer.rounds(problem.batches(), problem)``, and the module to pass
+    to ``VectorizedEvaluator``. Two problems with the same arguments have the same start and the same batches,
+    to the last bit.
 
     Args:
         seed: of the start and of the batches; not negative.
@@ -51,7 +51,7 @@ class Problem(nn.Module, ABC):
 
     @abstractmethod
     def batches(self) -> Iterator[Any]:
-        """Batches without end, one a step; every call starts over, so that all methods see the same ones."""
+        """Batches, one a step, without end; every call starts over, so that all methods see the same ones."""
 
     @abstractmethod
     def evaluate(self) -> float:
@@ -62,17 +62,17 @@ class Problem(nn.Module, ABC):
         """Put the parameters back to the start, bit for bit."""
 
     def source(self) -> GradientSource:
-        """Its gradients, declared deterministic where they are; of a problem without, whatever stands in."""
+        """The source of the problem's gradients: those of its loss, unless the problem has another source."""
         return ObjectiveSource(self, self.deterministic)
 
     def between_rounds(self) -> None:
         """What happens between rounds, after each one; nothing by default.
 
-        A problem whose data comes from acting with the present parameters acts here, so that all methods
-        have acted as often at equal rounds. Batches that a method drew before stay as they were.
+        A problem whose data comes from acting with the present parameters acts here, so that at equal rounds
+        all methods have acted equally often. Batches that a method drew before stay as they were.
 
         Raises:
-            NonFiniteError: it cannot go on with the present parameters; the run ends there.
+            NonFiniteError: the problem cannot continue with the present parameters; the run ends there.
         """
 
     @property

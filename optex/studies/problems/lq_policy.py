@@ -1,4 +1,4 @@
-"""A linear policy for a linear system with quadratic costs, whose return is known exactly."""
+"""A linear policy for a linear system with quadratic costs: its expected return is known exactly."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _DISCOUNT: Final = 0.99
 class LinearQuadraticPolicy(Problem):
     """Minus the discounted return of actions ~ N(k s + c, 0.25) in s' = 0.9 s + 0.5 a + 0.1 n, over 20 steps.
 
-    Its source is a :class:`~optex.TrajectorySource`, with draws of its own. The loss of a batch is that of the
-    batch's draws, differentiated along the trajectories: a gradient of the same objective, with less noise, for
-    who knows the system. The objective itself is exact.
+    The problem's source is a :class:`~optex.TrajectorySource`, with draws of its own. The loss of a batch is
+    the cost of the batch's own trajectories; autograd differentiates it along them, which gives a gradient of
+    the same objective with less noise, for methods that may know the system. The objective itself is exact.
 
     Args:
         seed: of the start, k and c uniform in ±0.3, and of the draws.
-        trajectories: a gradient, at least 2.
+        trajectories: how many a gradient uses, at least 2.
 
     Raises:
         ValueError: an argument is out of range.
@@ -39,10 +39,12 @@ class LinearQuadraticPolicy(Problem):
 
     def __init__(self, seed: int = 0, trajectories: int = 50) -> None:
         super().__init__(seed)
-        self.trajectories = check_integer("LinearQuadraticPolicy", "trajectories", trajectories, least=2)
-        self.system = LinearQuadratic()
+        self.trajectories: int = check_integer("LinearQuadraticPolicy", "trajectories", trajectories, least=2)
+        self.system: LinearQuadratic = LinearQuadratic()
         with torch.random.fork_rng(devices=[]):  # layers draw a start of their own, which reset() replaces
-            self.policy = GaussianPolicy(1, 1, hidden=(), deviation=_DEVIATION, dtype=torch.float64)
+            self.policy: GaussianPolicy = GaussianPolicy(
+                1, 1, hidden=(), deviation=_DEVIATION, dtype=torch.float64
+            )
         self.reset()
 
     @property
@@ -71,11 +73,11 @@ class LinearQuadraticPolicy(Problem):
 
     @property
     def minimum(self) -> float:
-        def value(k: float) -> float:  # noise and costs are even: the best offset is 0
+        def value(k: float) -> float:  # noise and costs are symmetric about 0, and so the best offset is 0
             gain = torch.full((1, 1), k, dtype=torch.float64)
             return -float(self.system.expected_return(gain, 0 * gain[0], _DEVIATION, _DISCOUNT))
 
-        # along k the return is smooth with one maximum, and the optimum is told to its rounding
+        # As a function of k the return is smooth and has one maximum, whose value is found to rounding.
         return float(fminbound(value, -1.8, 0.0, xtol=1e-9, full_output=True)[1])
 
     def batches(self) -> Iterator[Tensor]:

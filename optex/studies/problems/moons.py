@@ -24,7 +24,12 @@ _WIDTH: Final = 16
 
 
 def two_moons(count: int, scatter: float, seed: int) -> tuple[Tensor, Tensor]:  # [count, 2] float32, [count]
-    """Points of two interleaved half circles, with normal scatter, alternately of either.
+    """Points of two interleaved half circles, alternately of the one and the other, with normal scatter.
+
+    Args:
+        count: of points.
+        scatter: standard deviation of each coordinate about the half circle.
+        seed: of the points.
 
     >>> points, labels = two_moons(4, 0.0, seed=0)
     >>> points.square().sum(1)[labels == 0], labels
@@ -40,9 +45,9 @@ def two_moons(count: int, scatter: float, seed: int) -> tuple[Tensor, Tensor]:  
 
 @final
 class TwoMoons(Problem):
-    """A 2-16-16-2 tanh network on two half moons, d = 354: the gradient by :class:`~optex.CoordinateSource`.
+    """A 2-16-16-2 tanh network on two half moons, d = 354, with gradients by :class:`~optex.CoordinateSource`.
 
-    200 points to train on, all in every batch; 1,000 held out. The same points for every seed.
+    There are 200 points to train on, all in every batch, and 1,000 held out, the same points for every seed.
 
     Args:
         seed: of the start, uniform in ±1/√fan-in as for ``torch.nn.Linear``.

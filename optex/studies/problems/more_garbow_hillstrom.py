@@ -19,18 +19,18 @@ __all__ = ["FUNCTIONS", "TestFunction"]
 
 @dataclass(frozen=True)
 class TestFunction:
-    """f(x) = Σ_i r_i(x)², to be called with x [d] of a floating-point kind; the value [] carries autograd.
+    """f(x) = Σ_i r_i(x)², for x [d] of a floating-point dtype; autograd can differentiate the value.
 
     Attributes:
         number: in the paper.
         name: in the paper.
         residuals: r, of x [d] to [m].
         start: the standard start, d numbers.
-        minima: values of f at its known local minima, the lowest first; at infinity among them.
+        minima: values of f at its known local minima, the lowest first; some are approached at infinity.
         minimizer: where f is lowest, d numbers; None where the paper does not say.
     """
 
-    __test__ = False  # not one of pytest's
+    __test__ = False  # or pytest would collect it by its name
 
     number: int
     name: str
@@ -56,7 +56,7 @@ def _count(
     last: int,
     first: int = 1,
 ) -> Tensor:  # [last - first + 1]
-    """first, ..., last in x's kind."""
+    """first, ..., last with the dtype and device of x."""
     return torch.arange(first, last + 1, dtype=x.dtype, device=x.device)
 
 

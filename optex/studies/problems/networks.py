@@ -18,7 +18,7 @@ __all__ = ["CLASSIFIERS", "Classifier", "evaluation_mode", "initialise"]
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Dropout off and BatchNorm on its running statistics; on leaving, every module is as it was."""
+    """A context with dropout off and BatchNorm on its running statistics; modules are as before after it."""
     training = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -32,14 +32,14 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
 def initialise(network: nn.Module, generator: torch.Generator) -> None:
     """Initialise a network as torch does, but from a given generator, and reset its buffers.
 
-    Weights and biases of linear and convolutional layers are uniform in ±1/√fan-in, embeddings are N(0, 1);
-    normalisations are the identity, with no statistics yet.
+    Weights and biases of linear and convolutional layers are uniform in ±1/√fan-in, embeddings are N(0, 1).
+    Normalisation layers start without scale, shift and statistics.
     """
     for layer in network.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             bound = 1 / math.sqrt(layer.weight[0].numel())
             for parameter in layer.parameters():
-                # Drawn on the CPU in single precision: one start, whatever the network is moved to.
+                # Drawn on the CPU in single precision, so that the start is the same on every device.
                 parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
         elif isinstance(layer, nn.Embedding):
             layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator))
@@ -53,9 +53,9 @@ class Classifier:
 
     Attributes:
         build: makes one from channels, side, width and depth.
-        width: the usual one.
-        depth: the usual one.
-        held_size: images on which its loss takes well under a third of a second on one core.
+        width: the default.
+        depth: the default.
+        held_size: how many images its loss is evaluated on in well under a third of a second on one core.
     """
 
     build: Callable[[int, int, int, int], nn.Module]
@@ -72,7 +72,7 @@ def _mlp(channels: int, side: int, width: int, depth: int) -> nn.Module:
 
 
 def _cnn(channels: int, side: int, width: int, depth: int) -> nn.Module:
-    """``depth`` times 3 × 3 convolution, ReLU, halving by maximum; ``width`` channels, doubled each time."""
+    """``depth`` times 3 × 3 convolution, ReLU, 2 × 2 max pooling; ``width`` channels, doubled each time."""
     if side >> depth == 0:
         raise ValueError(
             f"cnn: depth must be at most {side.bit_length() - 1} for images of side {side}, got {depth}"
@@ -106,7 +106,7 @@ def _residual_mlp(channels: int, side: int, width: int, depth: int) -> nn.Module
 
 
 class _ResNetBlock(nn.Module):
-    """Two 3 × 3 convolutions with BatchNorm with a residual connection without parameters (option A)."""
+    """Two 3 × 3 convolutions with BatchNorm, and a shortcut without parameters (the paper's option A)."""
 
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class _ResNetBlock(nn.Module):
         branch = functional.relu(self.first_norm(self.first(hidden)))
         branch = self.second_norm(self.second(branch))
         shortcut = hidden[:, :, :: self.stride, :: self.stride]
-        half = self.missing // 2  # zeros for the channels that are new, before and after those that are not
+        half = self.missing // 2  # zeros in place of the new channels, half before the old ones and half after
         shortcut = functional.pad(shortcut, (0, 0, 0, 0, half, self.missing - half))
         return functional.relu(branch + shortcut)
 

@@ -1,4 +1,4 @@
-"""Logistic regression whose gradients come through a sketched channel."""
+"""Logistic regression with gradients that are sent as random sketches."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ __all__ = ["LogisticSketched"]
 
 @final
 class LogisticSketched(Problem):
-    """``LogisticBreastCancer``, whose gradient is ``RᵀR ∇F``: of its 31 numbers ``sketch_size`` are sent.
+    """``LogisticBreastCancer`` with the gradient ``RᵀR ∇F``, of which ``sketch_size`` numbers are sent, not 31.
 
-    The objective itself is deterministic, its ``source`` is not: methods that differentiate by themselves
-    (L-BFGS, line search) see the gradient without a sketch.
+    The objective is deterministic, its ``source`` is not. Code that differentiates the problem itself sees the
+    gradient without a sketch.
 
     Args:
         seed: of the start.
-        sketch_size: s, from 1 to 31.
-        kind: of ``optex.Sketch``.
+        sketch_size: rows of R, from 1 to 31.
+        kind: of R, as in ``optex.Sketch``.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
@@ -35,15 +35,15 @@ class LogisticSketched(Problem):
 
     def __init__(self, seed: int = 0, sketch_size: int = 8, kind: str = "srht") -> None:
         super().__init__(seed)
-        self.logistic = LogisticBreastCancer(seed)
-        self.sketch = Sketch(kind, sketch_size)  # pyright: ignore[reportArgumentType]  (Sketch checks it)
+        self.logistic: LogisticBreastCancer = LogisticBreastCancer(seed)
+        self.sketch: Sketch = Sketch(kind, sketch_size)  # pyright: ignore[reportArgumentType]  (Sketch checks it)
         self.sketch.second_moment(self.dimension)  # refuses sizes above the dimension
 
     def forward(self, batch: None) -> Tensor:
         return self.logistic(batch)
 
     def source(self) -> GradientSource:
-        """R is drawn anew for every gradient; the objective itself is exact."""
+        """Gradients through sketches; R is drawn anew for each."""
         exact = ObjectiveSource(self, deterministic=True)
         return SketchedSource(exact, self.sketch, self.parameters())
 

@@ -11,6 +11,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor, nn
 
+from optex.checks import check_integer
 from optex.studies.problems.interface import Problem, seeded_generator
 
 __all__ = ["Ackley", "Function", "Quadratic", "Rosenbrock", "Sphere"]
@@ -24,9 +25,9 @@ class Function(Problem):
     Without noise every batch is None.
 
     Args:
-        dim: d, at least ``least_dimension``.
+        dim: d, an integer of at least ``least_dimension``.
         seed: of the start and the noise.
-        noise: standard deviation of one component of the gradient's noise.
+        noise: standard deviation of one component of the gradient's noise, not negative.
         dtype: of the parameters.
 
     Raises:
@@ -53,14 +54,13 @@ class Function(Problem):
         dtype: torch.dtype = torch.float64,
     ) -> None:
         super().__init__(seed)
-        if dim < self.least_dimension:
-            raise ValueError(f"{type(self).__name__}: dim must be at least {self.least_dimension}, got {dim}")
+        check_integer(type(self).__name__, "dim", dim, least=self.least_dimension)
         if not 0 <= noise < math.inf:
             raise ValueError(
                 f"{type(self).__name__}: noise must be finite and not negative, got {noise}; "
                 "it is the standard deviation of one component"
             )
-        self.noise = noise
+        self.noise: float = noise
         self.theta: nn.Parameter = nn.Parameter(torch.empty(dim, dtype=dtype))
         self.reset()
 
@@ -72,7 +72,7 @@ class Function(Problem):
         """F(θ)."""
 
     def minimizer(self) -> Tensor:  # [d]
-        """Where F is least."""
+        """The θ at which F is lowest."""
         return torch.zeros_like(self.theta.detach())
 
     @property
@@ -110,7 +110,7 @@ class Function(Problem):
 def root_mean_square(
     theta: Tensor,  # [d]
 ) -> Tensor:  # []
-    """``sqrt(mean(θ²))``, with subgradient 0 at θ = 0, where the square root's derivative is infinite."""
+    """``sqrt(mean(θ²))``; at θ = 0, where the square root's derivative is infinite, the subgradient is 0."""
     return torch.linalg.vector_norm(theta) / math.sqrt(len(theta))
 
 
@@ -129,7 +129,7 @@ class Ackley(Function):
     """F(θ) = -20 exp(-0.2 sqrt(mean(θ²))) - exp(mean(cos 2πθ)) + 20 + e: many local minima in a funnel."""
 
     name = "ackley"
-    radius = 1.5
+    radius: ClassVar[float] = 1.5
 
     def value(self, theta: Tensor) -> Tensor:
         funnel = -20 * torch.exp(-0.2 * root_mean_square(theta))
@@ -139,10 +139,10 @@ class Ackley(Function):
 
 @final
 class Rosenbrock(Function):
-    """F(θ) = mean over i of 100 (θ_{i+1} - θ_i²)² + (1 - θ_i)²: a curved valley; least at θ = 1."""
+    """F(θ) = mean over i of 100 (θ_{i+1} - θ_i²)² + (1 - θ_i)²: a curved valley with its minimum at θ = 1."""
 
     name = "rosenbrock"
-    least_dimension = 2
+    least_dimension: ClassVar[int] = 2
 
     def value(self, theta: Tensor) -> Tensor:
         here, following = theta[:-1], theta[1:]
@@ -159,6 +159,9 @@ class Quadratic(Function):
     Args:
         dim, seed, noise, dtype: as in :class:`Function`.
         condition: largest over smallest eigenvalue, at least 1.
+
+    Raises:
+        ValueError: an argument is out of range.
     """
 
     name = "quadratic"

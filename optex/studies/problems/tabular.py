@@ -6,26 +6,29 @@ import math
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import repeat
-from typing import Final, cast, final
+from typing import Any, Final, cast, final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from optex.checks import check_integer, check_positive
 from optex.studies.problems.interface import Problem, seeded_generator
 
 __all__ = ["DigitsMLP", "LogisticBreastCancer", "breast_cancer", "scikit_learn_arrays"]
 
-DIGITS_HELD_OUT: Final = 360
+_DIGITS_HELD_OUT: Final = 360
+_NEWTON_STEPS: Final = 30  # more than enough for convergence to rounding
 
 
-def scikit_learn_arrays(loader: str, problem: str) -> tuple[np.ndarray, np.ndarray]:  # [n, k], [n]
+def scikit_learn_arrays(loader: str, problem: str) -> tuple[NDArray[Any], NDArray[Any]]:  # [n, k], [n]
     """Inputs and labels of a data set that ships with scikit-learn.
 
     Args:
-        loader: the function of ``sklearn.datasets``.
-        problem: whose data it is, for the message.
+        loader: name of a function of ``sklearn.datasets``.
+        problem: name of the problem that needs the data, for the message.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
@@ -60,10 +63,10 @@ def _digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [1437, 64], [1437], [
     pixels = torch.tensor(inputs[order] / 16.0, dtype=torch.float32)
     digits = torch.tensor(labels[order], dtype=torch.int64)
     return (
-        pixels[DIGITS_HELD_OUT:],
-        digits[DIGITS_HELD_OUT:],
-        pixels[:DIGITS_HELD_OUT],
-        digits[:DIGITS_HELD_OUT],
+        pixels[_DIGITS_HELD_OUT:],
+        digits[_DIGITS_HELD_OUT:],
+        pixels[:_DIGITS_HELD_OUT],
+        digits[:_DIGITS_HELD_OUT],
     )
 
 
@@ -72,7 +75,7 @@ class LogisticBreastCancer(Problem):
     """Logistic regression on the Wisconsin breast cancer data, all 569 cases in every batch.
 
     F(w, b) = mean over cases of log(1 + exp(z)) - y z + ½ l2 ‖w‖², z = xᵀw + b, features standardised.
-    Strictly convex; ``minimum`` is found by Newton's method when first asked for.
+    It is strictly convex; ``minimum`` is computed by Newton's method when it is first asked for.
 
     Args:
         seed: of the start, uniform in ±1/√30 as for ``torch.nn.Linear``.
@@ -88,9 +91,7 @@ class LogisticBreastCancer(Problem):
 
     def __init__(self, seed: int = 0, l2: float = 1e-3, dtype: torch.dtype = torch.float64) -> None:
         super().__init__(seed)
-        if not 0 < l2 < math.inf:
-            raise ValueError(f"LogisticBreastCancer: l2 must be positive and finite, got {l2}")
-        self.l2 = l2
+        self.l2: float = check_positive("LogisticBreastCancer", "l2", l2)
         inputs, labels = breast_cancer()
         self.inputs: Tensor  # [569, 30]
         self.labels: Tensor  # [569]
@@ -129,11 +130,9 @@ class LogisticBreastCancer(Problem):
 
 
 @lru_cache(maxsize=8)
-def _logistic_minimum(l2: float, steps: int = 30) -> float:
+def _logistic_minimum(l2: float) -> float:
     inputs, labels = breast_cancer()
-    design = torch.cat(
-        [inputs, torch.ones_like(inputs[:, :1])], dim=1
-    )  # [569, 31], the last column is the bias
+    design = torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1)  # [569, 31], the last column is the bias
     penalty = torch.full_like(design[0], l2)
     penalty[-1] = 0
 
@@ -142,7 +141,7 @@ def _logistic_minimum(l2: float, steps: int = 30) -> float:
         return functional.binary_cross_entropy_with_logits(logits, labels) + 0.5 * (penalty * w**2).sum()
 
     w = torch.zeros_like(penalty)
-    for _ in range(steps):
+    for _ in range(_NEWTON_STEPS):
         probability = torch.sigmoid(design @ w)
         gradient = design.T @ (probability - labels) / len(labels) + penalty * w
         curvature = (probability * (1 - probability) / len(labels))[:, None] * design
@@ -158,8 +157,8 @@ def _logistic_minimum(l2: float, steps: int = 30) -> float:
 class DigitsMLP(Problem):
     """A 64-64-10 tanh network on scikit-learn's handwritten digits (8 × 8 pixels), cross entropy.
 
-    1,437 digits to train on, 360 held out, the same split for every seed. Each epoch is a new seeded
-    permutation cut into batches of one size; the few digits left over wait for another epoch.
+    There are 1,437 digits to train on and 360 held out, the same split for every seed. Each epoch is a new
+    seeded permutation cut into batches of one size; the few digits left over are not used in that epoch.
 
     Args:
         seed: of the start (uniform in ±1/√fan-in, as for ``torch.nn.Linear``) and of the permutations.
@@ -176,9 +175,7 @@ class DigitsMLP(Problem):
     def __init__(self, seed: int = 0, batch_size: int = 32, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(seed)
         inputs, labels, test_inputs, test_labels = _digits()
-        if not 1 <= batch_size <= len(inputs):
-            raise ValueError(f"DigitsMLP: batch_size must be between 1 and {len(inputs)}, got {batch_size}")
-        self.batch_size = batch_size
+        self.batch_size: int = check_integer("DigitsMLP", "batch_size", batch_size, most=len(inputs))
         self.inputs: Tensor  # [1437, 64]
         self.labels: Tensor  # [1437]
         self.test_inputs: Tensor  # [360, 64]
@@ -187,8 +184,8 @@ class DigitsMLP(Problem):
         self.register_buffer("labels", labels, persistent=False)
         self.register_buffer("test_inputs", test_inputs.to(dtype), persistent=False)
         self.register_buffer("test_labels", test_labels, persistent=False)
-        self.hidden = cast(nn.Linear, nn.utils.skip_init(nn.Linear, 64, 64, dtype=dtype))
-        self.output = cast(nn.Linear, nn.utils.skip_init(nn.Linear, 64, 10, dtype=dtype))
+        self.hidden: nn.Linear = cast(nn.Linear, nn.utils.skip_init(nn.Linear, 64, 64, dtype=dtype))
+        self.output: nn.Linear = cast(nn.Linear, nn.utils.skip_init(nn.Linear, 64, 10, dtype=dtype))
         self.reset()
 
     def logits(

@@ -19,8 +19,8 @@ from optex.studies.problems.networks import evaluation_mode, initialise
 
 __all__ = ["Shakespeare", "Transformer"]
 
-_HELD_OUT: Final = 10  # one character in so many, at the end of the text, is for the test
-_CHUNK = 32  # windows evaluated at a time
+_HELD_OUT: Final = 10  # one part in so many of the text, at its end, is held out
+_CHUNK: Final = 32  # windows evaluated at a time
 
 
 @lru_cache(maxsize=2)
@@ -31,10 +31,10 @@ def _encoded(text: str) -> tuple[Tensor, int]:  # [characters], places in the so
 
 
 class Transformer(nn.Module):
-    """A small GPT-2: scores for the next character, from the characters before it.
+    """A small GPT-2: scores of each next character from the characters before it.
 
     Args:
-        alphabet: characters there are.
+        alphabet: how many different characters there are.
         layers, heads, width, context, dropout: as in :class:`Shakespeare`.
     """
 
@@ -44,9 +44,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.characters: nn.Embedding = nn.Embedding(alphabet, width)
         self.positions: nn.Embedding = nn.Embedding(context, width)
-        self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.Sequential(*(_Block(heads, width, dropout) for _ in range(layers)))
-        self.norm = nn.LayerNorm(width)
+        self.dropout: nn.Dropout = nn.Dropout(dropout)
+        self.blocks: nn.Sequential = nn.Sequential(*(_Block(heads, width, dropout) for _ in range(layers)))
+        self.norm: nn.LayerNorm = nn.LayerNorm(width)
         self.output: nn.Linear = nn.Linear(width, alphabet)
 
     def forward(
@@ -58,7 +58,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def initialise_as_gpt_2(self, generator: torch.Generator) -> None:
-        """Weights N(0, 0.02²), those that end a branch narrower by √(2 · layers), biases 0."""
+        """Weights N(0, 0.02²), at the end of each branch with 0.02 / √(2 · layers) instead; biases 0."""
         last = tuple(layer for block in self.blocks for layer in (block.projection, block.narrow))
         for layer in self.modules():
             if isinstance(layer, nn.Linear | nn.Embedding):
@@ -71,7 +71,7 @@ class Transformer(nn.Module):
 
 
 class _Block(nn.Module):
-    """Causal self-attention, then a two-layer network for each character; both with a residual connection."""
+    """Causal self-attention, then a two-layer network at each character, each with a residual connection."""
 
     def __init__(self, heads: int, width: int, dropout: float) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class _Block(nn.Module):
         count, length, width = hidden.shape
         parts = self.attention(hidden).view(count, length, 3, self.heads, width // self.heads)
         query, key, value = parts.permute(2, 0, 3, 1, 4)  # each [n, heads, t, width / heads]
-        # Written out: torch's fused attention has no rule for vmap, and warns.
+        # Written out, as torch's fused attention has no rule for vmap, and warns.
         scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
         later = torch.ones(length, length, dtype=torch.bool, device=hidden.device).triu(1)
         mixed = self.dropout(scores.masked_fill(later, -math.inf).softmax(-1)) @ value
@@ -105,10 +105,10 @@ class Shakespeare(Problem):
     """A transformer that predicts the next character of Shakespeare's plays, cross entropy in nats a character.
 
     The first nine tenths of tinyshakespeare (1,115,394 characters, 65 different ones) are trained on, the last
-    tenth is held out. Each epoch cuts the text into windows of ``context`` characters, from a random character
-    on, and shuffles them, both seeded; those left over are not used in that epoch. The
-    objective without noise is the loss on the held batches: ``held_size`` windows spread evenly over the
-    training text, the same ones for every seed, in evaluation mode.
+    tenth is held out. Each epoch cuts the text, from a random character on, into windows of ``context``
+    characters and shuffles them, both seeded; windows that do not fill a batch are not used in that epoch. The
+    objective without noise is the loss on the held batches, in evaluation mode: ``held_size`` windows spread
+    evenly over the training text, the same ones for every seed.
 
     Args:
         seed: of the start and of the batches.
@@ -120,8 +120,9 @@ class Shakespeare(Problem):
         dropout: probability that an activation is set to zero in a step, in [0, 1).
         batch_size: windows a batch.
         held_size: windows of the held batches; None is 128, or as many as there are.
-        test_size: windows of the text held out that ``test_error`` looks at, the first ones; None is all.
-        start: ``"torch"``, as torch's layers do, or ``"gpt2"``, much smaller, N(0, 0.02²).
+        test_size: windows of the held-out text for ``test_error``, the first ones; None is all.
+        start: ``"torch"`` for the initialisation of torch's layers, or ``"gpt2"`` for GPT-2's, which is much
+            smaller, N(0, 0.02²).
 
     Raises:
         FileNotFoundError: the text is not on this machine; the message says how to get it.
@@ -153,7 +154,7 @@ class Shakespeare(Problem):
         self._check("held_size", held_size, windows)
         if test_size is not None:
             self._check("test_size", test_size, (len(testing) - 1) // context)
-        self.test_size = test_size
+        self.test_size: int | None = test_size
         self._check("width", width, 1 << 16)
         self._check("heads", heads, width)
         if width % heads:
@@ -162,10 +163,10 @@ class Shakespeare(Problem):
             raise ValueError(f"Shakespeare: dropout must be at least 0 and below 1, got {dropout}")
         if start not in ("torch", "gpt2"):
             raise ValueError(f"Shakespeare: start must be 'torch' or 'gpt2', got {start!r}")
-        self.start = start
-        self.context = context
-        self.batch_size = batch_size
-        self.held_size = held_size
+        self.start: str = start
+        self.context: int = context
+        self.batch_size: int = batch_size
+        self.held_size: int = held_size
         with torch.random.fork_rng(devices=[]):  # layers draw an initialisation that is replaced below
             self.network: Transformer = Transformer(alphabet, layers, heads, width, context, dropout)
         self.reset()
@@ -212,7 +213,7 @@ class Shakespeare(Problem):
         return self._mean_loss(codes, torch.linspace(0, last, self.held_size, dtype=torch.float64).long())
 
     def test_error(self) -> float:
-        """The loss on the text held out, cut into windows from its beginning."""
+        """The loss on the held-out text, cut into windows from its beginning."""
         _, codes, _ = self._text()
         starts = torch.arange(0, len(codes) - self.context, self.context)
         return self._mean_loss(codes, starts[: self.test_size])

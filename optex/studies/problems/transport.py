@@ -1,4 +1,4 @@
-"""Colours of one photograph carried to those of another: the semi-dual of sparse optimal transport."""
+"""Transport of one photograph's colours to another's: the semi-dual of sparse optimal transport."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ _PICTURES: Final = ("china.jpg", "flower.jpg")
 
 @lru_cache(maxsize=4)
 def sample_colours(count: int, which: int) -> Tensor:  # [count, 3] float64, 0 to 1
-    """Colours of so many pixels of one of scikit-learn's two photographs, drawn with a seed of their own.
+    """Colours of random pixels of one of scikit-learn's two photographs.
+
+    Args:
+        count: how many pixels.
+        which: photograph, 0 or 1; also the seed of the draw.
 
     Raises:
         ModuleNotFoundError: scikit-learn or Pillow, which reads its photographs, is not installed.
@@ -47,16 +51,16 @@ def sample_colours(count: int, which: int) -> Tensor:  # [count, 3] float64, 0 t
 class SparseTransport(Problem):
     """Match colours of one photograph with those of another, each target with at most k sources.
 
-    The loss is minus the semi-dual of :func:`~optex.sparse_ot` as a function of the potential α [m]: m colours
-    of ``china.jpg``, n of ``flower.jpg``, uniform masses, squared distances in RGB over the largest. A
-    constant added to α changes nothing.
+    The loss is minus the semi-dual of :func:`~optex.sparse_ot` as a function of the potential α [m]. There are
+    m colours of ``china.jpg`` and n of ``flower.jpg``, with uniform masses; costs are squared distances in RGB,
+    divided by the largest. Adding a constant to α does not change the loss.
 
     Args:
         seed: of the start, uniform in ±0.1, and of the batches.
-        sources, targets: m and n.
-        k: nonzeros a column of the plan; all m where it is not given, which is quadratic regularisation.
-        gamma: γ.
-        columns: targets a batch; all where it is not given: the gradient is then exact.
+        sources, targets: m and n, from 1 to 100,000.
+        k: nonzeros in a column of the plan, at most m; None is m, which is quadratic regularisation.
+        gamma: γ, the weight of the regularisation, positive.
+        columns: targets a batch, at most n; None is all, and gradients are then exact.
 
     Raises:
         ModuleNotFoundError: scikit-learn or Pillow is not installed.
@@ -80,9 +84,11 @@ class SparseTransport(Problem):
         owner = "SparseTransport"
         check_integer(owner, "sources", sources, most=100_000)
         check_integer(owner, "targets", targets, most=100_000)
-        self.k = sources if k is None else check_integer(owner, "k", k, most=sources)
-        self.gamma = check_number(owner, "gamma", gamma, open_below=True)
-        self.columns = columns if columns is None else check_integer(owner, "columns", columns, most=targets)
+        self.k: int = sources if k is None else check_integer(owner, "k", k, most=sources)
+        self.gamma: float = check_number(owner, "gamma", gamma, open_below=True)
+        self.columns: int | None = (
+            columns if columns is None else check_integer(owner, "columns", columns, most=targets)
+        )
         costs = torch.cdist(sample_colours(sources, 0), sample_colours(targets, 1)).square()
         self.costs: Tensor  # [m, n]
         self.a: Tensor  # [m]
@@ -90,9 +96,9 @@ class SparseTransport(Problem):
         self.register_buffer("costs", costs / costs.max(), persistent=False)
         self.register_buffer("a", costs.new_full((sources,), 1 / sources), persistent=False)
         self.register_buffer("b", costs.new_full((targets,), 1 / targets), persistent=False)
-        self.alpha = nn.Parameter(torch.empty(sources, dtype=torch.float64))
+        self.alpha: nn.Parameter = nn.Parameter(torch.empty(sources, dtype=torch.float64))
         self.reset()
-        self.source()  # checks the rest
+        self.source()  # refuses what the checks above have let pass
 
     def source(self) -> SemiDualSource:
         return SemiDualSource(
@@ -106,7 +112,7 @@ class SparseTransport(Problem):
         costs, b = self.costs.T, self.b
         if batch is not None:
             costs, b = costs[batch], b[batch]
-        # By the envelope theorem the plan counts as constant.
+        # By the envelope theorem the gradient in α is that with the plan held constant.
         plan = semi_dual(self.alpha.detach(), self.a, b, costs, self.gamma, self.k, traced=True).plan
         parts = ((self.alpha - costs) * plan).sum() - self.gamma / 2 * plan.square().sum()
         return parts * (len(self.b) / len(b)) - self.a @ self.alpha
@@ -136,6 +142,6 @@ class SparseTransport(Problem):
 
     @property
     def minimum(self) -> float | None:
-        """None where k binds: no more than a neighbourhood of the kink is then known."""
+        """None where the limit of k nonzeros is active: the solver then ends near a kink, not at a minimum."""
         found = sparse_ot(self.a, self.b, self.costs, self.gamma, self.k)
         return -float(found.value) if found.success else None

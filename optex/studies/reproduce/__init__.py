@@ -1,4 +1,4 @@
-"""The figures of the OptEx paper, reproduced: runs, their record, picture and page."""
+"""The figures of the OptEx paper, reproduced: the runs, their record, the picture and the page."""
 
 from __future__ import annotations
 

@@ -29,7 +29,14 @@ __all__ = ["Check", "checks"]
 
 @dataclass(frozen=True)
 class Check:
-    """A claim, what was measured, and whether it holds here."""
+    """A claim, what was measured, and whether it holds here.
+
+    Attributes:
+        where: the section, or the curves, that it is about.
+        claim: in words; whose claim it is comes first.
+        measured: in words.
+        holds: whether the measured numbers agree with it.
+    """
 
     where: str
     claim: str
@@ -38,7 +45,12 @@ class Check:
 
 
 def checks(about: dict[str, Any], runs: Sequence[Record]) -> list[Check]:
-    """The paper's claims about this figure, and ours, checked against the record."""
+    """The paper's claims about a figure, and ours, checked against the record.
+
+    Args:
+        about: the record's ``meta``.
+        runs: the record's runs.
+    """
     lines = {(line.section, line.label): line for line in numbers(about, runs)}
     return list(_CHECKS[about["figure"]](about, runs, lines))
 
@@ -89,7 +101,7 @@ def _fig2(about: dict[str, Any], runs: Sequence[Record], lines: _Lines) -> Itera
 
 
 def _behind(runs: Sequence[Record], section: str) -> tuple[int, int]:
-    """After how many of all seeds' rounds `optex` is behind vanilla, and how many rounds those are of."""
+    """After how many rounds, over all seeds, `optex` is behind vanilla; and how many rounds there are."""
     vanilla = {run["seed"]: losses_of(run) for run in runs_of(runs, section, VANILLA)}
     ours = {run["seed"]: losses_of(run) for run in runs_of(runs, section, "optex")}
     behind = sum(rounds_behind(loss, vanilla[seed]) for seed, loss in ours.items())
@@ -176,7 +188,7 @@ def _fig6(about: dict[str, Any], _: Sequence[Record], lines: _Lines) -> Iterator
 
 
 def _rounds_needed(line: CurveSummary) -> float:
-    """Mean over the seeds; infinite where one did not get there."""
+    """Mean rounds to vanilla's level over the seeds; infinite where a seed did not reach it."""
     rounds = line.summary.rounds_to_vanilla
     return rounds.mean if rounds.count == line.summary.seeds else math.inf
 

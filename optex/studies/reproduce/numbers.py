@@ -1,4 +1,4 @@
-"""The numbers of a figure, from its record: a line for every curve, over the seeds."""
+"""The numbers of a figure, from its record: a summary of every curve over its seeds."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class CurveSummary:
 
     Attributes:
         section, label: names.
-        summary: of the runs; the final loss is that after the section's last round, ``rounds_to_vanilla`` is to
-            vanilla's loss at the section's level round.
-        share: of vanilla's rounds that this is, over the same runs.
+        summary: of the runs; the final loss is that after the section's last round, and ``rounds_to_vanilla``
+            counts to vanilla's loss at the section's level round.
+        share: ``rounds_to_vanilla`` over the level round.
         test: the last test error.
     """
 
@@ -38,7 +38,7 @@ class CurveSummary:
 
 
 def numbers(about: dict[str, Any], runs: Sequence[Record]) -> list[CurveSummary]:
-    """A line for every curve of every section, in their order.
+    """A summary of every curve of every section, in their order.
 
     Args:
         about: the record's ``meta``.
@@ -81,12 +81,12 @@ def _outcome(part: dict[str, Any], run: Record, vanilla: Record) -> Outcome:
 
 
 def runs_of(runs: Sequence[Record], section: str, label: str) -> list[Record]:
-    """The runs of one curve, all its seeds."""
+    """The runs of one curve, of all its seeds."""
     return [run for run in runs if (run["section"], run["label"]) == (section, label)]
 
 
 def losses_of(run: Record) -> list[float]:
-    """Its losses, NaN after it stopped."""
+    """The run's losses at its recorded rounds; NaN after it stopped."""
     return null_to_nan(run["loss"])
 
 

@@ -26,7 +26,7 @@ def write_page(path: Path, figure: Figure, about: dict[str, Any], runs: Sequence
     """Write the page, or fill in the tables of the one that is there and leave its words alone.
 
     Tables stand between ``<!-- table:NAME -->`` and ``<!-- end -->``; their names are run, numbers, checks. A
-    page that is there may do without one of them.
+    page that exists need not have all of them.
 
     Args:
         path: of the page.
@@ -47,9 +47,11 @@ def write_page(path: Path, figure: Figure, about: dict[str, Any], runs: Sequence
         ),
     }
     name = figure.name
-    text = path.read_text() if path.exists() else _empty_page(f"{name.capitalize()}: {figure.title}", name)
+    title = f"{name.capitalize()}: {figure.title}"
+    text = path.read_text(encoding="utf-8") if path.exists() else _empty_page(title, name)
     shown = places(text)
-    path.write_text(fill_text(text, {table: tables[table] for table in tables if table in shown}))
+    filled = fill_text(text, {table: tables[table] for table in tables if table in shown})
+    path.write_text(filled, encoding="utf-8")
 
 
 def _empty_page(title: str, name: str) -> str:

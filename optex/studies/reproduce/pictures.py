@@ -16,14 +16,14 @@ from optex.studies.reproduce.studies import FITTED, Figure, View
 
 __all__ = ["draw"]
 
-# Both are Algorithm 1, so they share a colour.
+# It is Algorithm 1 as ``optex-paper`` is, so they share a colour.
 _FITTED: Final = {**METHOD_STYLES["optex-paper"], "linestyle": (0, (3, 1, 1, 1))}
 _OTHERS: Final = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # of the palette of METHOD_STYLES
 _ORDERED: Final = ("#fbb32e", "#ee6a4b", "#c03a76", "#7a1fa2", "#30128c")  # plasma, light to dark
 
 
 def draw(figure: Figure, about: dict[str, Any], runs: list[Record]) -> Picture:
-    """Panels in the order of the paper, where there is one; mean and band over the seeds.
+    """The figure's panels, row by row, with mean and band over the seeds.
 
     Args:
         figure: whose picture it is.
@@ -74,7 +74,7 @@ def _panel(view: View, part: dict[str, Any], runs: list[Record]) -> Panel:
         y_label="loss − minimum" if minimum is not None else names[view.values],
         logarithmic=minimum is not None,
         interval=bootstrap_interval if view.values == "reward" else None,
-        # Where vanilla's line goes on to the level that the others are timed to, that is shown.
+        # Vanilla is drawn beyond the others where its last loss is the level that they are timed to.
         level=float(lines[0].values[:, -1].mean()) if timed else None,
         level_label="vanilla's last loss, to which all are timed",
     )
@@ -92,6 +92,6 @@ def _values(
     sign = -1.0 if view.values == "reward" else 1.0
     losses = sign * np.array([run["loss"] for run in runs], dtype=float)
     if view.against == "gradients":
-        # Seeds spend almost, not exactly, the same: a round stands at their mean.
+        # The seeds' counts differ a little: a round is drawn at their mean.
         return np.mean([run["gradients"] for run in runs], axis=0), losses
     return np.array(rounds_of(runs[0]), dtype=float), losses

@@ -36,13 +36,13 @@ __all__ = [
     "write_record",
 ]
 
-# A run as the JSON has it: section, label, seed, parallelism, history_size, lr, seconds, stopped, warnings, how
-# many rounds it has, and lists over the recorded ones (``rounds_of``): loss, gradients spent and steps kept so
-# far; "test" holds the test error, by round.
+# A run as the JSON has it: section, label, seed, parallelism, history_size, lr, seconds, stopped, warnings, the
+# number of its rounds, and lists over the recorded rounds (``rounds_of``): loss, and gradients spent and steps
+# kept so far; "test" has the test error by round.
 Record = dict[str, Any]
 
 _DIGITS: Final = 5
-_LONG: Final = 240  # where a section has more rounds, a quarter of this are recorded, evenly spread
+_LONG: Final = 240  # of a section with more rounds, a quarter of this number are recorded, evenly spread
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,10 @@ def planned_runs(figure: Figure) -> list[PlannedRun]:
 def run_curve(name: str, choice: Choice, planned: PlannedRun) -> Record:
     """Make one run of a figure; a method that diverges leaves a run that stopped, not an error.
 
-    Takes the figure's name, which can be sent to another process.
+    Args:
+        name: of the figure, which unlike the figure itself can be sent to another process.
+        choice: that the figure is made with.
+        planned: which of its runs.
     """
     section = make_figure(name, choice).section(planned.section)
     curve = next(curve for curve in section.curves if curve.label == planned.label)
@@ -129,7 +132,7 @@ def _spread(rounds: int, count: int) -> list[int]:
 
 
 def rounds_of(run: Record) -> list[int]:
-    """The rounds that its lists are over.
+    """The recorded rounds of a run, which its lists are over.
 
     >>> rounds_of({"rounds": 3, "loss": [4.0, 3.0, 2.0, 1.0]})
     [0, 1, 2, 3]
@@ -140,7 +143,7 @@ def rounds_of(run: Record) -> list[int]:
 
 
 class WithTestError(Problem):
-    """A problem that also measures its test error, at some of the rounds at which it is evaluated.
+    """A problem that also measures its test error, after some of the rounds.
 
     Args:
         problem: with a ``test_error``.
@@ -154,7 +157,8 @@ class WithTestError(Problem):
         super().__init__(problem.seed)
         self.problem = problem
         self._due = {0} | {round(rounds * i / tests) for i in range(1, tests + 1)}
-        # A method that tries several settings resets the problem for each: losses and errors by round, by try.
+        # Losses, and test errors by round, of each try: a method that tries several settings resets the
+        # problem.
         self._tries: list[tuple[list[float], dict[str, float | None]]] = []
 
     def forward(self, batch: Any) -> Tensor:
@@ -182,13 +186,13 @@ class WithTestError(Problem):
         self.problem.reset()
 
     def errors_of(self, trace: Trace) -> dict[str, float | None]:
-        """The test errors of the try that this trace is of."""
+        """The test errors, by round, of the try that this trace is of."""
         kept = [loss for loss in trace.loss if math.isfinite(loss)]
         return next(errors for losses, errors in self._tries if losses[: len(kept)] == kept)
 
 
 def meta(figure: Figure, choice: Choice, command: Sequence[str]) -> dict[str, Any]:
-    """What is run and where."""
+    """What is run, on which machine and with which versions: the ``meta`` of the figure's JSON."""
     described = {section.name: describe(section.comparison) for section in figure.sections}
     common = ("optex", "torch", "python", "platform", "cpu", "cpus", "threads", "date")
     first = next(iter(described.values()))
@@ -219,7 +223,7 @@ def _section_meta(section: Section, described: dict[str, Any]) -> dict[str, Any]
 
 
 def write_record(path: Path, about: dict[str, Any], runs: Sequence[Record]) -> None:
-    """Write what was run, and a line for each run; the old file is replaced when the new one is complete."""
+    """Write ``meta``, and each run on a line; an old file is replaced when the new one is complete."""
     lines = ",\n".join(json.dumps(run, separators=(",", ":"), allow_nan=False) for run in runs)
     whole = f'{{"meta": {json.dumps(about, allow_nan=False)},\n"runs": [\n{lines}\n]}}\n'
     write_whole(path, whole)
@@ -233,7 +237,7 @@ def read_record(path: Path, about: dict[str, Any]) -> tuple[dict[str, Any], list
         about: ``meta`` of what is to be made: the same, or with more seeds or curves.
 
     Returns:
-        The meta that the record is to have, which is the old one where nothing is missing, and its runs.
+        The meta for the record, which is the earlier one where no run is missing, and the earlier runs.
 
     Raises:
         ValueError: the file is no such record, or its settings differ from ``about``'s.
@@ -241,7 +245,7 @@ def read_record(path: Path, about: dict[str, Any]) -> tuple[dict[str, Any], list
     if not path.exists():
         return about, []
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_text(encoding="utf-8"))
         there, runs = document["meta"], document["runs"]
         before = {name: dict(part) for name, part in there["sections"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -257,5 +261,5 @@ def read_record(path: Path, about: dict[str, Any]) -> tuple[dict[str, Any], list
 
 
 def _fixed(part: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a section without its seeds and curves, of which a record may get more."""
+    """The settings of a section but its seeds and curves: those may be more than in an earlier record."""
     return {name: value for name, value in part.items() if name not in ("seeds", "curves")}

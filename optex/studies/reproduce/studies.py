@@ -1,4 +1,4 @@
-"""What each figure of the paper runs and draws, at a small scale and at the paper's own."""
+"""What each figure of the paper runs and draws, at a small scale and at the paper's."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ _USUAL: Final = (VANILLA, "target", "data-parallel", "optex-paper", "optex")
 
 @dataclass(frozen=True)
 class Choice:
-    """What a user may choose about a figure; None is the figure's own.
+    """What a user may choose about a figure; None stands for the figure's own.
 
     Attributes:
         scale: ``"small"`` takes minutes on 2 cores, ``"paper"`` has the paper's sizes as far as we know them.
-        seeds: starts of each problem, 0, 1, ..., at least 1.
-        rounds: of every method but vanilla, whose rounds change with it; at least 1.
+        seeds: how many starts of each problem, seeds 0, 1, ...; at least 1.
+        rounds: of every method but vanilla, whose rounds are in proportion; at least 1.
         dim: of the functions (fig2, fig6), at least 2.
 
     Raises:
@@ -67,9 +67,9 @@ class Curve:
     """A line of a figure: a method, and its settings where they differ from the section's.
 
     Attributes:
-        label: names it; unique in its section.
-        run: takes a problem from its start through a setting's rounds.
-        parallelism, history_size: N and T0 where they are not the section's.
+        label: its name, unique in its section.
+        run: runs a problem from its start for a setting's rounds.
+        parallelism, history_size: N and T0; None for the section's.
     """
 
     label: str
@@ -86,9 +86,9 @@ class Section:
         name: unique in its figure.
         comparison: one problem, the base optimizer, N, T0, rounds and seeds.
         curves: vanilla first.
-        vanilla_rounds: how far vanilla is run.
-        level_round: vanilla's loss after so many rounds is the level that all are timed to.
-        tests: at how many rounds the test error is measured, the start not counted; 0 is not at all.
+        vanilla_rounds: for how many rounds vanilla is run.
+        level_round: vanilla's loss after so many rounds is the level that all methods are timed to.
+        tests: after how many rounds the test error is measured, the start not counted; 0 for none.
     """
 
     name: str
@@ -100,11 +100,11 @@ class Section:
 
     @property
     def problem(self) -> str:
-        """Its name."""
+        """The problem's name."""
         return self.comparison.problems[0]
 
     def setting(self, curve: Curve) -> Setting:
-        """What a curve runs with."""
+        """The setting that a curve is run with."""
         usual = self.comparison.setting(curve.label)
         return replace(
             usual,
@@ -121,13 +121,13 @@ class View:
     Attributes:
         title: above it.
         section: whose runs it shows.
-        labels: which of them.
+        labels: of the curves that it shows.
         values: ``"loss"``, its gap to the minimum where that is known; ``"test"`` error; ``"reward"``, minus
             the loss; or ``"steps"`` kept so far.
         against: ``"rounds"`` or ``"gradients"``.
-        last_round: where vanilla's line ends; None shows all of it.
-        family: the labels are values of one quantity, in order, and are coloured so; the legend then calls
-            the section's own value by this name.
+        last_round: where vanilla's line ends; None for all of it.
+        family: where the labels are values of one quantity, in order: the legend's name for the section's own
+            value; the lines are then coloured in order. None where they are not.
     """
 
     title: str
@@ -149,7 +149,7 @@ class Figure:
         sections: what is run.
         views: what is drawn, row by row.
         columns: panels a row.
-        judged_by: what its page compares methods by: ``"loss"``, or ``"reward"``, which is minus the loss.
+        judged_by: what its page compares the methods by: ``"loss"``, or ``"reward"``, which is minus the loss.
     """
 
     name: str
@@ -174,7 +174,9 @@ def make_figure(name: str, choice: Choice) -> Figure:
         raise ValueError(f"figure: {name!r} is not one of {', '.join(FIGURES)}")
     figure = FIGURES[name](choice)
     if choice.dim is not None and not any("dim" in PROBLEMS[part.problem].options for part in figure.sections):
-        raise ValueError(f"dim: the problems of {name} have their own; it is for fig2 and fig6")
+        raise ValueError(
+            f"dim: got {choice.dim}, but the problems of {name} have their own; it is for fig2 and fig6"
+        )
     return figure
 
 
@@ -245,7 +247,7 @@ def _fig3(choice: Choice) -> Figure:
     return Figure("fig3", "Deep Q-learning", tuple(sections), views, columns=3, judged_by="reward")
 
 
-# Sizes of ours for what the paper calls its residual MLP and its transformer; nanoGPT's for the latter.
+# The paper does not give the sizes of its residual MLP and its transformer: these are ours and nanoGPT's.
 _LARGE: Final[dict[str, dict[str, Any]]] = {
     "cifar10": {"width": 512, "depth": 6, "augment": True},
     "shakespeare": {"layers": 6, "heads": 6, "width": 384, "context": 256, "dropout": 0.2, "batch_size": 64},
@@ -293,7 +295,7 @@ def _fig4(choice: Choice) -> Figure:
 
 
 def _network_views(images: Section, text: Section, many: Section) -> tuple[View, ...]:
-    """A row for each section: against rounds, test error or steps kept, against gradients."""
+    """A row for each section: loss against rounds, test error or steps kept, loss against gradients."""
     views = []
     for part in (images, text, many):
         shown = (part.name, _labels(part.curves))
@@ -339,7 +341,7 @@ def _fig6(choice: Choice) -> Figure:
         return View(title, section.name, labels, last_round=rounds, family=family)
 
     def in_order(own: str, others: tuple[Curve, ...], before: int) -> tuple[str, ...]:
-        """Vanilla, then the section's own value among the others, with so many of them before it."""
+        """Labels: vanilla, then the section's own value, with ``before`` of the others before it."""
         return (VANILLA, *_labels(others[:before]), own, *_labels(others[before:]))
 
     own_history, own_width = f"T0 = {_HISTORY} (optex-paper)", "N = 5 (optex-paper)"
