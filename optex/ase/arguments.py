@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from numbers import Real
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 from ase import Atoms
 from ase.filters import Filter
+from ase.utils.abc import Optimizable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from optex.evaluators import Evaluator, SequentialEvaluator, WorkersEvaluator
 from optex.stepping import ObservesEvaluations, base_optimizer, default_rate
 
-__all__ = ["OWNER", "MaxStep", "build_base", "check_atoms", "read_maxstep", "read_workers"]
+__all__ = ["OWNER", "MaxStep", "Relaxable", "build_base", "check_atoms", "read_maxstep", "read_workers"]
 
 OWNER: Final = "OptExOptimizer"
 # Rates in Å²/eV. With momentum β steps are stable up to a curvature of 2 (1 + β) / lr, here 300 eV/Å²: the
@@ -27,6 +28,13 @@ _SETTINGS: Final[dict[str, dict[str, float]]] = {
     "nesterov": {"lr": 0.006, "momentum": 0.8},
 }
 _LARGEST_STEP: Final = 1.0  # Å; ASE's own optimizers warn beyond it
+
+
+class Relaxable(Protocol):
+    """What ASE's optimizers move: an ``ase.Atoms``, or an ASE filter around one."""
+
+    def __len__(self) -> int: ...
+    def __ase_optimizable__(self) -> Optimizable: ...
 
 
 class MaxStep:

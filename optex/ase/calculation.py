@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError, compare_atoms
@@ -24,13 +25,13 @@ class Calculation(GradientSource):
     components of the stress, energy, free energy and 0; NaN stands for what the calculator does not have.
     """
 
-    deterministic = True
+    deterministic: bool = True
 
     def __init__(self, atoms: Atoms, *, stress: bool) -> None:
-        self.atoms = atoms.copy()
+        self.atoms: Atoms = atoms.copy()
         self.atoms.set_constraint()
         self.atoms.calc = atoms.calc
-        self.stress = stress
+        self.stress: bool = stress
         self.point: nn.Parameter = nn.Parameter(torch.zeros(3 * len(atoms) + 9, dtype=torch.float64))
 
     def serves(self, atoms: Atoms) -> bool:
@@ -48,7 +49,7 @@ class Calculation(GradientSource):
         self.point.grad = torch.from_numpy(np.concatenate(answer))
         return torch.tensor(energy, dtype=torch.float64), None
 
-    def _stress(self) -> np.ndarray:  # [6]
+    def _stress(self) -> npt.NDArray[np.float64]:  # [6]
         try:
             calculator: Any = self.atoms.calc
             found = calculator.get_property("stress", self.atoms, allow_calculation=self.stress)

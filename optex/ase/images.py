@@ -8,10 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.filters import Filter
+from ase.utils.abc import Optimizable
 from torch import Tensor
 
 from optex.ase.calculation import Calculation
@@ -40,12 +42,12 @@ class Image:
 
     calculator: MeasuredCalculator
     value: float
-    gradient: np.ndarray
+    gradient: npt.NDArray[np.float64]  # [d]
 
     def __init__(
         self,
         target: Any,
-        x: np.ndarray,  # [d]
+        x: npt.NDArray[np.float64],  # [d]
         *,
         at_start: bool,
     ) -> None:
@@ -53,11 +55,11 @@ class Image:
         self._original = original
         self._target = copy.deepcopy(target, {id(original): original})
         self._atoms = atoms_of(self._target)
-        self.optimizable = self._target.__ase_optimizable__()
+        self.optimizable: Optimizable = self._target.__ase_optimizable__()
         if not at_start:  # where the atoms are already, and to the bit
             self.optimizable.set_x(x)
-        self.request = x
-        self.x = self.optimizable.get_x()
+        self.request: npt.NDArray[np.float64] = x
+        self.x: npt.NDArray[np.float64] = self.optimizable.get_x()
 
     def input(self) -> Tensor:  # [3 n + 9]
         """Positions and cell."""
@@ -67,7 +69,7 @@ class Image:
 
     def measure(
         self,
-        answer: np.ndarray,  # [3 n + 9], as Calculation packs it
+        answer: npt.NDArray[np.float64],  # [3 n + 9], as Calculation packs it
     ) -> None:
         """Take what the calculator said; constraints and filter make value and gradient of it."""
         forces, stress, energies = answer[:-9].reshape(-1, 3), answer[-9:-3], answer[-3:-1]
@@ -82,7 +84,7 @@ class Image:
         )
         self._atoms.calc = self.calculator
         self.value = float(self.optimizable.get_value())
-        self.gradient = self.optimizable.get_gradient()
+        self.gradient = np.asarray(self.optimizable.get_gradient())
 
     def within(self, fmax: float) -> bool:
         """Are its forces below ``fmax``?"""
@@ -95,7 +97,7 @@ class MeasuredCalculator(SinglePointCalculator):
     def __init__(self, atoms: Atoms, original: Any, **results: Any) -> None:
         super().__init__(atoms, **results)
         self._original = original
-        self.name = getattr(original, "name", "unknown")  # pyright: ignore[reportAttributeAccessIssue]
+        self.name: str = getattr(original, "name", "unknown")
 
     def get_property(self, name: str, atoms: Any = None, allow_calculation: bool = True) -> Any:
         if name in self.results and not self.check_state(self.atoms if atoms is None else atoms):

@@ -10,15 +10,23 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from ase import Atoms
 from ase.filters import Filter, StrainFilter, UnitCellFilter
 from ase.optimize.optimize import Optimizer, RestartError
 from ase.utils.abc import Optimizable
 from torch import Tensor, nn
 from torch.optim import Optimizer as TorchOptimizer
 
-from optex.ase.arguments import OWNER, MaxStep, build_base, check_atoms, read_maxstep, read_workers
+from optex.ase.arguments import (
+    OWNER,
+    MaxStep,
+    Relaxable,
+    build_base,
+    check_atoms,
+    read_maxstep,
+    read_workers,
+)
 from optex.ase.calculation import Calculation
 from optex.ase.images import Image, Images, atoms_of
 from optex.checks import saved_entry, saved_tensor
@@ -91,7 +99,7 @@ class OptExOptimizer(Optimizer):
 
     def __init__(
         self,
-        atoms: Atoms | Filter,
+        atoms: Relaxable,
         restart: str | Path | None = None,
         logfile: IO[str] | str | Path | None = "-",
         trajectory: Any = None,
@@ -109,7 +117,7 @@ class OptExOptimizer(Optimizer):
         **options: Any,
     ) -> None:
         check_atoms(atoms)
-        self.maxstep = read_maxstep(self.defaults["maxstep"] if maxstep is None else maxstep)
+        self.maxstep: float = read_maxstep(self.defaults["maxstep"] if maxstep is None else maxstep)
         inner = read_workers(workers)
         super().__init__(
             atoms,  # pyright: ignore[reportArgumentType]  (filters too, as in ASE's own optimizers)
@@ -118,7 +126,7 @@ class OptExOptimizer(Optimizer):
             append_trajectory=append_trajectory,
             **options,
         )
-        self.optimizable: Any = Measured(self, atoms.__ase_optimizable__())
+        self.optimizable: Measured = Measured(self, atoms.__ase_optimizable__())
         start = self.optimizable.get_x()
         self._x = nn.Parameter(torch.from_numpy(start.copy()))
         base = build_base(optimizer, self._x, lr)
@@ -134,11 +142,12 @@ class OptExOptimizer(Optimizer):
             evaluator=self._images,
             shard=False,  # images are whole
         )
-        self.rounds = 0
-        self.force_calls = 0
+        self.rounds: int = 0
+        self.force_calls: int = 0
         self._source: Calculation | None = None
         self._here: Image | None = None  # measured where the atoms are
-        self._placed = start  # where this optimizer has put the atoms, as they give it back
+        # Where this optimizer put the atoms, as they report it: tells whether somebody else has moved them.
+        self._placed: npt.NDArray[np.float64] = start
         self.restart = restart
         if restart is not None and Path(restart).is_file():
             self.read()
@@ -203,7 +212,7 @@ class OptExOptimizer(Optimizer):
 
     def _move_parameter(
         self,
-        x: np.ndarray,  # [d]
+        x: npt.NDArray[np.float64],  # [d]
     ) -> None:
         with torch.no_grad():
             self._x.copy_(torch.from_numpy(x))
@@ -262,23 +271,23 @@ class OptExOptimizer(Optimizer):
 class Measured(Optimizable):
     """What ASE's loop sees: the atoms, whose energy and forces come from rounds."""
 
-    def __init__(self, owner: OptExOptimizer, inner: Any) -> None:
+    def __init__(self, owner: OptExOptimizer, inner: Optimizable) -> None:
         self._owner = owner
-        self.inner = inner
+        self.inner: Optimizable = inner
 
     def ndofs(self) -> int:
         return self.inner.ndofs()
 
-    def get_x(self) -> np.ndarray:  # [d]
+    def get_x(self) -> npt.NDArray[np.float64]:  # [d]
         return self.inner.get_x()
 
     def set_x(
         self,
-        x: np.ndarray,  # [d]
+        x: npt.NDArray[np.float64],  # [d]
     ) -> None:
         self.inner.set_x(x)
 
-    def get_gradient(self) -> np.ndarray:  # [d]  # pyright: ignore[reportIncompatibleMethodOverride]
+    def get_gradient(self) -> npt.NDArray[np.float64]:  # [d]  # pyright: ignore[reportIncompatibleMethodOverride]
         return self._owner.measured().gradient.copy()
 
     def get_value(self) -> float:
@@ -289,7 +298,7 @@ class Measured(Optimizable):
 
     def gradient_norm(
         self,
-        gradient: np.ndarray,  # [d]
+        gradient: npt.NDArray[np.float64],  # [d]
     ) -> float:
         return self.inner.gradient_norm(gradient)
 

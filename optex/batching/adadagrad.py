@@ -171,7 +171,7 @@ class BatchSizeController:
         if test is not None and not isinstance(test, BatchSizeTest):
             raise TypeError(f"{owner}: test must be a BatchSizeTest such as NormTest(), got {test!r}")
         self.test: BatchSizeTest = NormTest() if test is None else test
-        self.growth = growth
+        self.growth: float = growth
         if not (isinstance(growth, float) and growth == math.inf):
             check_number(owner, "growth", growth, least=1.0, open_below=True)
         self.batch_size = batch_size

@@ -115,10 +115,12 @@ class AdaptiveBatches(Sampler[list[int]]):
         self.controller: BatchSizeController = BatchSizeController(
             batch_size, largest, test=test, growth=growth
         )
-        self.shuffle = check_flag(owner, "shuffle", shuffle)
-        self.drop_last = check_flag(owner, "drop_last", drop_last)
+        self.shuffle: bool = check_flag(owner, "shuffle", shuffle)
+        self.drop_last: bool = check_flag(owner, "drop_last", drop_last)
         self.seed: int = check_integer(owner, "seed", seed, least=0)
-        self.epoch = self.batches_drawn = self.samples_drawn = 0
+        self.epoch: int = 0
+        self.batches_drawn: int = 0
+        self.samples_drawn: int = 0
         self._place = 0  # in the epoch's order
         self._sizes: deque[int] = deque(maxlen=_REMEMBERED)  # of the last batches drawn
 

@@ -105,7 +105,7 @@ class GradientMoments:
     """
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count: int = 0
         self.mean: list[Tensor] = []
         self._spread: list[Tensor] = []  # Σ_i (g_ij - ḡ_j)²
 

@@ -60,6 +60,11 @@ class Ranks:
             )
         self._mesh = mesh
         self._device_of_rows = device
+        self.group: dist.ProcessGroup | None
+        self.size: int
+        self.proxies: int
+        self.data: int
+        self.places: list[tuple[int, int]]
         if mesh is None:
             self.group = dist.group.WORLD
             self.size = dist.get_world_size()
@@ -83,8 +88,8 @@ class Ranks:
             self._proxies_group = mesh.get_group("proxies")
             self._data_group = mesh.get_group("data") if mesh.ndim == 2 else None
             self._in_turn = [where[rank][0] for rank in dist.get_process_group_ranks(self._proxies_group)]
-        self.rank = dist.get_rank(self.group)
-        self.place = self.places[self.rank]
+        self.rank: int = dist.get_rank(self.group)
+        self.place: tuple[int, int] = self.places[self.rank]
         # gloo moves what lies in main memory only.
         on_host = dist.get_backend(self.group) == "gloo"
         self._device = torch.device("cpu") if on_host else device

@@ -25,11 +25,11 @@ __all__ = ["ShardedSpace", "ShardedStepper", "ShardedVector", "joined_state"]
 class ShardedSpace(VectorSpace):
     """Vectors of length d in equal slices, one a rank; the last ones are padded with zeros."""
 
-    is_split = True
+    is_split: bool = True
 
     def __init__(self, dimension: int, ranks: Ranks) -> None:
         super().__init__(dimension)
-        self.ranks = ranks
+        self.ranks: Ranks = ranks
         self.width: int = -(-dimension // ranks.size)
         self.start: int = min(ranks.rank * self.width, dimension)
         self.stop: int = min(self.start + self.width, dimension)
@@ -142,12 +142,13 @@ class ShardedVector(ParameterVector):
     def __init__(self, parameters: Iterable[Tensor], ranks: Ranks) -> None:
         self._whole = ParameterVector(parameters)
         self._slices = ShardedSpace(self._whole.dimension, ranks)
-        self.pieces = self._cut()
+        self.pieces: list[_Piece] = self._cut()
         super().__init__([self._shadow(piece) for piece in self.pieces])
-        self.dimension = self._whole.dimension
-        self.dtype, self.device = self._whole.dtype, self._whole.device
+        self.dimension: int = self._whole.dimension
+        self.dtype: torch.dtype = self._whole.dtype
+        self.device: torch.device = self._whole.device
         self.sizes.append(self._slices.width - sum(self.sizes))  # what pads the slice
-        self.stale = False
+        self.stale: bool = False
         self.note()
 
     def _cut(self) -> list[_Piece]:
@@ -237,7 +238,7 @@ class ShardedStepper(Stepper):
         self._owner = base
         self._trained = [p for group in base.param_groups for p in group["params"] if p.requires_grad]
         super().__init__(_over_shadows(base, vector), vector, scheduler)
-        self.mask = (True,) * len(vector.whole.parameters)
+        self.mask: GradientMask = (True,) * len(vector.whole.parameters)
         base.state.clear()
 
     def mark(self, *, ahead: bool = True) -> None:

@@ -118,9 +118,9 @@ class Points:
                 "one of the two out"
             )
         self._name, self._fun, self._args, self._vectorized = f"{owner}: fun", fun, args, vectorized
-        self.form = form
-        self.count = 0
-        self.lost = 0
+        self.form: Form = form
+        self.count: int = 0
+        self.lost: int = 0
         self._evaluator = None if alone else WorkersEvaluator(workers)
         self._source: _Values | None = None
         self._vector: ParameterVector | None = None

@@ -65,7 +65,7 @@ class AutomaticRate:
         self._best_loss = self._best_norm = math.inf
         self._best: tuple[Tensor, Evaluation] | None = None
         self._stalled = 0
-        self.chosen = self.rate
+        self.chosen: float = self.rate
 
     @property
     def rate(self) -> float:

@@ -61,7 +61,7 @@ class Second:
         self._hess, self._hessp, self._curvature = hess, hessp, curvature
         self._args, self._form = args, form
         self._limits: dict[str, Any] = {"tolerance": tolerance, "iterations": iterations}
-        self.count = 0
+        self.count: int = 0
 
     def at(
         self,

@@ -42,10 +42,13 @@ class SingleLoop:
     """
 
     def __init__(self, levels: Levels, alpha: float, rate: float, *, sampled: bool) -> None:
-        self.levels = levels
-        self.alpha, self.rate, self.sampled = alpha, rate, sampled
-        self.y, self.z = levels.start(), levels.start()
-        self.steps = 0
+        self.levels: Levels = levels
+        self.alpha: float = alpha
+        self.rate: float = rate
+        self.sampled: bool = sampled
+        self.y: Tensor = levels.start()
+        self.z: Tensor = levels.start()
+        self.steps: int = 0
         self.direction: list[Tensor] = []
         self._before: tuple[list[Tensor], Tensor, Tensor] | None = None
         self._means: list[Tensor] = []

@@ -31,12 +31,15 @@ class Tracker(WrappingEvaluator):
 
     def __init__(self, inner: Evaluator, gtol: float) -> None:
         super().__init__(inner)
-        self.gtol = gtol
-        self.count = 0
-        self.stationary = False
-        self.start_loss = math.inf
-        self.loss = math.inf
-        self.point = self.gradient = self.points = self.norms = torch.empty(0)
+        self.gtol: float = gtol
+        self.count: int = 0
+        self.stationary: bool = False
+        self.start_loss: float = math.inf
+        self.loss: float = math.inf
+        self.point: Tensor = torch.empty(0)
+        self.gradient: Tensor = torch.empty(0)
+        self.points: Tensor = torch.empty(0)
+        self.norms: Tensor = torch.empty(0)
         self.known: tuple[Tensor, Evaluation] | None = None
 
     def evaluate(self, request: EvaluationRequest) -> Evaluation:

@@ -157,7 +157,7 @@ class WindowCurvature(Curvature):
                 "WindowCurvature: weights must not be negative; a matrix with negative eigenvalues is a "
                 "DenseCurvature"
             )
-        self.weights = weights.expand(len(self.rows))
+        self.weights: Tensor = weights.expand(len(self.rows))
         self._dense: DenseCurvature | None = None
 
     def solve(self, shift: float, right: Tensor, metric: Metric = EUCLIDEAN) -> Tensor | None:

@@ -49,7 +49,7 @@ class Metric:
     """
 
     def __init__(self, matrix: Any = None) -> None:
-        self.matrix = None if matrix is None else real_tensor("Metric", "matrix", matrix)
+        self.matrix: Tensor | None = None if matrix is None else real_tensor("Metric", "matrix", matrix)
         self._factor: Tensor | None = None
         if self.matrix is None:
             return

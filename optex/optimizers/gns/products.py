@@ -60,7 +60,7 @@ class ProductCurvature(Curvature):
         self._product = product
         self._tolerance = check_number("ProductCurvature", "tolerance", tolerance, most=1.0, open_above=True)
         self._iterations = check_integer("ProductCurvature", "iterations", iterations)
-        self.products = 0
+        self.products: int = 0
         self._basis: _Basis | None = None
 
     def solve(self, shift: float, right: Tensor, metric: Metric = EUCLIDEAN) -> Tensor | None:

@@ -87,7 +87,7 @@ class StepSearch:
         self._loss, self._gradient = loss, gradient
         self._norm = metric.dual_norm(gradient)
         self._first = smoothness
-        self.tried = 0
+        self.tried: int = 0
 
     def next(self, count: int) -> list[Trial]:
         """The next trials, in the order to be judged in: ``count``, or as many as are left."""

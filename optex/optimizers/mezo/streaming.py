@@ -108,7 +108,7 @@ class BlockStreamer:
         if transfer_dtype is not None and not transfer_dtype.is_floating_point:
             raise TypeError(f"BlockStreamer: transfer_dtype must be a floating dtype, got {transfer_dtype}")
         self.device: torch.device = torch.device(device)
-        self.blocks = list(blocks)
+        self.blocks: list[nn.Module] = list(blocks)
         _check_blocks(self.blocks)
         self.log: list[tuple[int, list[float], list[float]]] = []
         self.traffic: Traffic = Traffic([0] * len(self.blocks), [0] * len(self.blocks))

@@ -63,8 +63,8 @@ class Capture:
     """
 
     def __init__(self) -> None:
-        self.armed = True
-        self.observed = False
+        self.armed: bool = True
+        self.observed: bool = False
         self.loss: Tensor | None = None
         self._sums: dict[str, Tensor] = {}  # [in + 2]: the inputs', the number of rows, and of samples
         self._probes: dict[str, Tensor] = {}  # [out]

@@ -110,20 +110,20 @@ class MKOR(OptimizerWrapper):
             )
         if not isinstance(variant, str) or variant not in UPDATES:
             raise ValueError(f"MKOR: variant must be one of {', '.join(UPDATES)}, got {variant!r}")
-        self.model = model
-        self.variant = variant
+        self.model: nn.Module = model
+        self.variant: Literal["released", "exact"] = variant
         self.interval: int = check_integer("MKOR", "interval", interval)
         self.decay: float = check_number("MKOR", "decay", decay, most=1, open_below=True, open_above=True)
-        self.threshold = (
+        self.threshold: float | None = (
             None
             if threshold is None
             else check_number("MKOR", "threshold", threshold, least=1, open_below=True)
         )
         reset = (1.0 if variant == "released" else 0.1) if reset is None else reset
         self.reset: float = check_number("MKOR", "reset", reset, most=1, open_below=True)
-        self.hybrid = check_flag("MKOR", "hybrid", hybrid)
+        self.hybrid: bool = check_flag("MKOR", "hybrid", hybrid)
         self.period: int = check_integer("MKOR", "period", period)
-        self.average = average
+        self.average: Callable[[Tensor], Any] | None = average
         self.factors: dict[str, dict[str, Tensor]] = {}
         self._switch = watch()
         self._recalled: tuple[Vectors, Tensor | None] | None = None
