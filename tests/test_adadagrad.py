@@ -579,7 +579,7 @@ def test_sizes_of_batches_under_way_are_reckoned_with():
     with pytest.raises(ValueError, match=r"batches \(\) are not among"):
         batches.update(replace(told, batch_numbers=()))
     assert batches.update(replace(told, accepted=0, noise_variance=math.nan)) == 30
-    with pytest.raises(TypeError, match="takes GradientStatistics or the report of a round, got float"):
+    with pytest.raises(TypeError, match="told must be GradientStatistics or the report of a round, got float"):
         batches.update(1.0)
 
 

@@ -1,4 +1,4 @@
-"""What OptExOptimizer is given, checked, and the base optimizer that comes of it."""
+"""Checks the arguments of OptExOptimizer and builds its base optimizer."""
 
 from __future__ import annotations
 
@@ -64,18 +64,27 @@ class MaxStep:
 
 
 def check_atoms(atoms: Any) -> None:
-    """Refuse what cannot be relaxed."""
+    """Refuse what cannot be relaxed.
+
+    Raises:
+        TypeError: it is neither atoms nor a filter.
+        ValueError: there are no atoms.
+    """
     if not isinstance(atoms, (Atoms, Filter)):
         raise TypeError(
             f"{OWNER}: atoms must be an ase.Atoms or an ASE filter around one, got {type(atoms).__name__}; "
-            "bands of images (NEB) have no energy to go down, use ase.mep.NEB with ase.optimize.FIRE"
+            "for a band of images, which has no single energy, use ase.mep.NEB with ase.optimize.FIRE"
         )
     if not len(atoms):
-        raise ValueError(f"{OWNER}: atoms are empty; there is nothing to relax")
+        raise ValueError(f"{OWNER}: atoms must hold at least one atom, got none; there is nothing to relax")
 
 
 def read_maxstep(maxstep: Any) -> float:
-    """The largest step in Å."""
+    """``maxstep`` as a float, in Å.
+
+    Raises:
+        ValueError: it is not a number above 0 and up to 1.
+    """
     if isinstance(maxstep, bool) or not isinstance(maxstep, Real) or not 0 < float(maxstep) <= _LARGEST_STEP:
         raise ValueError(
             f"{OWNER}: maxstep must be a distance in Å above 0 and up to {_LARGEST_STEP:g}, got "
@@ -85,7 +94,7 @@ def read_maxstep(maxstep: Any) -> float:
 
 
 def read_workers(workers: Any) -> Evaluator:
-    """What computes several images at once."""
+    """The evaluator that ``workers`` stands for."""
     if workers is None or workers is map or (workers == 1 and not isinstance(workers, bool)):
         return SequentialEvaluator()
     return WorkersEvaluator(workers)
@@ -96,7 +105,11 @@ def build_base(
     x: nn.Parameter,  # [d]
     lr: float | None,
 ) -> Optimizer:
-    """The base optimizer that is named or made by a function, over the positions."""
+    """The base optimizer over the positions, by its name or from the caller's function.
+
+    Raises:
+        TypeError, ValueError: it cannot be built, or not over x alone, or needs more than a gradient.
+    """
     if not (isinstance(optimizer, str) or callable(optimizer)):
         raise TypeError(
             f"{OWNER}: optimizer must be a name or a function of a list of one parameter, as 'momentum' or "

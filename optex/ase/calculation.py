@@ -21,8 +21,9 @@ __all__ = ["Calculation"]
 class Calculation(GradientSource):
     """The calculator at given positions and cell, without constraints: what is sent to workers.
 
-    It answers in the form of a gradient of ``point``, [3 n + 9] as the positions and the cell: forces, six
-    components of the stress, energy, free energy and 0; NaN stands for what the calculator does not have.
+    ``point`` [3 n + 9] holds the positions and the cell, in Å. Its gradient is no derivative here: it carries
+    the calculator's answer, which are the forces [3 n] in eV/Å, six components of the stress in eV/Å³, energy
+    and free energy in eV, and a 0. NaN stands for what the calculator does not have.
     """
 
     deterministic: bool = True
@@ -35,7 +36,7 @@ class Calculation(GradientSource):
         self.point: nn.Parameter = nn.Parameter(torch.zeros(3 * len(atoms) + 9, dtype=torch.float64))
 
     def serves(self, atoms: Atoms) -> bool:
-        """Would one of these atoms be the same?"""
+        """Whether a ``Calculation`` of these atoms would be this one, but for positions and cell."""
         changes = compare_atoms(self.atoms, atoms, excluded_properties={"positions", "cell"})
         return self.atoms.calc is atoms.calc and not changes
 
@@ -43,7 +44,7 @@ class Calculation(GradientSource):
         atoms, point = self.atoms, self.point.detach().numpy()
         atoms.positions[:] = point[:-9].reshape(-1, 3)
         atoms.set_cell(point[-9:].reshape(3, 3))
-        forces = atoms.get_forces()  # first: with them calculators find the energy, and not the other way round
+        forces = atoms.get_forces()  # first: with them calculators find the energy, not the other way round
         energy = float(atoms.get_potential_energy())
         answer = [forces.ravel(), self._stress(), [energy, self._free_energy(), 0.0]]
         self.point.grad = torch.from_numpy(np.concatenate(answer))

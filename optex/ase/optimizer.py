@@ -43,44 +43,45 @@ class OptExOptimizer(Optimizer):
 
     A round starts at the atoms' positions x_0, drafts x_{i+1} = step(x_i, ĝ_i) on forces predicted from those
     seen so far, evaluates energy and forces at ``parallelism`` of these images at once, and advances by the
-    steps that hold up; :class:`~optex.OptEx` has the algorithm. What ASE counts as a step, logs, writes to the
-    trajectory and shows to observers is a round's start, with the energy, forces and (where the calculator has
-    found it) stress that were measured there. The run ends at an image that was measured: a round's start, or
-    any other image of the round with forces below ``fmax`` and an energy no higher than the start's.
+    steps that ``acceptance`` keeps; :class:`~optex.OptEx` has the algorithm. What ASE counts as a step, logs,
+    writes to the trajectory and shows to observers is a round's start, with the energy, forces and (where the
+    calculator has found it) stress that were measured there. The run ends at an image that was measured: a
+    round's start, or any other image of the round with forces below ``fmax`` and no more energy than the start.
 
     As in ASE no atom moves farther than ``maxstep`` in a step, and constraints hold as ``atoms`` keeps them.
 
     Args:
         atoms: an ``ase.Atoms`` with a calculator, or a filter around one, as ``FrechetCellFilter``.
-        restart: a file in which the run's state is kept after every round. Where it is there already, the run
-            goes on from it; bit for bit if the atoms are where it left them and the calculator answers the
-            same. Settings of the optimizer (``lr``, ...) are then the file's.
+        restart: a file to which the run's state is written after every round. If the file exists, the run
+            resumes from it, bit for bit if the atoms are where the last run left them and the calculator
+            answers the same. Settings of the optimizer (``lr``, ...) are then the file's.
         logfile, trajectory, append_trajectory: as in ``ase.optimize.BFGS``.
         maxstep: largest distance, in Å, that an atom moves in a step of the optimizer; 0.2 by default.
-        optimizer: a key of ``optex.stepping.OPTIMIZERS`` (``"momentum"`` and ``"nesterov"`` are of 0.8 here),
+        optimizer: a key of ``optex.stepping.OPTIMIZERS`` (``"momentum"`` and ``"nesterov"`` take 0.8 here),
             or a function of a list of one parameter (and ``lr``, where given) that returns a
             ``torch.optim.Optimizer``.
         lr: its learning rate. For momentum 0.012 Å²/eV by default, stable for bonds as stiff as that of N₂; for
             ``"sgd"`` and ``"nesterov"`` 0.006; for others ``optex.stepping.default_rate``, in Å for Adam.
         parallelism: N, images evaluated at once, at least 1.
         stride, history_size, estimator, acceptance: as in :class:`~optex.OptEx`.
-        workers: who computes: so many processes (-1: one a core), a ``concurrent.futures.Executor``, or a
-            function like ``map``, as in :class:`~optex.WorkersEvaluator`; None computes here, one image after
+        workers: a number of processes (-1: one per core), a ``concurrent.futures.Executor``, or a function
+            like ``map``, as in :class:`~optex.WorkersEvaluator`; None computes in this process, one image after
             the other, with the atoms' calculator itself. Processes and threads get copies of the calculator,
-            made when first needed; processes of our own end with the ``with`` block, ``close()`` or the object.
-        options: go to ``ase.optimize.optimize.Optimizer``, as ``loginterval``.
+            made when first needed; processes started for it end with the ``with`` block, ``close()`` or the
+            object.
+        options: keyword arguments of ``ase.optimize.optimize.Optimizer``, such as ``loginterval``.
 
     Attributes:
-        rounds: evaluations in turn so far: what the run takes where N images take the time of one.
+        rounds: taken so far: the length of the run in evaluations where N images take the time of one.
         force_calls: images evaluated so far.
         optex: the :class:`~optex.OptEx` inside.
 
-    After a run the atoms are where it ended, with their own calculator. Without workers it has just computed
-    these atoms if the run has converged; otherwise asking for their energy is one more calculation.
+    After a run the atoms are where it ended, with their own calculator. If the run converged without workers,
+    the calculator still has their results; otherwise asking for their energy is one more calculation.
 
     Raises:
         TypeError, ValueError: an argument cannot work; the message names it and the remedy.
-        ase.optimize.optimize.RestartError: ``restart`` cannot be gone on from.
+        ase.optimize.optimize.RestartError: the run cannot resume from ``restart``.
         NonFiniteError: at a round, energy or forces at its start are not finite.
         WorkerLostError: at a round, no worker could evaluate its start.
 
@@ -140,7 +141,7 @@ class OptExOptimizer(Optimizer):
             estimator=estimator,
             acceptance=acceptance,
             evaluator=self._images,
-            shard=False,  # images are whole
+            shard=False,  # an image needs the whole vector
         )
         self.rounds: int = 0
         self.force_calls: int = 0
@@ -155,11 +156,11 @@ class OptExOptimizer(Optimizer):
 
     @property
     def last_report(self) -> RoundReport | None:
-        """Of the last round, None before it; images that a run's end made needless are among its ``lost``."""
+        """The last round's report, None before it; images that the run's end spared are among its ``lost``."""
         return self.optex.last_report
 
     def measured(self) -> Image:
-        """Energy and forces where the atoms are: known, or of a new round that starts there."""
+        """The image where the atoms are: the one measured there before, or the start of a new round."""
         target = self.optimizable.inner
         x = target.get_x()
         if self._here is not None and np.array_equal(x, self._here.x):
@@ -176,7 +177,7 @@ class OptExOptimizer(Optimizer):
         return self._here
 
     def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  (ASE's own only raises)
-        """Go to the image that ends the run if the round has one, else to the round's end."""
+        """Move the atoms to the image that ends the run if the round has one, else to the round's end."""
         here = self.measured()
         target = self.optimizable.inner
         found = None if self.fmax is None else self._images.converged(here, float(self.fmax))
@@ -184,7 +185,7 @@ class OptExOptimizer(Optimizer):
             x = self._x.detach().numpy().copy()
             target.set_x(x)
             self._here, self._placed = None, target.get_x()
-            if not np.allclose(self._placed, x, rtol=0, atol=1e-9):  # constraints have a say
+            if not np.allclose(self._placed, x, rtol=0, atol=1e-9):  # constraints changed it
                 self._move_parameter(self._placed)
         else:
             target.set_x(found.request)
@@ -246,7 +247,7 @@ class OptExOptimizer(Optimizer):
             beside.unlink(missing_ok=True)
 
     def read(self) -> None:
-        """Go on from the restart file; positions are the atoms' own.
+        """Resume from the restart file; the positions stay those of the atoms.
 
         Raises:
             RestartError: it is not such a file, or is of another system or optimizer.
@@ -260,9 +261,9 @@ class OptExOptimizer(Optimizer):
                 target.orig_cell = saved_tensor(where, state, "orig_cell", (3, 3)).numpy()
             self.optex.load_state_dict(saved_entry(where, state, "optex"))
         except Exception as error:
-            reason = str(error).partition("\n")[0]  # torch's go on about themselves
+            reason = str(error).partition("\n")[0]  # torch's own advice follows
             raise RestartError(
-                f"{where} cannot be gone on from ({reason}); delete it, or name another one, to start afresh"
+                f"{where} cannot be resumed from ({reason}); delete it, or name another one, to start afresh"
             ) from error
         self._placed = placed.numpy()
         self._move_parameter(x.numpy())
@@ -304,6 +305,6 @@ class Measured(Optimizable):
 
 
 def _orig_cell(target: Any) -> Tensor | None:  # [3, 3]
-    """What the coordinates of a cell filter refer to."""
+    """The reference cell of a cell filter's coordinates, in Å; None where there is none."""
     found = getattr(target, "orig_cell", None) if isinstance(target, Filter) else None
     return None if found is None else torch.tensor(np.asarray(found, dtype=float))
