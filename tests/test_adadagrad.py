@@ -601,7 +601,7 @@ def test_sizes_of_batches_under_way_are_reckoned_with():
 
 
 def test_sizes_follow_statistics_and_reports_alone():
-    with pytest.raises(TypeError, match="takes GradientStatistics or the report of a round, got float"):
+    with pytest.raises(TypeError, match="told must be GradientStatistics or the report of a round, got float"):
         AdaptiveBatches(100, 4).update(1.0)  # pyright: ignore[reportArgumentType]
 
 

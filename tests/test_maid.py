@@ -191,6 +191,14 @@ def test_what_ends_a_run():
     assert torch.equal(flat.x, THETA)
 
 
+def test_a_callback_that_raises_stop_iteration_ends_the_descent():
+    def enough(result):
+        raise StopIteration
+
+    stopped = maid(levels(), THETA, callback=enough)
+    assert (stopped.nit, stopped.status, stopped.success) == (1, 99, False)
+
+
 def test_an_upper_level_that_is_not_convex_has_a_stricter_test():
     coarse = {"epsilon": 0.5, "delta": 0.01, "maxiter": 2}
     convex, other = maid(levels(), THETA, **coarse), maid(levels(convex_upper=False), THETA, **coarse)
@@ -267,13 +275,19 @@ def test_sources_without_parameters_or_levels():
         ({"rho": 1.0}, "rho must be above 0 and below 1"),
         ({"nu": 0.9}, "nu must be at least 1"),
         ({"trials": 0}, "trials must be an integer of at least 1"),
-        ({"theta0": [np.nan]}, "theta0 must be real and finite"),
+        ({"max_iterations": 0}, "max_iterations must be an integer of at least 1"),
+        ({"max_evaluations": 0}, "max_evaluations must be an integer of at least 1"),
+        ({"gtol": np.nan}, "gtol must be a finite number at least 0, got nan"),
+        ({"theta0": [np.nan]}, r"theta0 must be real and finite, .* got one of torch.float64 and shape \(1,\)"),
+        ({"theta0": torch.tensor([1])}, "got one of torch.int64"),
     ],
 )
 def test_descents_that_cannot_be(changes, words):
     arguments = {"theta0": THETA, **changes}
     with pytest.raises(ValueError, match=words):
         maid(levels(), **arguments)
+    with pytest.raises(TypeError, match="callback must be callable or None, got int"):
+        maid(levels(), THETA, callback=3)
 
 
 @pytest.mark.parametrize(

@@ -483,6 +483,16 @@ class TestSolveBilevel:
             ({"method": "single-loop", "lr": -0.1, "rate": 0.1}, "lr must be positive"),
             ({"sigma": 0.0}, "sigma must be positive"),
             ({"maxiter": 0}, "maxiter must be"),
+            ({"gtol": -1.0}, "gtol must be"),
+            (
+                {"method": "single-loop", "lr": 0.1, "rate": 0.1, "batches": []},
+                "batches must hold",
+            ),
+            ({"evaluator": "vectorized"}, "solve_bilevel: evaluator must not be vectorized"),
+            (
+                {"optimizer": "adam", "evaluator": optex.SequentialEvaluator(), "workers": 2},
+                "solve_bilevel: evaluator and",
+            ),
         ],
     )
     def test_arguments_that_do_not_fit_the_method(self, options, message):

@@ -7,8 +7,8 @@ _NEEDS = "optex.ase needs ASE, 3.27 or later"  # before, what ASE calls a gradie
 try:
     _found = version("ase")
     import ase  # noqa: F401
-except (ImportError, PackageNotFoundError) as error:
-    raise ImportError(f"{_NEEDS} ({error}): pip install 'optex[ase]'") from error
+except (ImportError, PackageNotFoundError) as _error:
+    raise ImportError(f"{_NEEDS} ({_error}): pip install 'optex[ase]'") from _error
 if tuple(int(part) for part in _found.split(".")[:2]) < (3, 27):
     raise ImportError(f"{_NEEDS}, and this is {_found}: pip install 'optex[ase]'")
 

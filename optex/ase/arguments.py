@@ -1,21 +1,22 @@
-"""What OptExOptimizer is given, checked, and the base optimizer that comes of it."""
+"""Checks the arguments of OptExOptimizer and builds its base optimizer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from numbers import Real
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 from ase import Atoms
 from ase.filters import Filter
+from ase.utils.abc import Optimizable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from optex.evaluators import Evaluator, SequentialEvaluator, WorkersEvaluator
 from optex.stepping import ObservesEvaluations, base_optimizer, default_rate
 
-__all__ = ["OWNER", "MaxStep", "build_base", "check_atoms", "read_maxstep", "read_workers"]
+__all__ = ["OWNER", "MaxStep", "Relaxable", "build_base", "check_atoms", "read_maxstep", "read_workers"]
 
 OWNER: Final = "OptExOptimizer"
 # Rates in Å²/eV. With momentum β steps are stable up to a curvature of 2 (1 + β) / lr, here 300 eV/Å²: the
@@ -27,6 +28,13 @@ _SETTINGS: Final[dict[str, dict[str, float]]] = {
     "nesterov": {"lr": 0.006, "momentum": 0.8},
 }
 _LARGEST_STEP: Final = 1.0  # Å; ASE's own optimizers warn beyond it
+
+
+class Relaxable(Protocol):
+    """What ASE's optimizers move: an ``ase.Atoms``, or an ASE filter around one."""
+
+    def __len__(self) -> int: ...
+    def __ase_optimizable__(self) -> Optimizable: ...
 
 
 class MaxStep:
@@ -56,18 +64,27 @@ class MaxStep:
 
 
 def check_atoms(atoms: Any) -> None:
-    """Refuse what cannot be relaxed."""
+    """Refuse what cannot be relaxed.
+
+    Raises:
+        TypeError: it is neither atoms nor a filter.
+        ValueError: there are no atoms.
+    """
     if not isinstance(atoms, (Atoms, Filter)):
         raise TypeError(
             f"{OWNER}: atoms must be an ase.Atoms or an ASE filter around one, got {type(atoms).__name__}; "
-            "bands of images (NEB) have no energy to go down, use ase.mep.NEB with ase.optimize.FIRE"
+            "for a band of images, which has no single energy, use ase.mep.NEB with ase.optimize.FIRE"
         )
     if not len(atoms):
-        raise ValueError(f"{OWNER}: atoms are empty; there is nothing to relax")
+        raise ValueError(f"{OWNER}: atoms must hold at least one atom, got none; there is nothing to relax")
 
 
 def read_maxstep(maxstep: Any) -> float:
-    """The largest step in Å."""
+    """``maxstep`` as a float, in Å.
+
+    Raises:
+        ValueError: it is not a number above 0 and up to 1.
+    """
     if isinstance(maxstep, bool) or not isinstance(maxstep, Real) or not 0 < float(maxstep) <= _LARGEST_STEP:
         raise ValueError(
             f"{OWNER}: maxstep must be a distance in Å above 0 and up to {_LARGEST_STEP:g}, got "
@@ -77,7 +94,7 @@ def read_maxstep(maxstep: Any) -> float:
 
 
 def read_workers(workers: Any) -> Evaluator:
-    """What computes several images at once."""
+    """The evaluator that ``workers`` stands for."""
     if workers is None or workers is map or (workers == 1 and not isinstance(workers, bool)):
         return SequentialEvaluator()
     return WorkersEvaluator(workers)
@@ -88,7 +105,11 @@ def build_base(
     x: nn.Parameter,  # [d]
     lr: float | None,
 ) -> Optimizer:
-    """The base optimizer that is named or made by a function, over the positions."""
+    """The base optimizer over the positions, by its name or from the caller's function.
+
+    Raises:
+        TypeError, ValueError: it cannot be built, or not over x alone, or needs more than a gradient.
+    """
     if not (isinstance(optimizer, str) or callable(optimizer)):
         raise TypeError(
             f"{OWNER}: optimizer must be a name or a function of a list of one parameter, as 'momentum' or "

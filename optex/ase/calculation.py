@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from ase import Atoms
 from ase.calculators.calculator import PropertyNotImplementedError, compare_atoms
@@ -20,21 +21,22 @@ __all__ = ["Calculation"]
 class Calculation(GradientSource):
     """The calculator at given positions and cell, without constraints: what is sent to workers.
 
-    It answers in the form of a gradient of ``point``, [3 n + 9] as the positions and the cell: forces, six
-    components of the stress, energy, free energy and 0; NaN stands for what the calculator does not have.
+    ``point`` [3 n + 9] holds the positions and the cell, in Å. Its gradient is no derivative here: it carries
+    the calculator's answer, which are the forces [3 n] in eV/Å, six components of the stress in eV/Å³, energy
+    and free energy in eV, and a 0. NaN stands for what the calculator does not have.
     """
 
-    deterministic = True
+    deterministic: bool = True
 
     def __init__(self, atoms: Atoms, *, stress: bool) -> None:
-        self.atoms = atoms.copy()
+        self.atoms: Atoms = atoms.copy()
         self.atoms.set_constraint()
         self.atoms.calc = atoms.calc
-        self.stress = stress
+        self.stress: bool = stress
         self.point: nn.Parameter = nn.Parameter(torch.zeros(3 * len(atoms) + 9, dtype=torch.float64))
 
     def serves(self, atoms: Atoms) -> bool:
-        """Would one of these atoms be the same?"""
+        """Whether a ``Calculation`` of these atoms would be this one, but for positions and cell."""
         changes = compare_atoms(self.atoms, atoms, excluded_properties={"positions", "cell"})
         return self.atoms.calc is atoms.calc and not changes
 
@@ -42,13 +44,13 @@ class Calculation(GradientSource):
         atoms, point = self.atoms, self.point.detach().numpy()
         atoms.positions[:] = point[:-9].reshape(-1, 3)
         atoms.set_cell(point[-9:].reshape(3, 3))
-        forces = atoms.get_forces()  # first: with them calculators find the energy, and not the other way round
+        forces = atoms.get_forces()  # first: with them calculators find the energy, not the other way round
         energy = float(atoms.get_potential_energy())
         answer = [forces.ravel(), self._stress(), [energy, self._free_energy(), 0.0]]
         self.point.grad = torch.from_numpy(np.concatenate(answer))
         return torch.tensor(energy, dtype=torch.float64), None
 
-    def _stress(self) -> np.ndarray:  # [6]
+    def _stress(self) -> npt.NDArray[np.float64]:  # [6]
         try:
             calculator: Any = self.atoms.calc
             found = calculator.get_property("stress", self.atoms, allow_calculation=self.stress)

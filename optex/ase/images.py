@@ -8,10 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.filters import Filter
+from ase.utils.abc import Optimizable
 from torch import Tensor
 
 from optex.ase.calculation import Calculation
@@ -33,19 +35,19 @@ class Image:
 
     Attributes:
         request: [d], the point asked for.
-        x: [d], as the atoms give it back.
-        calculator: answers what was measured.
-        value, gradient: as the optimizer sees them, after constraints: eV, [d] eV/Å.
+        x: [d], that point as the atoms report it, after constraints.
+        calculator: answers with what was measured here.
+        value, gradient: after constraints, as the optimizer sees them; in eV, and [d] in eV/Å.
     """
 
     calculator: MeasuredCalculator
     value: float
-    gradient: np.ndarray
+    gradient: npt.NDArray[np.float64]  # [d]
 
     def __init__(
         self,
         target: Any,
-        x: np.ndarray,  # [d]
+        x: npt.NDArray[np.float64],  # [d]
         *,
         at_start: bool,
     ) -> None:
@@ -53,11 +55,11 @@ class Image:
         self._original = original
         self._target = copy.deepcopy(target, {id(original): original})
         self._atoms = atoms_of(self._target)
-        self.optimizable = self._target.__ase_optimizable__()
-        if not at_start:  # where the atoms are already, and to the bit
+        self.optimizable: Optimizable = self._target.__ase_optimizable__()
+        if not at_start:  # the atoms are there: setting x again could change its last bits
             self.optimizable.set_x(x)
-        self.request = x
-        self.x = self.optimizable.get_x()
+        self.request: npt.NDArray[np.float64] = x
+        self.x: npt.NDArray[np.float64] = self.optimizable.get_x()
 
     def input(self) -> Tensor:  # [3 n + 9]
         """Positions and cell."""
@@ -67,9 +69,9 @@ class Image:
 
     def measure(
         self,
-        answer: np.ndarray,  # [3 n + 9], as Calculation packs it
+        answer: npt.NDArray[np.float64],  # [3 n + 9], as Calculation packs it
     ) -> None:
-        """Take what the calculator said; constraints and filter make value and gradient of it."""
+        """Store the calculator's answer, and derive value and gradient through constraints and filter."""
         forces, stress, energies = answer[:-9].reshape(-1, 3), answer[-9:-3], answer[-3:-1]
         energy, free_energy = (float(e) for e in energies)
         self.calculator = MeasuredCalculator(
@@ -82,20 +84,20 @@ class Image:
         )
         self._atoms.calc = self.calculator
         self.value = float(self.optimizable.get_value())
-        self.gradient = self.optimizable.get_gradient()
+        self.gradient = np.asarray(self.optimizable.get_gradient())
 
     def within(self, fmax: float) -> bool:
-        """Are its forces below ``fmax``?"""
+        """Whether its forces are below ``fmax``, in eV/Å."""
         return bool(self.optimizable.converged(self.gradient, fmax))
 
 
 class MeasuredCalculator(SinglePointCalculator):
-    """Answers what was measured at its atoms; the rest is the original calculator's."""
+    """Answers with what was measured at its atoms, and asks the original calculator for the rest."""
 
     def __init__(self, atoms: Atoms, original: Any, **results: Any) -> None:
         super().__init__(atoms, **results)
         self._original = original
-        self.name = getattr(original, "name", "unknown")  # pyright: ignore[reportAttributeAccessIssue]
+        self.name: str = getattr(original, "name", "unknown")
 
     def get_property(self, name: str, atoms: Any = None, allow_calculation: bool = True) -> Any:
         if name in self.results and not self.check_state(self.atoms if atoms is None else atoms):
@@ -107,10 +109,10 @@ class MeasuredCalculator(SinglePointCalculator):
 
 
 class Images(WrappingEvaluator):
-    """Makes images of a round's points, has the calculator asked for them, and keeps them.
+    """Makes images of a round's points, evaluates the calculator there, and keeps what was measured.
 
     Attributes:
-        measured: the images of the last round, its start first.
+        measured: the measured images of the last round, its start first.
     """
 
     def __init__(self, target: Any, inner: Evaluator, *, one_by_one: bool) -> None:
@@ -122,7 +124,7 @@ class Images(WrappingEvaluator):
         self.measured: list[Image] = []
 
     def start_round(self, fmax: float | None) -> None:
-        """Of a run to this ``fmax``."""
+        """Begin a round of a run that ends at forces below ``fmax``, in eV/Å; None where there is no run."""
         self._fmax = fmax
 
     def evaluate(self, request: EvaluationRequest) -> Evaluation:
@@ -160,11 +162,11 @@ class Images(WrappingEvaluator):
                 lost.remove(first + i)
                 self.measured.append(image)
             if self._fmax is not None and self.converged(self.measured[0], self._fmax) is not None:
-                break  # the images left would be in vain
+                break  # the run ends here: nobody needs the images left
         masks = ((True,),) * len(images)
         return Evaluation(losses, gradients, masks, retried=tuple(retried), lost=tuple(lost))
 
     def converged(self, start: Image, fmax: float) -> Image | None:
-        """Of the images within ``fmax`` that are no higher than the start the lowest; None if there is none."""
+        """The lowest image with forces below ``fmax`` and no more energy than the start; None without one."""
         found = [image for image in self.measured if image.within(fmax) and image.value <= start.value]
         return min(found, key=lambda image: image.value, default=None)

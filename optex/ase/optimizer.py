@@ -10,15 +10,23 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from ase import Atoms
 from ase.filters import Filter, StrainFilter, UnitCellFilter
 from ase.optimize.optimize import Optimizer, RestartError
 from ase.utils.abc import Optimizable
 from torch import Tensor, nn
 from torch.optim import Optimizer as TorchOptimizer
 
-from optex.ase.arguments import OWNER, MaxStep, build_base, check_atoms, read_maxstep, read_workers
+from optex.ase.arguments import (
+    OWNER,
+    MaxStep,
+    Relaxable,
+    build_base,
+    check_atoms,
+    read_maxstep,
+    read_workers,
+)
 from optex.ase.calculation import Calculation
 from optex.ase.images import Image, Images, atoms_of
 from optex.checks import saved_entry, saved_tensor
@@ -35,44 +43,45 @@ class OptExOptimizer(Optimizer):
 
     A round starts at the atoms' positions x_0, drafts x_{i+1} = step(x_i, ĝ_i) on forces predicted from those
     seen so far, evaluates energy and forces at ``parallelism`` of these images at once, and advances by the
-    steps that hold up; :class:`~optex.OptEx` has the algorithm. What ASE counts as a step, logs, writes to the
-    trajectory and shows to observers is a round's start, with the energy, forces and (where the calculator has
-    found it) stress that were measured there. The run ends at an image that was measured: a round's start, or
-    any other image of the round with forces below ``fmax`` and an energy no higher than the start's.
+    steps that ``acceptance`` keeps; :class:`~optex.OptEx` has the algorithm. What ASE counts as a step, logs,
+    writes to the trajectory and shows to observers is a round's start, with the energy, forces and (where the
+    calculator has found it) stress that were measured there. The run ends at an image that was measured: a
+    round's start, or any other image of the round with forces below ``fmax`` and no more energy than the start.
 
     As in ASE no atom moves farther than ``maxstep`` in a step, and constraints hold as ``atoms`` keeps them.
 
     Args:
         atoms: an ``ase.Atoms`` with a calculator, or a filter around one, as ``FrechetCellFilter``.
-        restart: a file in which the run's state is kept after every round. Where it is there already, the run
-            goes on from it; bit for bit if the atoms are where it left them and the calculator answers the
-            same. Settings of the optimizer (``lr``, ...) are then the file's.
+        restart: a file to which the run's state is written after every round. If the file exists, the run
+            resumes from it, bit for bit if the atoms are where the last run left them and the calculator
+            answers the same. Settings of the optimizer (``lr``, ...) are then the file's.
         logfile, trajectory, append_trajectory: as in ``ase.optimize.BFGS``.
         maxstep: largest distance, in Å, that an atom moves in a step of the optimizer; 0.2 by default.
-        optimizer: a key of ``optex.stepping.OPTIMIZERS`` (``"momentum"`` and ``"nesterov"`` are of 0.8 here),
+        optimizer: a key of ``optex.stepping.OPTIMIZERS`` (``"momentum"`` and ``"nesterov"`` take 0.8 here),
             or a function of a list of one parameter (and ``lr``, where given) that returns a
             ``torch.optim.Optimizer``.
         lr: its learning rate. For momentum 0.012 Å²/eV by default, stable for bonds as stiff as that of N₂; for
             ``"sgd"`` and ``"nesterov"`` 0.006; for others ``optex.stepping.default_rate``, in Å for Adam.
         parallelism: N, images evaluated at once, at least 1.
         stride, history_size, estimator, acceptance: as in :class:`~optex.OptEx`.
-        workers: who computes: so many processes (-1: one a core), a ``concurrent.futures.Executor``, or a
-            function like ``map``, as in :class:`~optex.WorkersEvaluator`; None computes here, one image after
+        workers: a number of processes (-1: one per core), a ``concurrent.futures.Executor``, or a function
+            like ``map``, as in :class:`~optex.WorkersEvaluator`; None computes in this process, one image after
             the other, with the atoms' calculator itself. Processes and threads get copies of the calculator,
-            made when first needed; processes of our own end with the ``with`` block, ``close()`` or the object.
-        options: go to ``ase.optimize.optimize.Optimizer``, as ``loginterval``.
+            made when first needed; processes started for it end with the ``with`` block, ``close()`` or the
+            object.
+        options: keyword arguments of ``ase.optimize.optimize.Optimizer``, such as ``loginterval``.
 
     Attributes:
-        rounds: evaluations in turn so far: what the run takes where N images take the time of one.
+        rounds: taken so far: the length of the run in evaluations where N images take the time of one.
         force_calls: images evaluated so far.
         optex: the :class:`~optex.OptEx` inside.
 
-    After a run the atoms are where it ended, with their own calculator. Without workers it has just computed
-    these atoms if the run has converged; otherwise asking for their energy is one more calculation.
+    After a run the atoms are where it ended, with their own calculator. If the run converged without workers,
+    the calculator still has their results; otherwise asking for their energy is one more calculation.
 
     Raises:
         TypeError, ValueError: an argument cannot work; the message names it and the remedy.
-        ase.optimize.optimize.RestartError: ``restart`` cannot be gone on from.
+        ase.optimize.optimize.RestartError: the run cannot resume from ``restart``.
         NonFiniteError: at a round, energy or forces at its start are not finite.
         WorkerLostError: at a round, no worker could evaluate its start.
 
@@ -91,7 +100,7 @@ class OptExOptimizer(Optimizer):
 
     def __init__(
         self,
-        atoms: Atoms | Filter,
+        atoms: Relaxable,
         restart: str | Path | None = None,
         logfile: IO[str] | str | Path | None = "-",
         trajectory: Any = None,
@@ -109,7 +118,7 @@ class OptExOptimizer(Optimizer):
         **options: Any,
     ) -> None:
         check_atoms(atoms)
-        self.maxstep = read_maxstep(self.defaults["maxstep"] if maxstep is None else maxstep)
+        self.maxstep: float = read_maxstep(self.defaults["maxstep"] if maxstep is None else maxstep)
         inner = read_workers(workers)
         super().__init__(
             atoms,  # pyright: ignore[reportArgumentType]  (filters too, as in ASE's own optimizers)
@@ -118,7 +127,7 @@ class OptExOptimizer(Optimizer):
             append_trajectory=append_trajectory,
             **options,
         )
-        self.optimizable: Any = Measured(self, atoms.__ase_optimizable__())
+        self.optimizable: Measured = Measured(self, atoms.__ase_optimizable__())
         start = self.optimizable.get_x()
         self._x = nn.Parameter(torch.from_numpy(start.copy()))
         base = build_base(optimizer, self._x, lr)
@@ -132,13 +141,14 @@ class OptExOptimizer(Optimizer):
             estimator=estimator,
             acceptance=acceptance,
             evaluator=self._images,
-            shard=False,  # images are whole
+            shard=False,  # an image needs the whole vector
         )
-        self.rounds = 0
-        self.force_calls = 0
+        self.rounds: int = 0
+        self.force_calls: int = 0
         self._source: Calculation | None = None
         self._here: Image | None = None  # measured where the atoms are
-        self._placed = start  # where this optimizer has put the atoms, as they give it back
+        # Where this optimizer put the atoms, as they report it: tells whether somebody else has moved them.
+        self._placed: npt.NDArray[np.float64] = start
         self.restart = restart
         if restart is not None and Path(restart).is_file():
             self.read()
@@ -146,11 +156,11 @@ class OptExOptimizer(Optimizer):
 
     @property
     def last_report(self) -> RoundReport | None:
-        """Of the last round, None before it; images that a run's end made needless are among its ``lost``."""
+        """The last round's report, None before it; images that the run's end spared are among its ``lost``."""
         return self.optex.last_report
 
     def measured(self) -> Image:
-        """Energy and forces where the atoms are: known, or of a new round that starts there."""
+        """The image where the atoms are: the one measured there before, or the start of a new round."""
         target = self.optimizable.inner
         x = target.get_x()
         if self._here is not None and np.array_equal(x, self._here.x):
@@ -167,7 +177,7 @@ class OptExOptimizer(Optimizer):
         return self._here
 
     def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  (ASE's own only raises)
-        """Go to the image that ends the run if the round has one, else to the round's end."""
+        """Move the atoms to the image that ends the run if the round has one, else to the round's end."""
         here = self.measured()
         target = self.optimizable.inner
         found = None if self.fmax is None else self._images.converged(here, float(self.fmax))
@@ -175,7 +185,7 @@ class OptExOptimizer(Optimizer):
             x = self._x.detach().numpy().copy()
             target.set_x(x)
             self._here, self._placed = None, target.get_x()
-            if not np.allclose(self._placed, x, rtol=0, atol=1e-9):  # constraints have a say
+            if not np.allclose(self._placed, x, rtol=0, atol=1e-9):  # constraints changed it
                 self._move_parameter(self._placed)
         else:
             target.set_x(found.request)
@@ -203,7 +213,7 @@ class OptExOptimizer(Optimizer):
 
     def _move_parameter(
         self,
-        x: np.ndarray,  # [d]
+        x: npt.NDArray[np.float64],  # [d]
     ) -> None:
         with torch.no_grad():
             self._x.copy_(torch.from_numpy(x))
@@ -237,7 +247,7 @@ class OptExOptimizer(Optimizer):
             beside.unlink(missing_ok=True)
 
     def read(self) -> None:
-        """Go on from the restart file; positions are the atoms' own.
+        """Resume from the restart file; the positions stay those of the atoms.
 
         Raises:
             RestartError: it is not such a file, or is of another system or optimizer.
@@ -251,9 +261,9 @@ class OptExOptimizer(Optimizer):
                 target.orig_cell = saved_tensor(where, state, "orig_cell", (3, 3)).numpy()
             self.optex.load_state_dict(saved_entry(where, state, "optex"))
         except Exception as error:
-            reason = str(error).partition("\n")[0]  # torch's go on about themselves
+            reason = str(error).partition("\n")[0]  # torch's own advice follows
             raise RestartError(
-                f"{where} cannot be gone on from ({reason}); delete it, or name another one, to start afresh"
+                f"{where} cannot be resumed from ({reason}); delete it, or name another one, to start afresh"
             ) from error
         self._placed = placed.numpy()
         self._move_parameter(x.numpy())
@@ -262,23 +272,23 @@ class OptExOptimizer(Optimizer):
 class Measured(Optimizable):
     """What ASE's loop sees: the atoms, whose energy and forces come from rounds."""
 
-    def __init__(self, owner: OptExOptimizer, inner: Any) -> None:
+    def __init__(self, owner: OptExOptimizer, inner: Optimizable) -> None:
         self._owner = owner
-        self.inner = inner
+        self.inner: Optimizable = inner
 
     def ndofs(self) -> int:
         return self.inner.ndofs()
 
-    def get_x(self) -> np.ndarray:  # [d]
+    def get_x(self) -> npt.NDArray[np.float64]:  # [d]
         return self.inner.get_x()
 
     def set_x(
         self,
-        x: np.ndarray,  # [d]
+        x: npt.NDArray[np.float64],  # [d]
     ) -> None:
         self.inner.set_x(x)
 
-    def get_gradient(self) -> np.ndarray:  # [d]  # pyright: ignore[reportIncompatibleMethodOverride]
+    def get_gradient(self) -> npt.NDArray[np.float64]:  # [d]  # pyright: ignore[reportIncompatibleMethodOverride]
         return self._owner.measured().gradient.copy()
 
     def get_value(self) -> float:
@@ -289,12 +299,12 @@ class Measured(Optimizable):
 
     def gradient_norm(
         self,
-        gradient: np.ndarray,  # [d]
+        gradient: npt.NDArray[np.float64],  # [d]
     ) -> float:
         return self.inner.gradient_norm(gradient)
 
 
 def _orig_cell(target: Any) -> Tensor | None:  # [3, 3]
-    """What the coordinates of a cell filter refer to."""
+    """The reference cell of a cell filter's coordinates, in Å; None where there is none."""
     found = getattr(target, "orig_cell", None) if isinstance(target, Filter) else None
     return None if found is None else torch.tensor(np.asarray(found, dtype=float))

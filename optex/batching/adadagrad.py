@@ -34,16 +34,19 @@ class BatchSizeTest(ABC):
         """The smallest batch that would pass; infinite where the mean gradient is 0 and its samples are not.
 
         Raises:
-            ValueError: the statistics do not have what the test is of.
+            ValueError: the statistics lack a number that the test needs.
         """
 
 
 @dataclass(frozen=True)
 class NormTest(BatchSizeTest):
-    """The gradient's noise is a fraction of its length: ``b ≥ V / (η² ‖ḡ‖²)``.
+    """The gradient's noise is at most the fraction η of its length: ``b ≥ V / (η² ‖ḡ‖²)``.
 
     Args:
         eta: η, above 0; 0.1 as published. Smaller is stricter.
+
+    Raises:
+        ValueError: η is out of range.
 
     >>> NormTest(eta=0.5).proposal(GradientStatistics(8, squared_norm=2.0, variance=10.0))
     20.0
@@ -61,12 +64,15 @@ class NormTest(BatchSizeTest):
 
 @dataclass(frozen=True)
 class InnerProductTest(BatchSizeTest):
-    """The step is one of descent, most of the time: ``b ≥ Var_i ⟨g_i, ḡ⟩ / (θ² ‖ḡ‖⁴)``.
+    """The step is most often a descent direction: ``b ≥ Var_i ⟨g_i, ḡ⟩ / (θ² ‖ḡ‖⁴)``.
 
-    Noise across the gradient does not count; the batches are smaller than the norm test's.
+    Noise orthogonal to the gradient does not count, so that batches are smaller than the norm test's.
 
     Args:
         theta: θ, above 0; 0.1 as published.
+
+    Raises:
+        ValueError: θ is out of range.
     """
 
     theta: float = 0.1
@@ -81,12 +87,15 @@ class InnerProductTest(BatchSizeTest):
 
 @dataclass(frozen=True)
 class AugmentedInnerProductTest(BatchSizeTest):
-    """The inner-product test, and a bound on the noise across the gradient, ``b ≥ V_across / (ν² ‖ḡ‖²)``.
+    """The inner-product test, and a bound on the noise orthogonal to the gradient, ``b ≥ V_⊥ / (ν² ‖ḡ‖²)``.
 
-    With ``V_across`` the variance of ``g_i - ⟨g_i, ḡ⟩ / ‖ḡ‖² ḡ``, summed over the coordinates.
+    ``V_⊥`` is the variance of ``g_i - ⟨g_i, ḡ⟩ / ‖ḡ‖² ḡ``, summed over the coordinates.
 
     Args:
         theta, nu: θ and ν, above 0; 0.1 as published.
+
+    Raises:
+        ValueError: θ or ν is out of range.
     """
 
     theta: float = 0.1
@@ -109,6 +118,9 @@ class CoordinateTest(BatchSizeTest):
 
     Args:
         eta: η, above 0; 0.1 as published.
+
+    Raises:
+        ValueError: η is out of range.
     """
 
     eta: float = 0.1
@@ -137,22 +149,23 @@ def _over(noise: float, signal: float) -> float:
 
 
 class BatchSizeController:
-    """The size of the next batch: ``b ← min(maximum, max(b, ⌈proposal⌉))``, by one factor at most a step.
+    """The size of the next batch: ``b ← min(maximum, max(b, ⌈proposal⌉))``, at most ``growth`` times b.
 
-    Where a gradient is nothing but noise, ``‖ḡ‖² ≈ V / b`` and the norm test asks for ``b / η²``: one unlucky
-    gradient multiplies the batch by a hundred, for good. ``growth`` bounds that.
+    Where a gradient is nothing but noise, ``‖ḡ‖² ≈ V / b`` and the norm test asks for ``b / η²``: with η = 0.1
+    one unlucky gradient multiplies the batch by a hundred, and it never shrinks. ``growth`` bounds that.
 
     Args:
         batch_size: b at the start, at least 2: one sample has no variance.
         maximum: largest size, at least ``batch_size``.
-        test: which proposes; ``NormTest()``.
-        growth: factor a step at most, above 1; infinite as published.
+        test: proposes sizes; None is ``NormTest()``.
+        growth: largest factor a step, above 1; infinite as published.
 
     Attributes:
         batch_size: b; may be set.
 
     Raises:
         ValueError: an argument is out of range.
+        TypeError: ``test`` is no ``BatchSizeTest``.
 
     >>> controller = BatchSizeController(8, maximum=1000, test=NormTest(eta=0.5))
     >>> controller.update(GradientStatistics(8, squared_norm=2.0, variance=6.0)) # asks for 12
@@ -171,7 +184,7 @@ class BatchSizeController:
         if test is not None and not isinstance(test, BatchSizeTest):
             raise TypeError(f"{owner}: test must be a BatchSizeTest such as NormTest(), got {test!r}")
         self.test: BatchSizeTest = NormTest() if test is None else test
-        self.growth = growth
+        self.growth: float = growth
         if not (isinstance(growth, float) and growth == math.inf):
             check_number(owner, "growth", growth, least=1.0, open_below=True)
         self.batch_size = batch_size
@@ -189,7 +202,7 @@ class BatchSizeController:
         """The size for the next batch, after these statistics of a gradient.
 
         Raises:
-            ValueError: they do not have what the test is of; the size is as before.
+            ValueError: they lack a number that the test needs; the size is as before.
         """
         size = self.batch_size
         wanted = min(self.test.proposal(statistics), self.growth * size, float(self.maximum))
@@ -197,11 +210,11 @@ class BatchSizeController:
         return self._batch_size
 
     def state_dict(self) -> dict[str, Any]:
-        """The size; settings are those of the object it is loaded into."""
+        """The size alone; settings stay those of the object that it is loaded into."""
         return {"batch_size": self.batch_size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved size.
+        """Resume from a saved size.
 
         Raises:
             ValueError: the state is cut short, or its size above ``maximum``.

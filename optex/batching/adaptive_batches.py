@@ -21,7 +21,7 @@ _REMEMBERED = 1024  # sizes of the last batches drawn; OptEx has a few times its
 
 @runtime_checkable
 class TellsNoise(Protocol):
-    """What the sizes need of a round's report; ``optex.RoundReport`` has it."""
+    """What ``AdaptiveBatches`` reads of a round's report; ``optex.RoundReport`` has it."""
 
     @property
     def accepted(self) -> int:
@@ -30,7 +30,7 @@ class TellsNoise(Protocol):
 
     @property
     def noise_variance(self) -> float:
-        """Of one component of a gradient, mean over the round's gradients; NaN where it was not told."""
+        """Of one component, averaged over the round's gradients; NaN where the source tells none."""
         ...
 
     @property
@@ -45,16 +45,16 @@ class TellsNoise(Protocol):
 
     @property
     def batch_numbers(self) -> tuple[int, ...]:
-        """Which of the batches the gradients are of, counted from 0 in the order they were drawn."""
+        """The batches of the round's gradients, numbered from 0 in the order they were drawn."""
         ...
 
 
 class AdaptiveBatches(Sampler[list[int]]):
-    """Lists of indices, drawn without replacement epoch by epoch, of a size that a test on gradients drives.
+    """Lists of indices, drawn without replacement epoch by epoch, of a size that a test on gradients sets.
 
-    A ``batch_sampler`` for ``torch.utils.data.DataLoader``, or something to loop over. Each ``iter`` goes on
-    where drawing stopped and ends with the epoch; the size is looked up when a batch is drawn, so that a new
-    one holds for all that were not drawn yet. (Workers of a DataLoader draw ahead by ``prefetch_factor``
+    A ``batch_sampler`` for ``torch.utils.data.DataLoader``, or something to loop over. Each ``iter``
+    continues where drawing stopped and ends with the epoch. The size is looked up when a batch is drawn: a new
+    one holds for all batches not drawn yet. (Workers of a DataLoader draw ahead by ``prefetch_factor``
     batches each, OptEx by its ``parallelism``.) An epoch's order depends on its number and the seed alone,
     whatever the sizes.
 
@@ -62,20 +62,21 @@ class AdaptiveBatches(Sampler[list[int]]):
         data: what the indices are of, or how many there are, at least 2.
         batch_size: at the start, at least 2.
         maximum: largest size; None is all the data.
-        test: proposes sizes; ``NormTest()``.
-        growth: factor a step at most, above 1; see ``BatchSizeController``.
+        test: proposes sizes; None is ``NormTest()``.
+        growth: largest factor a step, above 1; see ``BatchSizeController``.
         shuffle: a new order in every epoch; otherwise 0, 1, 2, ...
-        drop_last: leave out what remains of an epoch where it is less than a batch. Otherwise it is one, and
-            where it would be a single sample, whose gradient has no variance, it joins the batch before.
-        seed: of the orders.
+        drop_last: leave out the rest of an epoch that is smaller than a batch. Otherwise the rest is a batch;
+            a single sample, whose gradient has no variance, joins the batch before.
+        seed: of the orders, at least 0.
 
     Attributes:
         controller: decides on the size.
-        epoch: that is being drawn, from 0.
+        epoch: the one that is being drawn, from 0.
         batches_drawn, samples_drawn: since the first epoch.
 
     Raises:
         ValueError: an argument is out of range.
+        TypeError: ``shuffle`` or ``drop_last`` is no flag, or ``test`` no ``BatchSizeTest``.
 
     In a plain loop:
 
@@ -115,10 +116,12 @@ class AdaptiveBatches(Sampler[list[int]]):
         self.controller: BatchSizeController = BatchSizeController(
             batch_size, largest, test=test, growth=growth
         )
-        self.shuffle = check_flag(owner, "shuffle", shuffle)
-        self.drop_last = check_flag(owner, "drop_last", drop_last)
+        self.shuffle: bool = check_flag(owner, "shuffle", shuffle)
+        self.drop_last: bool = check_flag(owner, "drop_last", drop_last)
         self.seed: int = check_integer(owner, "seed", seed, least=0)
-        self.epoch = self.batches_drawn = self.samples_drawn = 0
+        self.epoch: int = 0
+        self.batches_drawn: int = 0
+        self.samples_drawn: int = 0
         self._place = 0  # in the epoch's order
         self._sizes: deque[int] = deque(maxlen=_REMEMBERED)  # of the last batches drawn
 
@@ -132,7 +135,7 @@ class AdaptiveBatches(Sampler[list[int]]):
         self.controller.batch_size = size
 
     def __iter__(self) -> Iterator[list[int]]:
-        """What is left of this epoch."""
+        """The batches left in this epoch."""
         epoch = self.epoch
         order = self._order(epoch)
         while self.epoch == epoch:
@@ -148,7 +151,7 @@ class AdaptiveBatches(Sampler[list[int]]):
         return torch.randperm(self.count, generator=generator).tolist()
 
     def _next(self, order: list[int]) -> list[int]:
-        """The next batch, empty where the rest of the epoch is dropped; moves on behind it."""
+        """The next batch, empty where the rest of the epoch is dropped; the place moves on."""
         size, left = self.batch_size, self.count - self._place
         if self.drop_last and left < size:
             size = 0
@@ -180,13 +183,13 @@ class AdaptiveBatches(Sampler[list[int]]):
 
         Raises:
             ValueError: no noise was told, or the round's batches are not this sampler's.
-            TypeError: it is neither.
+            TypeError: ``told`` is neither.
         """
         if isinstance(told, GradientStatistics):
             return self.controller.update(told)
         if not isinstance(told, TellsNoise):
             raise TypeError(
-                "AdaptiveBatches.update: takes GradientStatistics or the report of a round, got "
+                "AdaptiveBatches.update: told must be GradientStatistics or the report of a round, got "
                 f"{type(told).__name__}"
             )
         if not told.accepted:
@@ -202,7 +205,7 @@ class AdaptiveBatches(Sampler[list[int]]):
         )
 
     def _size_of(self, numbers: tuple[int, ...]) -> float:
-        """The size of a round's batches: their harmonic mean, as it is V / b that was averaged."""
+        """The harmonic mean of the sizes of a round's batches: the report averages V / b over them."""
         first = self.batches_drawn - len(self._sizes)
         if not numbers or min(numbers) < first or max(numbers) >= self.batches_drawn:
             raise ValueError(
@@ -213,7 +216,7 @@ class AdaptiveBatches(Sampler[list[int]]):
         return len(numbers) / sum(1 / self._sizes[number - first] for number in numbers)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where drawing stands: numbers, and sizes of the last batches."""
+        """Where drawing stands: seed, epoch, place, counts, and the sizes of the last batches."""
         return {
             "controller": self.controller.state_dict(),
             "count": self.count,
@@ -226,7 +229,7 @@ class AdaptiveBatches(Sampler[list[int]]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state: the batches to come are those that would have come.
+        """Resume from a saved state: the batches that follow are those that would have followed.
 
         Raises:
             ValueError: it is cut short, or of other data or another seed; nothing is changed.

@@ -1,4 +1,4 @@
-"""What the gradients of several samples say of the noise of their mean; the one place that reckons with it."""
+"""The noise of a mean gradient, estimated from the gradients of several samples; in this file alone."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["GradientMoments", "GradientStatistics", "variance_of_mean"]
 
 
 def variance_of_mean(
-    squared_norms: Tensor,  # [n]
+    squared_norms: Tensor,  # [n], n at least 2
     squared_norm: Tensor,  # []
 ) -> Tensor:  # []
-    """``E‖ḡ - E ḡ‖²`` of the mean ḡ of n independent gradients, from ``‖g_k‖²`` and ``‖ḡ‖²``, without bias.
+    """Unbiased ``E‖ḡ - E ḡ‖²`` of the mean ḡ of n independent gradients, from ``‖g_k‖²`` and ``‖ḡ‖²``.
 
-    That is the sum over the coordinates; over their number it is what a ``GradientSource`` tells of its noise.
-    Where the gradients hardly differ, rounding is all there is of it; it is never below 0.
+    It is the sum over the coordinates; divided by their number it is the noise variance that a
+    ``GradientSource`` answers. Where the gradients hardly differ it is mostly rounding; it is never below 0.
 
     >>> variance_of_mean(torch.tensor([1.0, 9.0]), torch.tensor(4.0))    # of 1 and 3
     tensor(1.)
@@ -38,7 +38,7 @@ class GradientStatistics:
     Attributes:
         batch_size: b, samples in ḡ.
         squared_norm: ``‖ḡ‖²``.
-        variance: V, the sum over the coordinates of the variance of one sample's gradient, without bias.
+        variance: V, the variance of one sample's gradient, summed over the coordinates; unbiased.
         inner_product_variance: ``Var_i ⟨g_i, ḡ⟩``; NaN where it was not asked for.
         coordinate_ratio: ``max_j Var_i(g_ij) / ḡ_j²`` over the coordinates that have a variance; NaN where it
             was not asked for.
@@ -58,13 +58,12 @@ class GradientStatistics:
     @classmethod
     def of_gradients(
         cls,
-        gradients: Sequence[Tensor],  # a parameter each, [n, ...]
+        gradients: Sequence[Tensor],  # one tensor a parameter, [n, ...]
         samples_each: int = 1,
     ) -> GradientStatistics:
-        """Of n gradients at one point, each a sample's, or the mean over a micro-batch of so many.
+        """Of n gradients at one point, each a sample's or the mean over a micro-batch of ``samples_each``.
 
-        A mean over s samples has an s-th of a sample's variance, which is reckoned with.
-
+        A mean over s samples has 1 / s of a sample's variance; the statistics are those of one sample.
         Variances are NaN where n is 1.
 
         Raises:
@@ -80,16 +79,16 @@ class GradientStatistics:
     def of_noise(
         cls, noise_variance: float, dimension: int, gradient_norm: float, batch_size: float
     ) -> GradientStatistics:
-        """Of what a source tells: the variance of one component of ḡ, which is ``V / (b d)``."""
+        """From what a source answers, the variance of one component of ḡ: that is ``V / (b d)``."""
         return cls(batch_size, gradient_norm**2, noise_variance * dimension * batch_size)
 
     def noise_variance(self, dimension: int) -> float:
-        """Of one component of ḡ, averaged over the d of them: what a ``GradientSource`` tells."""
+        """Of one component of ḡ, averaged over the d of them: what a ``GradientSource`` answers."""
         return self.variance / (self.batch_size * dimension)
 
     @property
     def orthogonal_variance(self) -> float:
-        """The variance of what is left of the g_i across ḡ: ``V - Var_i ⟨g_i, ḡ⟩ / ‖ḡ‖²``."""
+        """The variance of the g_i orthogonal to ḡ: ``V - Var_i ⟨g_i, ḡ⟩ / ‖ḡ‖²``."""
         # g_i - ⟨g_i, ḡ⟩/‖ḡ‖² ḡ has mean 0, and its square is ‖g_i‖² - ⟨g_i, ḡ⟩²/‖ḡ‖².
         if not self.squared_norm:
             return self.variance
@@ -101,17 +100,17 @@ class GradientMoments:
 
     Attributes:
         count: n, gradients so far.
-        mean: of them, a parameter each.
+        mean: their mean, one tensor a parameter.
     """
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count: int = 0
         self.mean: list[Tensor] = []
         self._spread: list[Tensor] = []  # Σ_i (g_ij - ḡ_j)²
 
     def add(
         self,
-        gradients: Sequence[Tensor],  # a parameter each, [n, ...]
+        gradients: Sequence[Tensor],  # one tensor a parameter, [n, ...]
     ) -> None:
         """Take in n more.
 
@@ -140,9 +139,9 @@ class GradientMoments:
 
     def inner_products(
         self,
-        gradients: Sequence[Tensor],  # a parameter each, [n, ...]
+        gradients: Sequence[Tensor],  # one tensor a parameter, [n, ...]
     ) -> Tensor:  # [n]
-        """Products of gradients with the mean, over all parameters together."""
+        """Inner products of gradients with the mean, over all parameters together."""
         like = self._widest()
         parts = [
             (rows.detach().reshape(len(rows), -1).to(mean) @ mean.reshape(-1)).to(like)
@@ -154,11 +153,11 @@ class GradientMoments:
         return max(self.mean, key=Tensor.element_size)
 
     def statistics(self, samples_each: int = 1, inner_products: Tensor | None = None) -> GradientStatistics:
-        """What they say; NaN for all variances where there is but one.
+        """The statistics of the gradients so far; all variances are NaN where there is but one gradient.
 
         Args:
             samples_each: samples in each of the gradients.
-            inner_products: [n], products of the gradients with their mean; None leaves that variance out.
+            inner_products: [n], of the gradients with their mean; None leaves that variance out.
         """
         count, like = self.count, self._widest()
         scale = samples_each / (count - 1) if count > 1 else math.nan
@@ -179,6 +178,6 @@ class GradientMoments:
 
 
 def _largest_ratio(spread: Tensor, mean: Tensor) -> Tensor:  # []
-    # A coordinate that no sample moves has no say: 0 / 0.
+    # A coordinate in which no sample has a gradient is 0 / 0, and does not count.
     ratio = spread / mean.square()
     return torch.where(spread > 0, ratio, 0).amax() if ratio.numel() else ratio.new_zeros(())

@@ -1,7 +1,7 @@
 """Checkpoints of a run, written by all its ranks and read by any other number of them.
 
 A checkpoint is a folder: vectors split among ranks through ``torch.distributed.checkpoint``, all else in a file
-``rest-<part>.pt`` for each part of the batches, and the manifest with everybody's checksum.
+``rest-<part>.pt`` for each part of the batches, and the manifest with the checksums of all files.
 """
 
 from __future__ import annotations
@@ -72,26 +72,26 @@ def save(
     Every rank calls it, between rounds, and writes its own slices through ``torch.distributed.checkpoint``;
     without a process group it writes everything. One run at a time writes to a directory.
 
-    The folder is written beside the others, made durable and renamed when it is complete. Wherever that ends
-    early, by an error, an interrupt or a power cut, the checkpoints that were complete stay so, one of the
-    same step among them; what is left of the new one is passed over by ``load`` and deleted by the next
-    ``save``.
+    The folder is written beside the others, made durable and renamed when it is complete. If that ends early,
+    by an error, an interrupt or a power cut, complete checkpoints stay complete, also one of the same step;
+    ``load`` ignores what is left of the new one, and the next ``save`` deletes it.
 
     Args:
         directory: on storage that all ranks see.
         optimizer: what to save; the model's parameters it trains are saved with it, its buffers are not.
-        extra: what to keep beside it, as an epoch or the model's buffers; the first rank's.
+        extra: anything to keep beside it, such as the epoch or the model's buffers; what the first rank of each
+            part of the batches passes is kept.
         keep: how many of the newest checkpoints stay, at least 1.
         overwrite: delete checkpoints of later steps, which another run left here, when this one is complete.
-        weights_only: make sure that ``load`` can read it without unpickling; see there what ``extra`` and
-            batches may be. With False they may be anything picklable, and ``load`` has to be told so, too.
+        weights_only: make sure that ``load`` can read it without unpickling; ``load`` says what ``extra`` and
+            batches may then be. With False they may be anything picklable, and ``load`` needs False as well.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: ``keep`` is less than 1; the directory has checkpoints of later steps; ``weights_only`` was
-            not given up, and ``extra`` or a batch of the window is something else.
+        ValueError: ``keep`` is less than 1; the directory has checkpoints of later steps; with
+            ``weights_only``, ``extra`` or a batch of the window is of a type that needs unpickling.
         OSError: it could not be written.
         RuntimeError: another rank failed.
     """
@@ -115,7 +115,7 @@ def save(
 
 
 def _prepare(directory: Path, step: int) -> list[str]:
-    """Make the directory ready; the names of complete checkpoints of later steps."""
+    """Make the directory ready; return the names of complete checkpoints of later steps."""
     folders.make(directory)
     folders.tidy(directory)
     later = [found for found in folders.folders_of(directory) if found.step > step]
@@ -182,7 +182,7 @@ def _commit(directory: Path, step: int, keep: int, overwrite: bool) -> Path:
 
 
 def load(directory: Path | str, optimizer: Resumable, *, weights_only: bool = True) -> Any:
-    """Go on from the newest checkpoint of ``directory`` that is complete and intact, on any number of ranks.
+    """Resume from the newest checkpoint of ``directory`` that is complete and intact, on any number of ranks.
 
     Every rank calls it, with an optimizer built as the saved one was, over the same parameters and with the
     same settings; ranks and ``shard`` may differ. Each reads the slices it needs, after the checksums of all
@@ -192,10 +192,10 @@ def load(directory: Path | str, optimizer: Resumable, *, weights_only: bool = Tr
         directory: where ``save`` wrote to.
         optimizer: takes over what was saved.
         weights_only: read nothing that can run code, as ``torch.load(..., weights_only=True)``. ``extra`` and
-            the batches may then be tensors, numbers, strings, None, lists, tuples and dicts of them, and what
-            ``torch.serialization.add_safe_globals`` was told; NumPy's arrays are not among them. ``save`` makes
-            sure of it. With False a checkpoint is unpickled, which can run code: load only what you trust.
-            Checksums tell damage, not intent.
+            the batches may then be tensors, numbers, strings, None, lists, tuples and dicts of them, and types
+            registered by ``torch.serialization.add_safe_globals``; NumPy's arrays are not among them. ``save``
+            makes sure of it. With False a checkpoint is unpickled, which can run code: load only what you
+            trust. Checksums detect damage, not malice.
 
     Returns:
         The ``extra`` that was saved.
@@ -203,11 +203,11 @@ def load(directory: Path | str, optimizer: Resumable, *, weights_only: bool = Tr
     Raises:
         FileNotFoundError: there is no complete and intact checkpoint; says what is wrong with each.
         ValueError: it was saved with another number of ranks along "data", whose batches it holds; it is of
-            other parameters; or with ``weights_only`` it holds something else.
+            other parameters; or, with ``weights_only``, it holds a type that needs unpickling.
         RuntimeError: another rank failed.
 
     Warns:
-        CheckpointWarning: it is not the newest, which is damaged or was not finished.
+        CheckpointWarning: the newest is damaged or was not finished, and an earlier one was loaded.
     """
     ranks, stepper = _ranks(optimizer), optimizer.stepper
     folder = _newest_intact(Path(directory), ranks)
@@ -313,7 +313,7 @@ def _ranks(optimizer: Resumable) -> Ranks | None:
 
 
 def _together(ranks: Ranks | None, name: str, action: Callable[[], Item]) -> Item:
-    """Do it on every rank, and go on when all have; where it fails on one it fails on all."""
+    """Run an action on every rank and wait for all; an error on one rank is raised on all."""
     try:
         answer, failure = action(), None
     except Exception as error:  # noqa: BLE001  (raised when the others know)
@@ -329,7 +329,7 @@ def _together(ranks: Ranks | None, name: str, action: Callable[[], Item]) -> Ite
 
 
 def _on_first(ranks: Ranks | None, name: str, action: Callable[[], Item]) -> Item:
-    """Do it on the first rank; its answer on all."""
+    """Run an action on the first rank; return its answer on all."""
     if ranks is None:
         return action()
     answer = _together(ranks, name, action if ranks.rank == 0 else lambda: None)
@@ -337,7 +337,7 @@ def _on_first(ranks: Ranks | None, name: str, action: Callable[[], Item]) -> Ite
 
 
 def _leaves(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    # Of plain containers alone: a loaded tree then has the same leaves, whatever else torch was told to enter.
+    # Plain containers alone: a loaded tree then has the same leaves, whatever types torch's trees know by then.
     containers = (dict, OrderedDict, list, tuple)
     return pytree.tree_flatten(tree, is_leaf=lambda node: type(node) not in containers)
 

@@ -1,4 +1,4 @@
-"""Folders of a run's steps that are there whole or not at all: written beside, made durable, then renamed.
+"""A run's step folders, each there whole or not at all: written beside, made durable, then renamed.
 
 A folder is *complete* with its manifest, which is written last and tells size and SHA-256 of every other file,
 and *intact* as long as the files agree with it. ``step-00000012`` may for a moment be
@@ -7,7 +7,8 @@ and *intact* as long as the files agree with it. ``step-00000012`` may for a mom
 - ``step-00000012.old``, while one of the same step that is complete takes its place;
 - ``step-00000012.trash``, while it is deleted.
 
-A program that ends at any moment leaves a complete folder where there was one; ``tidy`` ends what it began.
+A program that ends at any moment leaves a complete folder where there was one; ``tidy`` finishes what it left
+half done.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ _MANIFEST: Final = "manifest.json"
 _FORMAT: Final = 1
 _NAME: Final = re.compile(r"step-(\d{8,})(\.old|\.new|)")
 _TRASH: Final = ".trash"
-# What can be read, the later the better: one that is written anew replaces the other when it is complete.
+# Names of a step's folder, oldest content first: a complete ``.new`` replaces the others.
 _IN_ORDER: Final = (".old", "", ".new")
 
 Record = dict[str, Any]  # size and SHA-256 of a file
 
 
 class StepFolder(NamedTuple):
-    """A folder and the step it is of; in order of age."""
+    """A folder and its step; sorts by age."""
 
     step: int
     place: int  # in _IN_ORDER
@@ -58,7 +59,7 @@ class StepFolder(NamedTuple):
 
 
 def step_folder(directory: Path, step: int, suffix: str = "") -> Path:
-    """Where a step's folder is; with the suffix ``.new`` where it is written."""
+    """The path of a step's folder; with the suffix ``.new`` the one it is written to."""
     return directory / f"step-{step:08d}{suffix}"
 
 
@@ -71,7 +72,7 @@ def make(directory: Path) -> None:
 
 
 def folders_of(directory: Path) -> list[StepFolder]:
-    """What may be a folder of a step, complete or not, by number; the newest last."""
+    """All folders of steps, complete or not, the newest last."""
     found = []
     for path in directory.glob("step-*"):
         named = _NAME.fullmatch(path.name)
@@ -84,7 +85,7 @@ def folders_of(directory: Path) -> list[StepFolder]:
 
 
 def checked_in(folder: Path, names: Iterable[str]) -> dict[str, Record]:
-    """Size and SHA-256 of files, once their content is on the disk."""
+    """Flush files to the disk; return their sizes and SHA-256."""
     records = {}
     for name in names:
         with (folder / name).open("rb+") as file:  # some systems sync only what is open for writing
@@ -95,13 +96,13 @@ def checked_in(folder: Path, names: Iterable[str]) -> dict[str, Record]:
 
 
 def write_manifest(folder: Path, records: dict[str, Record]) -> None:
-    """Say what belongs to a folder; from then on it is complete."""
+    """Write a folder's manifest; from then on the folder is complete."""
     beside = folder / f"{_MANIFEST}.new"
     with beside.open("w", encoding="utf-8") as file:
         json.dump({"format": _FORMAT, "files": records}, file, indent=1, sort_keys=True)
         file.flush()
         os.fsync(file.fileno())
-    sync_folder(folder)  # the others first: with a manifest nothing is missing
+    sync_folder(folder)  # the other files first: where a manifest is, nothing is missing
     beside.replace(folder / _MANIFEST)
     sync_folder(folder)
 
@@ -110,7 +111,7 @@ def manifest_of(folder: Path) -> dict[str, Record]:
     """Size and SHA-256 of a folder's files by name.
 
     Raises:
-        ValueError: there is no manifest, or it makes no sense; the message goes on behind the folder's name.
+        ValueError: there is no manifest, or none of this format; the message continues the folder's name.
         OSError: it cannot be read.
     """
     try:
@@ -123,7 +124,7 @@ def manifest_of(folder: Path) -> dict[str, Record]:
     if not isinstance(records, dict) or manifest.get("format") != _FORMAT:
         raise ValueError("has a manifest of another format")
     for name, record in records.items():
-        # Names lead nowhere else.
+        # A name with a separator could lead outside the folder.
         fits = isinstance(record, dict) and record.keys() == {"size", "sha256"} and Path(name).name == name
         if not fits:
             raise ValueError(f"has a manifest that says nothing sensible about {name!r}")
@@ -134,7 +135,7 @@ def check_complete(folder: Path) -> None:
     """Compare a folder with its manifest by the sizes of its files.
 
     Raises:
-        ValueError: it is not complete; the message goes on behind the folder's name.
+        ValueError: it is not complete; the message continues the folder's name.
         OSError: it cannot be read.
     """
     for name, record in manifest_of(folder).items():
@@ -147,7 +148,12 @@ def check_complete(folder: Path) -> None:
 
 
 def check_intact(folder: Path, part: int = 0, parts: int = 1) -> None:
-    """As ``check_complete``, and by their content; of several parts of the files, one is read."""
+    """As ``check_complete``, and by the SHA-256 of the files; of ``parts`` shares of the files one is read.
+
+    Raises:
+        ValueError: it is not intact; the message continues the folder's name.
+        OSError: it cannot be read.
+    """
     check_complete(folder)
     for name, record in sorted(manifest_of(folder).items())[part::parts]:
         with (folder / name).open("rb") as file:
@@ -156,7 +162,7 @@ def check_intact(folder: Path, part: int = 0, parts: int = 1) -> None:
 
 
 def what_is_wrong(check: Callable[..., None], folder: Path, *arguments: int) -> str | None:
-    """What a check found, as words that go on behind the folder's name; None where it found nothing."""
+    """What a check found, in words that continue the folder's name; None where nothing is wrong."""
     try:
         check(folder, *arguments)
     except OSError as error:
@@ -167,7 +173,7 @@ def what_is_wrong(check: Callable[..., None], folder: Path, *arguments: int) -> 
 
 
 def complete(directory: Path) -> list[StepFolder]:
-    """The folders that are complete, the newest last; those that cannot be read are not among them."""
+    """The folders that are complete and readable, the newest last."""
     return [found for found in folders_of(directory) if what_is_wrong(check_complete, found.path) is None]
 
 
@@ -175,7 +181,7 @@ def complete(directory: Path) -> list[StepFolder]:
 
 
 def put_in_place(directory: Path, step: int) -> Path:
-    """Rename a folder that is complete, ``.new``, to what it is called; one of the same step makes room."""
+    """Rename a complete ``.new`` folder to its final name, in place of one of the same step."""
     new, final, old = (step_folder(directory, step, suffix) for suffix in (".new", "", ".old"))
     if final.exists():
         discard(old)
@@ -187,7 +193,7 @@ def put_in_place(directory: Path, step: int) -> Path:
 
 
 def discard(folder: Path) -> None:
-    """Delete a folder if it is there, so that half of it is never taken for one."""
+    """Delete a folder if it is there; it is renamed first, so that nobody reads half of it."""
     if folder.exists():
         trash = folder.with_name(folder.name + _TRASH)
         if trash.exists():
@@ -197,10 +203,10 @@ def discard(folder: Path) -> None:
 
 
 def tidy(directory: Path) -> None:
-    """End what a program that was stopped while it wrote or deleted had begun.
+    """Finish what a program left half done that was stopped while it wrote, renamed or deleted.
 
     Raises:
-        OSError: something cannot be read; it is not deleted for that.
+        OSError: something cannot be read; being unreadable does not get it deleted.
     """
     for trash in directory.glob(f"step-*{_TRASH}"):
         if _NAME.fullmatch(trash.name.removesuffix(_TRASH)):
@@ -228,7 +234,7 @@ def _is_intact(folder: Path) -> bool:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk, as ``os.fsync`` has a file's content."""
+    """Flush the names in a folder to the disk, as ``os.fsync`` flushes a file's content."""
     if os.name == "nt":
         return  # folders cannot be opened there
     descriptor = os.open(folder, os.O_RDONLY)

@@ -29,12 +29,13 @@ def lay_out(
         base, scheduler: as in ``OptEx``.
         parameters: those that are trained.
         ranks: the processes that take part; None where this one is alone.
-        shard: whether to split; None: where the base is known to step every coordinate by itself
+        shard: whether to split. None splits where the base is known to step every coordinate by itself
             (``optex.stepping.ELEMENTWISE``) and has no step hooks, which would see slices.
-        flat: whether to step one tensor a group, where that can be; see ``FlatStepper``.
+        flat: whether to step one tensor a group where the base allows it; see ``FlatStepper``.
 
     Raises:
-        ValueError: ``shard`` without ranks.
+        ValueError: ``shard`` is True, and there are no ranks.
+        TypeError: the base optimizer cannot be built over slices.
     """
     plain = FlatStepper if flat and type(base) in ELEMENTWISE else Stepper
     if ranks is None:

@@ -24,15 +24,15 @@ _DIMENSIONS = (("proxies",), ("proxies", "data"))
 
 @dataclass
 class Traffic:
-    """What this rank handed to collectives, in bytes; set the fields to 0 to count anew.
+    """What this rank sent and received in collectives, in bytes; set the fields to 0 to count anew.
 
     A sum of n bytes over R ranks counts as 2 n (R - 1) / R each way, and a gathering as n (R - 1): what the
     ring algorithms move, and the least that any could. What a rank keeps to itself is not counted.
 
     Attributes:
-        sent, received: bytes in exchanges and gatherings of rows: what grows with d.
+        sent, received: bytes of rows, which grow with d.
         small: bytes sent (and as many received) in sums and headers, whose size does not depend on d.
-        messages: collectives, of either kind; each costs a latency.
+        messages: collectives of either kind; each costs a latency.
     """
 
     sent: float = 0
@@ -44,12 +44,25 @@ class Traffic:
 class Ranks:
     """A process group laid out as proxies × data.
 
+    Ranks along "proxies" evaluate different points, those along "data" parts of the same batch.
+
+    Args:
+        mesh: with the dimensions ("proxies",) or ("proxies", "data"); None puts all ranks along "proxies".
+        device: where vectors are.
+
     Attributes:
-        size: R, all ranks.
-        rank: this one, within the group.
+        group: the process group of all ranks.
+        size: R, the number of ranks.
+        rank: this one's number within the group.
         proxies, data: ranks along the two dimensions; size = proxies · data.
-        places: per rank its place along both.
-        traffic: what was sent.
+        place: this rank's place along both.
+        places: every rank's place along both.
+        traffic: bytes that this rank sent and received.
+
+    Raises:
+        RuntimeError: ``torch.distributed`` has no process group.
+        ValueError: the mesh has other dimensions.
+        RankLostError: in a message, another rank does not take part.
     """
 
     def __init__(self, mesh: DeviceMesh | None, device: torch.device) -> None:
@@ -58,8 +71,12 @@ class Ranks:
                 "DistributedEvaluator: torch.distributed has no process group; start the script with torchrun "
                 "and call torch.distributed.init_process_group() first"
             )
-        self._mesh = mesh
         self._device_of_rows = device
+        self.group: dist.ProcessGroup | None
+        self.size: int
+        self.proxies: int
+        self.data: int
+        self.places: list[tuple[int, int]]
         if mesh is None:
             self.group = dist.group.WORLD
             self.size = dist.get_world_size()
@@ -83,8 +100,8 @@ class Ranks:
             self._proxies_group = mesh.get_group("proxies")
             self._data_group = mesh.get_group("data") if mesh.ndim == 2 else None
             self._in_turn = [where[rank][0] for rank in dist.get_process_group_ranks(self._proxies_group)]
-        self.rank = dist.get_rank(self.group)
-        self.place = self.places[self.rank]
+        self.rank: int = dist.get_rank(self.group)
+        self.place: tuple[int, int] = self.places[self.rank]
         # gloo moves what lies in main memory only.
         on_host = dist.get_backend(self.group) == "gloo"
         self._device = torch.device("cpu") if on_host else device
@@ -102,7 +119,7 @@ class Ranks:
         return [count // self.proxies + (p < count % self.proxies) for p in range(self.proxies)]
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum of a small tensor over all ranks, to the bit the same on each."""
+        """Sum of a small tensor [...] over all ranks, with the same bits on each."""
         if self.size == 1:
             return values
         there = values.to(self._device, copy=True)
@@ -112,23 +129,23 @@ class Ranks:
         return there.to(values.device)
 
     def gather(self, values: Tensor) -> list[Tensor]:
-        """Every rank's small tensor, all of one shape."""
+        """The small tensors [...] of all ranks, of one shape, by rank."""
         if self.size == 1:
             return [values]
         self._count_small(_bytes(values) * (self.size - 1))
         return self._gather(values, self.group, self.size)
 
     def gather_slices(self, values: Tensor) -> list[Tensor]:
-        """Every rank's slice of a long vector, all of one length."""
+        """The slices [width] of a long vector that the ranks hold, by rank."""
         self._count(_bytes(values) * (self.size - 1), _bytes(values) * (self.size - 1))
         return self._gather(values, self.group, self.size)
 
     def gather_shares(
         self,
         rows: Tensor,  # [m, d], this place's share
-        shares: Sequence[int],
+        shares: Sequence[int],  # rows of each place along the proxies, n in all
     ) -> Tensor:  # [n, d]
-        """All places' shares of some rows along the proxies, in order."""
+        """The rows of all places along the proxies, in their order."""
         padded = rows.new_zeros(max(shares), rows.shape[1])
         padded[: len(rows)] = rows
         self._count(_bytes(padded) * (self.proxies - 1), _bytes(padded) * (self.proxies - 1))
@@ -146,7 +163,7 @@ class Ranks:
         return [tensor.to(values.device) for tensor in result]
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Every rank's picklable object; for what is small and rare."""
+        """The picklable objects of all ranks, by rank; for what is small and rare."""
         result: list[Any] = [None] * self.size
         with self._explained():
             dist.all_gather_object(result, value, group=self.group)
@@ -158,7 +175,7 @@ class Ranks:
         sent: Sequence[int],  # how many of them for each rank
         received: Sequence[int],  # how many come from each rank
     ) -> Tensor:  # [m, width], from rank 0, then from rank 1, ...
-        """Rows for other ranks against rows from them: all-to-all."""
+        """Send rows to the other ranks and receive theirs, all to all."""
         if self.size == 1:
             return rows
         there = rows.to(self._device).contiguous()
@@ -170,7 +187,7 @@ class Ranks:
         return result.to(rows.device)
 
     def mean_over_data(self, rows: Tensor) -> Tensor:
-        """Mean over the ranks that evaluate parts of the same batches."""
+        """Mean of the rows [n, d] over the ranks that evaluate parts of the same batches."""
         if self.data == 1:
             return rows
         there = rows.to(self._device, copy=True)

@@ -1,4 +1,4 @@
-"""Vectors split among ranks: each keeps a slice, steps it by itself, and sums with the others."""
+"""Vectors split among ranks: each keeps and steps a slice; sums over coordinates go through all ranks."""
 
 from __future__ import annotations
 
@@ -23,13 +23,19 @@ __all__ = ["ShardedSpace", "ShardedStepper", "ShardedVector", "joined_state"]
 
 
 class ShardedSpace(VectorSpace):
-    """Vectors of length d in equal slices, one a rank; the last ones are padded with zeros."""
+    """Vectors of length d in slices of equal width, one a rank; the last slices are padded with zeros.
 
-    is_split = True
+    Attributes:
+        ranks: the processes that hold the slices.
+        width: of a slice.
+        start, stop: the coordinates in this rank's slice, without padding.
+    """
+
+    is_split: bool = True
 
     def __init__(self, dimension: int, ranks: Ranks) -> None:
         super().__init__(dimension)
-        self.ranks = ranks
+        self.ranks: Ranks = ranks
         self.width: int = -(-dimension // ranks.size)
         self.start: int = min(ranks.rank * self.width, dimension)
         self.stop: int = min(self.start + self.width, dimension)
@@ -49,7 +55,7 @@ class ShardedSpace(VectorSpace):
         return self.ranks.sum(values if self.ranks.rank == 0 else torch.zeros_like(values))
 
     def whole(self, rows: Tensor) -> Tensor:
-        """The rows as a ``DTensor``, which nobody has to hold in full."""
+        """The rows [..., width] as a ``DTensor`` [..., d], which no rank holds in full."""
         from torch.distributed.tensor import DTensor, Shard  # seconds to import, and few need it
 
         shape = (*rows.shape[:-1], self.dimension)
@@ -78,7 +84,7 @@ class ShardedSpace(VectorSpace):
 
     @staticmethod
     def padded(rows: Tensor, width: int) -> Tensor:
-        """Rows with zeros behind them, up to this length."""
+        """Rows with zeros appended up to this length."""
         missing = width - rows.shape[-1]
         return torch.nn.functional.pad(rows, (0, missing)) if missing else rows
 
@@ -86,7 +92,7 @@ class ShardedSpace(VectorSpace):
         self,
         rows: Tensor,  # [n, width]
     ) -> Tensor:  # [m, d]
-        """All ranks' slices of n rows made whole, each row where it is evaluated; m of them here."""
+        """From slices of n rows to whole rows, each on the ranks that evaluate it: m of them here."""
         ranks = self.ranks
         shares = ranks.shares(len(rows))
         blocks = rows.split(shares)
@@ -102,7 +108,7 @@ class ShardedSpace(VectorSpace):
         rows: Tensor,  # [m, d], those evaluated here
         count: int,  # n
     ) -> Tensor:  # [n, width]
-        """The way back: everyone's rows cut into slices; means over the data where ranks share a row."""
+        """The inverse of ``deal``, from rows to slices; ranks along the data that share a row take the mean."""
         ranks = self.ranks
         shares = ranks.shares(count)
         slices = self.padded(rows, ranks.size * self.width).view(len(rows), ranks.size, self.width)
@@ -135,19 +141,28 @@ class _Piece:
 class ShardedVector(ParameterVector):
     """This rank's slice of the parameters, held by *shadows*: a small parameter for each piece of one.
 
-    The parameters themselves belong to whoever evaluates gradients; between rounds they are *stale*, at where
-    they were gathered last.
+    The parameters themselves are for evaluating gradients. Between rounds they are *stale*, as ``gather`` left
+    them last.
+
+    Args:
+        parameters: those that are trained, the same on all ranks.
+        ranks: the processes that take part.
+
+    Attributes:
+        pieces: the parts of parameters that fall into this rank's slice.
+        stale: whether the parameters lag behind the slices.
     """
 
     def __init__(self, parameters: Iterable[Tensor], ranks: Ranks) -> None:
         self._whole = ParameterVector(parameters)
         self._slices = ShardedSpace(self._whole.dimension, ranks)
-        self.pieces = self._cut()
+        self.pieces: list[_Piece] = self._cut()
         super().__init__([self._shadow(piece) for piece in self.pieces])
-        self.dimension = self._whole.dimension
-        self.dtype, self.device = self._whole.dtype, self._whole.device
+        self.dimension: int = self._whole.dimension
+        self.dtype: torch.dtype = self._whole.dtype
+        self.device: torch.device = self._whole.device
         self.sizes.append(self._slices.width - sum(self.sizes))  # what pads the slice
-        self.stale = False
+        self.stale: bool = False
         self.note()
 
     def _cut(self) -> list[_Piece]:
@@ -176,14 +191,14 @@ class ShardedVector(ParameterVector):
         return list(vector.split(self.sizes))[: len(self.parameters)]
 
     def flatten(self, pieces: Any) -> Tensor:
-        # A slice may hold nothing but padding.
+        # A slice may be padding alone: torch.cat needs a tensor at least.
         return self._slices.padded(super().flatten([torch.empty(0), *pieces]), self._slices.width)
 
     def write_gradients(self, vector: Tensor, mask: GradientMask) -> None:
         super().write_gradients(vector, tuple(mask[piece.index] for piece in self.pieces))
 
     def note(self) -> None:
-        """Remember the parameters as they are, to notice when someone changes them."""
+        """Remember the parameters' versions, to notice when someone else changes them."""
         self._versions = [p._version for p in self._whole.parameters]
 
     @property
@@ -192,7 +207,7 @@ class ShardedVector(ParameterVector):
         return self._versions != [p._version for p in self._whole.parameters]
 
     def follow(self) -> None:
-        """Go along with a change that someone else made to the parameters.
+        """Take over a change that someone else made to the parameters.
 
         Raises:
             RuntimeError: they were stale when they were changed.
@@ -216,7 +231,7 @@ class ShardedVector(ParameterVector):
         self.note()
 
     def gather(self) -> None:
-        """Make the parameters whole; every rank has to."""
+        """Write the whole vector into the parameters; every rank has to call it."""
         self.follow()
         if self.stale:
             self._whole.write(self._slices.gathered(self.read()))
@@ -228,7 +243,10 @@ class ShardedStepper(Stepper):
     """A stepper whose ranks step a slice each, with the same optimizer over its shadows.
 
     For optimizers that step every coordinate by itself. The base optimizer keeps its groups, settings and
-    schedule, which are read before every step; its state is with the slices, ``state_dict`` has it.
+    schedule, which are read before every step. Its state is kept for the slices; ``state_dict`` has it.
+
+    Raises:
+        TypeError: the base optimizer's class cannot be built from groups and its defaults.
     """
 
     vector: ShardedVector
@@ -237,7 +255,7 @@ class ShardedStepper(Stepper):
         self._owner = base
         self._trained = [p for group in base.param_groups for p in group["params"] if p.requires_grad]
         super().__init__(_over_shadows(base, vector), vector, scheduler)
-        self.mask = (True,) * len(vector.whole.parameters)
+        self.mask: GradientMask = (True,) * len(vector.whole.parameters)
         base.state.clear()
 
     def mark(self, *, ahead: bool = True) -> None:
@@ -293,7 +311,7 @@ class ShardedStepper(Stepper):
     # ------------------------------------------------------------------ the base optimizer's state
 
     def _local_vectors(self) -> dict[str, Tensor]:  # of [width]
-        """State of the slice by name, each as one vector; zeros where a parameter has none."""
+        """The slice's state by name, each entry as one vector; zeros where a parameter has none."""
         vectors: dict[str, Tensor] = {}
         for k, (shadow, piece) in enumerate(zip(self.vector.parameters, self.vector.pieces, strict=True)):
             for name, value in self._base.state.get(shadow, {}).items():
@@ -304,7 +322,7 @@ class ShardedStepper(Stepper):
         return vectors
 
     def _counters(self) -> list[dict[str, Any]]:
-        """Per parameter what of its state is not a vector, and the names of what is."""
+        """For each parameter its state but for vectors, and the names of the vectors."""
         here: dict[int, dict[str, Any]] = {}
         for shadow, piece in zip(self.vector.parameters, self.vector.pieces, strict=True):
             entries = self._base.state.get(shadow)
@@ -364,7 +382,13 @@ def joined_state(
     base: Optimizer,
     trained: list[Tensor],
 ) -> dict[str, Any]:
-    """A sharded state whose vectors are whole, as the base optimizer's own state dict."""
+    """The base optimizer's own state dict, from a sharded one whose vectors [d] are whole.
+
+    Args:
+        state: as ``ShardedStepper.state_dict`` answers, with whole vectors.
+        base: whose groups number the parameters.
+        trained: the parameters, in the order of the vectors.
+    """
     params = [p for group in base.param_groups for p in group["params"]]
     result: dict[int, dict[str, Any]] = {}
     offset = 0
@@ -375,7 +399,7 @@ def joined_state(
                 for name in entry["sliced"]
             }
             position = next((i for i, q in enumerate(params) if q is p), None)
-            if position is not None:  # and not taken out of the groups
+            if position is not None:  # it may have been taken out of the groups
                 result[position] = values | copy.deepcopy(entry["rest"])
         offset += p.numel()
     return {"state": result, "param_groups": state["param_groups"]}

@@ -31,14 +31,14 @@ _KNOWN: Final = {
 
 
 def write_slices(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks | None) -> None:
-    """Write split tensors by name, each rank its slices; they are on the disk afterwards."""
+    """Write split tensors by name, each rank its slices, and flush them to the disk."""
     writer = FileSystemWriter(folder, sync_files=True)
     with _explained(ranks):
         dcp.save({_PREFIX: dict(tensors)}, storage_writer=writer, process_group=ranks and ranks.group)
 
 
 def slices_reader(folder: Path, weights_only: bool) -> FileSystemReader:
-    """Reads a folder's slices; with ``weights_only`` nothing in it can run code."""
+    """The reader of a folder's slices; with ``weights_only`` nothing that it reads can run code."""
     return (_CarefulReader if weights_only else FileSystemReader)(folder)
 
 
@@ -58,7 +58,7 @@ def read_slices(
     vector: ParameterVector,
     ranks: Ranks | None,
 ) -> dict[str, Tensor]:
-    """Tensors by name, whole or split as vectors are here; each rank reads its slices."""
+    """Tensors by name, laid out as ``vector`` is, whole or split; each rank reads its slices."""
     tensors = {
         key: vector.space.empty_whole(found.size, found.properties.dtype, vector.device)
         for key, found in stored.items()
@@ -67,7 +67,7 @@ def read_slices(
     with _explained(ranks):
         if ranks is None:
             with warnings.catch_warnings():
-                # A single process is what was asked for.
+                # torch warns of a single process, which is meant here.
                 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
                 dcp.load(content, storage_reader=reader, no_dist=True)
         else:
@@ -104,7 +104,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 @contextmanager
 def _explained(ranks: Ranks | None) -> Iterator[None]:
-    """What failed here, in place of torch's collection of everyone's failures, which is no ``Exception``."""
+    """Raise this rank's failure in place of torch's collection of all ranks', which is no ``Exception``."""
     try:
         yield
     except CheckpointException as error:
@@ -117,7 +117,7 @@ def _explained(ranks: Ranks | None) -> Iterator[None]:
 
 
 def raise_cause(error: BaseException) -> NoReturn:
-    """Raise what came first: torch's writer of archives covers up a full disk and an interrupt alike."""
+    """Raise the first cause: torch's archive writer hides a full disk and an interrupt behind its own error."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) or not isinstance(cause, Exception):

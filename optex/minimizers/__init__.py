@@ -1,4 +1,4 @@
-"""minimize: SciPy-style front doors for one deterministic function of one array, over OptEx and over GNS."""
+"""SciPy-style front doors: functions that take a problem and a start, and return an ``OptimizeResult``."""
 
 from optex.minimizers.bilevel import solve_bilevel
 from optex.minimizers.consensus import cbo_minimize

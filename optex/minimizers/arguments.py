@@ -1,4 +1,4 @@
-"""The arguments of ``minimize``: gathered, checked, and made into parts."""
+"""The arguments of ``minimize``: collected, checked, and turned into evaluator and base optimizer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from optex.stepping import OPTIMIZERS, base_optimizer, check_settings, default_r
 
 __all__ = ["Settings", "build_base", "read_evaluator"]
 
-# What people who come from SciPy or torch pass, and what does it here.
+# Keywords of SciPy's and torch's functions, and what takes their place here.
 _ELSEWHERE: Final = {
     "constraints": "the optimizers here are unconstrained; use scipy.optimize.minimize(method='SLSQP')",
     "learning_rate": "lr= is the learning rate",
@@ -34,7 +34,7 @@ _ELSEWHERE: Final = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What ``options`` of ``minimize`` may hold, by the names and with the meanings it has there."""
+    """The settings of a run that ``options`` of ``minimize`` may hold, named as its arguments."""
 
     optimizer: str | Callable[..., Optimizer]
     lr: float | None
@@ -54,12 +54,12 @@ class Settings:
 
     @property
     def automatic(self) -> bool:
-        """Whether the learning rate is to be chosen: nobody else says what it is."""
+        """Whether the learning rate is chosen by the run: neither caller nor scheduler sets it."""
         return self.lr is None and self.scheduler is None and isinstance(self.optimizer, str)
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> Settings:
-        """Of the arguments of ``minimize``, ``options`` and ``tol`` among them.
+        """The settings from the arguments of ``minimize``, with ``options`` and ``tol`` applied.
 
         Raises:
             TypeError, ValueError: one is unknown, of the wrong kind or out of range.
@@ -85,11 +85,11 @@ class Settings:
 
 
 def _numbers(optimizer: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with numbers where the optimizer has numbers: torch fails late, or in words of its own."""
+    """The options, checked to be numbers where the defaults are; torch would fail later, if at all."""
     factory = OPTIMIZERS.get(optimizer) if isinstance(optimizer, str) else optimizer
     try:
         known = inspect.signature(factory).parameters if callable(factory) else {}
-    except ValueError:  # a builtin that does not tell
+    except ValueError:  # a builtin without a signature
         known = {}
     checked = {
         name: _number(name, value)
@@ -121,11 +121,11 @@ def _check_options(options: Mapping[str, Any], names: list[str], settings: Setti
 
 
 def _parameters(optimizer: Any) -> list[str] | None:
-    """Options that the optimizer takes; None where it does not tell, or takes any."""
+    """Options that the optimizer takes; None where its signature does not tell."""
     factory = OPTIMIZERS.get(optimizer) if isinstance(optimizer, str) else optimizer
     try:
         parameters = inspect.signature(factory).parameters if callable(factory) else None
-    except ValueError:  # a builtin that does not tell
+    except ValueError:  # a builtin without a signature
         parameters = None
     if parameters is None or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return None
@@ -177,8 +177,12 @@ def _check_limits(settings: Settings, tol: Any) -> None:
         raise TypeError(f"minimize: disp must be True or False, got {settings.disp!r}")
 
 
-def read_evaluator(evaluator: Any, workers: Any, point: Point, jac: Any) -> Evaluator:
-    """The evaluator that is named or given; one that goes through a module is made to go through ``point``."""
+def read_evaluator(evaluator: Any, workers: Any, point: Point, jac: Any, owner: str = "minimize") -> Evaluator:
+    """The evaluator that is named or given; a vectorized one is rebuilt over ``point``.
+
+    Raises:
+        TypeError, ValueError: it is none, contradicts ``workers``, or cannot be used with ``jac``.
+    """
     if not (
         workers is None
         or workers is map
@@ -186,7 +190,7 @@ def read_evaluator(evaluator: Any, workers: Any, point: Point, jac: Any) -> Eval
     ):
         if evaluator is not None:
             raise ValueError(
-                "minimize: evaluator and workers both say how gradients are computed; leave one out "
+                f"{owner}: evaluator and workers both say how gradients are computed; leave one out "
                 "(evaluator=optex.WorkersEvaluator(workers, timeout=60) has more to set)"
             )
         return WorkersEvaluator(workers)
@@ -196,14 +200,14 @@ def read_evaluator(evaluator: Any, workers: Any, point: Point, jac: Any) -> Eval
         evaluator = VectorizedEvaluator(point)
     if not isinstance(evaluator, Evaluator):
         raise TypeError(
-            "minimize: evaluator must be 'sequential', 'vectorized' or an optex.evaluators.Evaluator, got "
+            f"{owner}: evaluator must be 'sequential', 'vectorized' or an optex.evaluators.Evaluator, got "
             f"{evaluator!r}"
         )
     if not isinstance(evaluator, VectorizedEvaluator):
         return evaluator
     if jac is not None:
         raise ValueError(
-            "minimize: evaluator 'vectorized' differentiates fun by torch.func, so jac must be None; drop jac "
+            f"{owner}: evaluator 'vectorized' differentiates fun by torch.func, so jac must be None; drop jac "
             "and write fun in torch, or use evaluator='sequential'"
         )
     return VectorizedEvaluator(point, chunk_size=evaluator.chunk_size, randomness=evaluator.randomness)
@@ -212,6 +216,7 @@ def read_evaluator(evaluator: Any, workers: Any, point: Point, jac: Any) -> Eval
 def build_base(
     settings: Settings,
     x: nn.Parameter,  # [...]
+    owner: str = "minimize",
 ) -> Optimizer:
     """The base optimizer over x.
 
@@ -227,11 +232,11 @@ def build_base(
         base = make([x], **choices)
     except TypeError as error:
         given = ", ".join(choices) or "no options"
-        raise TypeError(f"minimize: optimizer {optimizer!r} cannot be built with {given}: {error}") from error
+        raise TypeError(f"{owner}: optimizer {optimizer!r} cannot be built with {given}: {error}") from error
     if not isinstance(base, Optimizer):
-        raise TypeError(f"minimize: optimizer must return a torch.optim.Optimizer, got {type(base).__name__}")
+        raise TypeError(f"{owner}: optimizer must return a torch.optim.Optimizer, got {type(base).__name__}")
     if [id(p) for group in base.param_groups for p in group["params"]] != [id(x)]:
-        raise ValueError("minimize: optimizer must be built over the list that it is handed, and nothing else")
+        raise ValueError(f"{owner}: optimizer must be built over the list that it is handed, and nothing else")
     if any(group.get("maximize") for group in base.param_groups):
-        raise ValueError("minimize: optimizer has maximize=True; minimise -fun instead")
+        raise ValueError(f"{owner}: optimizer has maximize=True; minimise -fun instead")
     return base

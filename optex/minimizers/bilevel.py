@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from optex.callback import Callback
-from optex.checks import check_integer, check_positive
+from optex.checks import check_integer, check_number, check_positive
 from optex.errors import NonFiniteError
-from optex.evaluators import Evaluator, WorkersEvaluator
+from optex.evaluators import Evaluator, VectorizedEvaluator, WorkersEvaluator
 from optex.minimizers.arguments import Settings, build_base, read_evaluator
 from optex.minimizers.run import Run
 from optex.minimizers.single_loop import SingleLoop
@@ -62,30 +62,31 @@ def solve_bilevel(
 
     The **double loop** takes steps of ``optimizer`` along ∇ψ_σ, the gradient of the penalty (see
     :class:`~optex.PenaltyHypergradient`), under :class:`~optex.OptEx` with ``parallelism`` hypergradients at
-    once. The lower levels are solved from the solutions at the last round's end. The **single loop** takes one
-    step of y, z and x at a time, with momentum where batches are sampled; it is sequential, and OptEx has no
-    part in it.
+    once. Its lower-level solves start from the solutions at the last round's end. The **single loop** takes one
+    step of y, z and x at a time, with momentum where batches are sampled; it is sequential, without OptEx.
 
     Args:
-        upper, lower: f and g: ``f(x, y, batch)`` is a scalar tensor; torch functions, for autograd, of tensors
-            x and y of the shapes of x0 and y0. ``batch`` is None but for a single loop with ``batches``.
+        upper, lower: f and g: ``f(x, y, batch)``, written in torch, returns a scalar tensor; x and y are
+            tensors of the shapes of x0 and y0. ``batch`` is None unless the single loop has ``batches``.
         x0, y0: where to start: arrays of one dimension (the functions get float64 tensors), or tensors.
         sigma: σ of the penalty, positive. x is off by O(σ); rounding grows as 1/σ.
         method: as above.
-        lr: the outer rate, α; of the double loop None has it chosen by a line search, as in
-            :func:`~optex.minimize`; the single loop has to be told one. About ½ / L_ψ.
-        rate: γ of inner gradient steps, 1 / (L_g + σ L_f); None solves by L-BFGS. The single loop has to be
-            told.
+        lr: the outer rate α, about ½ / L_ψ. None: the double loop chooses it as :func:`~optex.minimize` does;
+            the single loop needs one.
+        rate: γ of inner gradient steps, about 1 / (L_g + σ L_f). None: the double loop solves by L-BFGS; the
+            single loop needs one.
         inner_steps, tolerance: of the double loop's solves, as in :class:`~optex.PenaltyHypergradient`.
-        optimizer, parallelism, evaluator, workers: of the double loop, as in :func:`~optex.minimize`.
-        batches: of the single loop, one a step: gradients are then samples, and have momentum. The run ends
-            with them. None: exact gradients.
+        optimizer, parallelism, workers: of the double loop, as in :func:`~optex.minimize`.
+        evaluator: of the double loop, an :class:`~optex.Evaluator`, but not a vectorized one; None evaluates
+            in turn.
+        batches: of the single loop, one a step, at least one: gradients are then samples, and have momentum.
+            The run ends with the last batch. None: exact gradients.
         callback: after every round or step ``callback(intermediate_result)`` if that is its parameter's name,
             with x, y, z so far, else ``callback(x)``. It stops the run by raising ``StopIteration`` or by
             returning True.
         maxiter: most rounds, or steps of the single loop.
-        gtol: largest component of ∇ψ_σ to stop at; of the single loop, whose y and z lag, of its direction, and
-            only without ``batches``.
+        gtol: largest component of ∇ψ_σ to stop at, not negative. The single loop, whose y and z lag, compares
+            that of its direction instead, and only without ``batches``.
         disp: print at the end how it went.
 
     Returns:
@@ -93,10 +94,10 @@ def solve_bilevel(
         ``fun``, f(x, z); ``penalty``, ψ_σ(x); ``jac``, ∇ψ_σ(x); ``nit`` (rounds or steps), ``nstep`` (steps),
         ``nlower`` (gradients of the lower level, in this process), ``sigma``, ``success``, ``status`` and
         ``message``. Status 0: within gtol; 1: maxiter reached, or no batches left; 2: numbers that are not
-        finite; 3: workers do not answer; 99: stopped by ``callback``.
+        finite; 3: workers no longer answer; 99: stopped by ``callback``.
 
     Raises:
-        TypeError, ValueError: an argument cannot work; the message says which and what would.
+        TypeError, ValueError: an argument cannot work; the message names it and the remedy.
 
     Source: Kwon, Kwon, Wright, Nowak, ICLR 2024, arXiv 2309.01753.
 
@@ -118,6 +119,7 @@ def solve_bilevel(
     if not (callback is None or callable(callback)):
         raise TypeError(f"{_OWNER}: callback must be callable or None, got {type(callback).__name__}")
     check_integer(_OWNER, "maxiter", maxiter)
+    check_number(_OWNER, "gtol", gtol)
     point, forms = Point(start), (form, inner_form)
     options = (None, None, None, evaluator, workers, None, maxiter, gtol, None, disp, {})
     settings = Settings(optimizer, lr, parallelism, "auto", *options)
@@ -158,6 +160,11 @@ def _check_method(method: str, settings: Settings, batches: Any) -> None:
             f"{_OWNER}: the double loop looks at no batches; use method='single-loop', or hand them to "
             "OptEx.rounds with a PenaltyHypergradient"
         )
+    if settings.evaluator == "vectorized" or isinstance(settings.evaluator, VectorizedEvaluator):
+        raise ValueError(
+            f"{_OWNER}: evaluator must not be vectorized, as torch.func cannot differentiate a hypergradient's "
+            "solves; use evaluator=None, or workers="
+        )
     if method == "single-loop" and not (settings.evaluator is None and settings.workers is None):
         raise ValueError(
             f"{_OWNER}: the single loop is sequential, each step depends on all before it; drop evaluator and "
@@ -176,7 +183,7 @@ def _rates(lr: float | None, rate: float | None) -> tuple[float, float]:
 
 
 class _BetweenRounds:
-    """What a run calls after a round: accepts the warm start, then asks the caller's own function."""
+    """What a run calls after a round: keeps the round's solutions to start from, then asks the caller."""
 
     def __init__(
         self, source: PenaltyHypergradient, inner_form: PointForm, callback: Callable[..., Any] | None
@@ -203,8 +210,9 @@ def _double(
     settings: Settings,
     callback: Callable[..., Any] | None,
 ) -> OptimizeResult:
-    base = build_base(settings, point.x)
-    tracker = Tracker(read_evaluator(settings.evaluator, settings.workers, point, "given"), settings.gtol)
+    base = build_base(settings, point.x, _OWNER)
+    inner = read_evaluator(settings.evaluator, settings.workers, point, None, _OWNER)
+    tracker = Tracker(inner, settings.gtol, _OWNER)
     try:
         wrapper = OptEx(base, parallelism=settings.parallelism, evaluator=tracker, shard=False)
         between = _BetweenRounds(source, forms[1], callback)
@@ -237,6 +245,8 @@ def _single(
         try:
             batch = next(left)
         except StopIteration:
+            if not loop.steps:
+                raise ValueError(f"{_OWNER}: batches must hold at least one batch, got none") from None
             status, message = 1, "There are no batches left."
             break
         loop.step(batch)

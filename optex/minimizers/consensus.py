@@ -1,4 +1,4 @@
-"""``cbo_minimize``: consensus-based optimization, a swarm that walks towards its own consensus.
+"""``cbo_minimize``: consensus-based optimization, particles that move towards their own consensus.
 
 Riedl, Klock, Geldhauser, Fornasier: *Gradient is All You Need?*, arXiv 2306.09778; anisotropic noise: Carrillo,
 Jin, Li, Zhu: *A consensus-based global optimization method for high dimensional machine learning problems*,
@@ -50,15 +50,15 @@ def cbo_minimize(
 ) -> OptimizeResult:
     """Minimise a function by consensus-based optimization: values alone, no gradients.
 
-    N particles v_i move in steps of Euler and Maruyama towards their consensus c, and the further they are from
-    it the more they are shaken:
+    N particles v_i move by Euler-Maruyama steps towards their consensus c, with noise that grows with the
+    distance from it:
 
         c   = Σ_i w_i v_i,   w_i = exp(-α f(v_i)) / Σ_j exp(-α f(v_j))
         v_i ← v_i - λ dt (v_i - c) + σ √dt D_i ξ_i,   ξ_i ~ N(0, I)
 
-    with D_i = ‖v_i - c‖ for isotropic noise, the diagonal matrix of v_i - c for anisotropic noise. Paths of
-    particles contract if λ > σ² (d - 2) / 2 with isotropic noise, whatever σ is with anisotropic noise: that is
-    the one for more than a few dimensions.
+    with D_i = ‖v_i - c‖ for isotropic noise, the diagonal matrix of v_i - c for anisotropic noise. With
+    isotropic noise paths of particles contract if λ > σ² (d - 2) / 2, with anisotropic noise for every σ: take
+    the latter in more than a few dimensions.
 
     Args:
         fun: ``fun(x, *args)``, one number; with ``vectorized`` ``fun(points, *args)``, [n] at points [n, d].
@@ -69,15 +69,16 @@ def cbo_minimize(
         args: further arguments of ``fun``.
         particles: N, at least 2; 200 by default.
         spread: standard deviation of the first particles, positive; 0.5 by default.
-        alpha: α, positive, in units of one over those of fun: how much better a particle has to be to decide.
+        alpha: α, positive, in units of 1 / fun: particles that are worse than the best by much more than 1 / α
+            do not count.
         sigma: σ, not negative; 0 does not explore.
         drift: λ, positive.
         dt: length of a step, positive; λ dt is at most 1.
         noise: as above.
         vectorized: as above; all particles are evaluated in one call.
-        workers: evaluate the particles of a step at once, as in :func:`optex.minimize`: so many processes (-1:
-            one a core), a ``concurrent.futures.Executor``, or a function like ``map``. A point without an
-            answer, at the second try either, counts as one where fun is NaN.
+        workers: evaluate the particles of a step at once, as in :func:`optex.minimize`: a number of processes
+            (-1: one per core), a ``concurrent.futures.Executor``, or a function like ``map``. A point that gets
+            no answer at the second try either counts as one where fun is NaN.
         seed: of the particles' random numbers; None takes them from torch's global generator. The run does not
             depend on ``workers``.
         callback: after every step ``callback(intermediate_result)`` if that is its parameter's name, with the
@@ -90,15 +91,15 @@ def cbo_minimize(
 
     Returns:
         ``scipy.optimize.OptimizeResult``: ``x`` and ``fun``: the last consensus, which is evaluated, or the
-        best particle that was, if that is lower; ``consensus`` and ``consensus_fun``;
+        best particle so far if that is lower; ``consensus`` and ``consensus_fun``;
         ``effective_sample_size`` of the last step, ``1 / Σ w_i²``; ``radius``, the largest distance of a
         component to the consensus; ``population`` [n, d] and ``population_energies`` [n] of the last step,
         ``nit``, ``nfev``, ``nlost`` (points without an answer), ``success``, ``status``, ``message``. Status 0:
-        within xtol; 1: maxiter reached, as the paper's runs end; 2: fun is nowhere a number any more; 3:
-        workers do not answer; 99: stopped by ``callback``.
+        within xtol; 1: maxiter reached, as the paper's runs end; 2: fun is finite at no particle any more; 3:
+        workers no longer answer; 99: stopped by ``callback``.
 
     Raises:
-        TypeError, ValueError: an argument cannot work, or ``fun`` answers in a form that cannot.
+        TypeError, ValueError: an argument cannot work, or ``fun`` answers in a wrong form.
         NonFiniteError: fun is NaN or infinite at all the first particles.
         WorkerLostError: no worker could evaluate the first of them.
 
@@ -162,7 +163,7 @@ class _Settings:
             )
 
     def warn_of_flight(self, dimension: int) -> None:
-        """Isotropic noise in many dimensions drives particles apart for ever."""
+        """Warn where isotropic noise in this dimension drives particles apart."""
         # By Itô's formula log ‖v - c‖ drifts by -λ + σ² (d - 2) / 2 a unit of time where c stands still.
         if self.isotropic and self.sigma * self.sigma * (dimension - 2) >= 2 * self.drift:
             largest = math.sqrt(2 * self.drift / (dimension - 2))
@@ -174,7 +175,7 @@ class _Settings:
 
 
 class _Swarm:
-    """Particles, what is known of them, and the steps they take."""
+    """The particles, their values and consensus, and the steps they take."""
 
     def __init__(self, points: Points, start: Tensor, settings: _Settings, generator: torch.Generator) -> None:
         self._points = points
@@ -207,7 +208,7 @@ class _Swarm:
     def _measure(self) -> None:
         """Energies, weights and consensus of the particles where they are now."""
         energies = self._points.values(self._next)
-        # A particle that has flown to infinity must not draw the consensus there, whatever fun says of it.
+        # A particle at infinity must not draw the consensus there, whatever value fun has at it.
         energies = torch.where(self._next.isfinite().all(1), energies, math.nan)
         agreed = Consensus.of(energies, self._settings.alpha, _OWNER)
         self._particles, self._energies, self._size = self._next, energies, agreed.effective_sample_size

@@ -1,4 +1,4 @@
-"""``federated_minimize``: clients that step by themselves, and send sketches of how far they came.
+"""``federated_minimize``: clients that take local steps, and send sketches of their updates.
 
 Song, Wang, Yu, Zhang: *Sketching for First Order Method: Efficient Algorithm for Low-Bandwidth Channel and
 Vulnerability*, ICML 2023, arXiv 2210.08371.
@@ -59,47 +59,47 @@ def federated_minimize(
 
         w ← w + server_lr · R_tᵀ mean_c R_t (u_c - w)
 
-    R_t is a function of the sketch's seed and of t, and is not sent. Without a sketch it is FedAvg. The rounds
-    that are needed grow about as the messages shrink: **what is sent in all is not less, what is sent a
-    round is**. All clients take part in every round.
+    R_t is a function of the sketch's seed and of t, and is not sent. Without a sketch it is FedAvg. The number
+    of rounds grows about as the messages shrink: **a sketch saves bytes a round, not bytes in total**. All
+    clients take part in every round.
 
     Args:
-        fun: f; ``fun(x, data)`` of a point and of what one client has; a torch scalar, unless ``jac`` says
+        fun: f; ``fun(x, data)`` of a point and of one client's data returns a torch scalar, unless ``jac`` says
             otherwise. It may draw from torch's global generator.
         x0: where to start: an array of one dimension, or a tensor of any shape.
-        clients: each one's data, in whatever form ``fun`` takes; all count alike.
-        lr: of a local step, positive. With ``server_lr=None`` begin with the one that is best without a sketch,
-            and try larger ones where batches or clients that differ are what keeps that small.
+        clients: the data of each, in whatever form ``fun`` takes; all have the same weight.
+        lr: of a local step, positive. With ``server_lr=None`` begin with the best one without a sketch, and try
+            larger ones if differences between batches or clients are what keeps that one small.
         jac: as in :func:`~optex.minimize`: None (autograd), True (fun returns f and gradient), a function.
         sketch: R. None sends vectors as they are.
         local_steps: K, at least 1. With clients that differ, K > 1 has another limit than the minimum.
         server_lr: positive; None is ``1 / sketch.second_moment(d)``, the paper's factor of the dimension, with
-            which the noise of the sketch cannot drive descent apart; 1 without a sketch.
-        sample: ``sample(data, generator)``, what of a client's data a local step looks at; None is all.
+            which the noise of the sketch cannot make descent diverge; 1 without a sketch.
+        sample: ``sample(data, generator)`` returns the part of a client's data for one local step; None is all.
         privacy: clips what each client sends, and adds noise to it, before the sketch. Noise comes from
             ``seed``: this is a simulation; on real clients it has to come from a secret.
-        workers: evaluate the clients of a round at once, as in :func:`~optex.minimize`: so many processes
-            (-1: one a core), a ``concurrent.futures.Executor``, or a function like ``map``. The run does not
-            depend on it. A client without an answer, at the second try either, misses the round.
+        workers: evaluate the clients of a round at once, as in :func:`~optex.minimize`: a number of processes
+            (-1: one per core), a ``concurrent.futures.Executor``, or a function like ``map``. The run does not
+            depend on it. A client that gets no answer through at the second try either misses the round.
         seed: of samples, of noise and of what ``fun`` draws: a function of (seed, round, client).
         first_round: t to begin with. A run stopped after n rounds goes on, to the bit, from its ``x`` with
             ``first_round=n``.
         callback: after every round ``callback(intermediate_result)`` if that is its parameter's name, else
             ``callback(x)``. It stops the run by raising ``StopIteration`` or returning True.
-        maxiter: most rounds.
-        gtol: stop where ``‖mean message‖ / (lr K)``, about the length of the mean gradient, is at most that.
+        maxiter: most rounds, at least 1.
+        gtol: stop where ``‖mean message‖ / (lr K)``, about the length of the mean gradient, is at most this.
         disp: print at the end how it went.
 
     Returns:
         ``scipy.optimize.OptimizeResult``: ``x``; ``fun`` and ``jac``, mean of all clients there, on all data;
         ``losses``, before each round, on the first sample; ``uploaded`` and ``downloaded``, bytes of one
         client's messages in this call; ``rho``, the zero-concentrated privacy spent since round 0 (None without
-        ``privacy``, whose ``epsilon`` has the ε of so many rounds); ``nit``, ``nlost`` (answers that did not
-        come), ``success``, ``status``, ``message``. Status 0: within gtol; 1: maxiter reached; 2: numbers that
-        are not finite, ``x`` is of before that round; 3: workers do not answer; 99: stopped by ``callback``.
+        ``privacy``, whose ``epsilon`` converts rounds to ε); ``nit``, ``nlost`` (answers that did not come),
+        ``success``, ``status``, ``message``. Status 0: within gtol; 1: maxiter reached; 2: numbers that are not
+        finite, and ``x`` is as before that round; 3: workers no longer answer; 99: stopped by ``callback``.
 
     Raises:
-        TypeError, ValueError: an argument cannot work, or ``fun`` answers in a form that cannot.
+        TypeError, ValueError: an argument cannot work, or ``fun`` answers in a wrong form.
 
     Memory: 2 · clients · d numbers.
 
@@ -231,7 +231,7 @@ class _Client(GradientSource):
 
 
 class _Federation:
-    """The server, and what it has counted."""
+    """The server's rounds, and what they have counted."""
 
     def __init__(self, source: _Client, evaluator: Evaluator, first_round: int) -> None:
         self._source, self._evaluator, self._settings = source, evaluator, source.settings
@@ -242,7 +242,7 @@ class _Federation:
         self._slope = math.inf
 
     def until(self, maxiter: int, gtol: float, callback: Callback) -> OptimizeResult:
-        """Rounds until one of the reasons to stop."""
+        """Rounds until the messages are within gtol, the callback stops them or ``maxiter`` is reached."""
         while True:
             try:
                 self._round()
@@ -291,10 +291,10 @@ class _Federation:
         self._number += 1
 
     def _asked(self, number: int | None) -> tuple[Tensor, Tensor, list[int]]:  # [n], [n, d], n clients
-        """What the clients that answer say."""
+        """Losses and gradients of the clients that answer, and their numbers."""
         count = len(self._settings.clients)
         points = self._vector.read().repeat(count, 1)
-        # Of evaluations, the number that no round has.
+        # An evaluation has seed 0, which no round has.
         seeds = [self._settings.seed, 0 if number is None else number + 1]
         draws = [RandomDraws(seeded_states([*seeds, client])) for client in range(count)]
         batches = [(client, number) for client in range(count)]

@@ -55,26 +55,27 @@ def minimize(
     The run is that of ``OptEx(optimizer([x], lr=lr), parallelism=N)``. Round t starts at x_{t,0} = x_{t-1},
     drafts x_{t,i+1} = step(x_{t,i}, ĝ_{t,i}) on gradients predicted from those seen so far, evaluates f and ∇f
     at x_{t,0} and up to N - 1 later ones at once, and advances by those of its K = N · stride steps that
-    ``acceptance`` keeps, one at least. It stops at a point x evaluated in round t with
+    ``acceptance`` keeps, one at least. It stops in round t where one of these holds,
 
-        ‖∇f(x)‖_∞ ≤ gtol  and  f(x) ≤ f(x_{t,0})              x_{t,0} itself is one
+        ‖∇f(x)‖_∞ ≤ gtol  and  f(x) ≤ f(x_{t,0})     at a point x that the round evaluated, x_{t,0} included
         |f(x_{t,0}) - f(x_{t-1,0})| ≤ ftol · max(|f(x_{t,0})|, |f(x_{t-1,0})|, 1)
 
-    and returns it in the first case; in all others the point of least f evaluated so far. Either way x, fun
+    and returns x in the first case; in all others the point of least f evaluated so far. Either way x, fun
     and jac belong together: f and ∇f were evaluated at this x.
 
-    **The learning rate.** With ``lr=None`` and a named ``optimizer`` it is chosen: f one step away from x0 is
-    measured at N rates at once, on a grid around ``optex.stepping.default_rate(optimizer)`` that goes on where
-    its end is best; a quarter of the best rate is the first one. A round that measures a lower f than any
-    before raises it by a tenth; three in a row that do not lead back to the best point, with the optimizer's
-    state as at the start, and to that of five lower rates whose next steps lead lowest on predicted gradients,
-    which costs none. A trial that is not finite loses. What the search evaluates counts in nit and nfev. A rate
-    that is given is kept: constant, it may circle a minimum without meeting gtol.
+    **The learning rate.** With ``lr=None`` and a named ``optimizer`` it is chosen. f one step away from x0 is
+    measured at N rates at once, on a grid around ``optex.stepping.default_rate(optimizer)`` that is extended
+    while its end is best; the run begins with a quarter of the best rate. A round that measures a lower f than
+    any before raises the rate by a tenth. After three rounds in a row that do not, the run returns to the best
+    point, with the optimizer's state as at the start, and takes the one of five lower rates whose next steps
+    come out lowest on predicted gradients, which costs no gradient. A trial that is not finite loses. The
+    search's evaluations count in nit and nfev. A rate that is given stays: it may circle a minimum without
+    meeting gtol.
 
     Args:
         fun: ``fun(x, *args)``, the same value whenever it is asked. Every call gets a copy of its own.
-        x0: where to start, finite. A floating-point tensor of any shape: ``fun`` gets tensors of its shape,
-            dtype and device, and the result holds such. Anything else, a number or [d], is taken as a float64
+        x0: where to start, finite. With a floating-point tensor of any shape ``fun`` gets, and the result
+            holds, tensors of its shape, dtype and device. Anything else, a number or [d], is taken as a float64
             array: ``fun`` gets and the result holds float64 arrays [d] (with ``jac=None`` ``fun`` gets float64
             tensors [d]).
         args: further arguments of ``fun`` and ``jac``.
@@ -84,18 +85,18 @@ def minimize(
         optimizer: a key of ``optex.stepping.OPTIMIZERS``, or a function of a list of one parameter (and ``lr``
             and ``optimizer_options``, where given) that returns a ``torch.optim.Optimizer``.
         lr: its learning rate, kept as it is. None: chosen and adapted as above where ``optimizer`` is a name
-            and there is no ``scheduler``. A scheduler rules what ``default_rate`` begins with; a function's
-            optimizer has the rate that it was built with.
+            and there is no ``scheduler``. With a scheduler a named optimizer begins at ``default_rate``; a
+            function's optimizer has the rate that it was built with.
         parallelism, stride, history_size, estimator, acceptance: as in :class:`~optex.OptEx`.
         evaluator: how the N gradients of a round are computed: ``"sequential"`` (default), ``"vectorized"``
             (``jac=None`` only: ``fun`` goes through ``torch.func.vmap``), or an :class:`~optex.Evaluator`; of a
             ``VectorizedEvaluator`` ``chunk_size`` and ``randomness`` are used, its model is not.
-        workers: in place of ``evaluator``, SciPy's argument: so many processes (-1: one a core), a
+        workers: in place of ``evaluator``, SciPy's argument: a number of processes (-1: one per core), a
             ``concurrent.futures.Executor``, or a function like ``map``, as in
-            :class:`~optex.WorkersEvaluator`; 1 and None evaluate here. ``fun`` is sent to processes once: it
-            must be possible to pickle it, and what it writes stays with them.
+            :class:`~optex.WorkersEvaluator`; 1 and None evaluate in this process. ``fun`` is sent to processes
+            once: it must be possible to pickle it, and this process does not see what it changes there.
         scheduler: takes the optimizer and returns a learning-rate scheduler, which ticks once a step.
-        bounds: refused; here for SciPy's sake.
+        bounds: refused unless None; named because SciPy passes it.
         callback: after every round ``callback(intermediate_result)`` if that is its parameter's name, with
             the result that stopping now would give, else ``callback(x)`` with that result's x. It stops the
             run by raising ``StopIteration`` or returning True.
@@ -104,21 +105,21 @@ def minimize(
         gtol: largest component of the gradient to stop at, in units of fun per unit of x; by default 1e-5.
         ftol: relative change of fun from one round's start to the next to stop at; None: never.
         disp: print at the end how it went, in SciPy's form.
-        options: as SciPy takes them: any of these arguments by name, but for the first three, jac, bounds,
-            callback and tol, and any of ``optimizer_options``. They count more than what stands outside.
-        optimizer_options: go to the optimizer, as ``betas`` or ``weight_decay``.
+        options: as SciPy takes them: a dict of these arguments by name, but for the first three, jac, bounds,
+            callback and tol, and of ``optimizer_options``. They override the arguments outside.
+        optimizer_options: keyword arguments of the optimizer, such as ``betas`` or ``weight_decay``.
 
     Returns:
         ``scipy.optimize.OptimizeResult``: ``x``, ``fun`` (a float), ``jac``, ``nit`` (rounds), ``nstep``
-        (steps taken, those that the rate rule took back among them), ``nfev`` and ``njev`` (points evaluated),
-        ``lr`` (the first rate: given or chosen), ``lr_final``, ``success``, ``message`` and ``status``: 0
+        (steps taken, including those that the rate rule took back), ``nfev`` and ``njev`` (points evaluated),
+        ``lr`` (the first rate, given or chosen), ``lr_final``, ``success``, ``message`` and ``status``: 0
         within gtol or ftol; 1 maxiter reached; 2 numbers at a round's start or end that are not finite, a
-        history that cannot be fitted, or a chosen rate so low that steps change nothing; 3 workers that do not
-        answer any more; 99 stopped by ``callback``.
+        history that cannot be fitted, or a chosen rate so low that steps change nothing; 3 workers no longer
+        answer; 99 stopped by ``callback``.
 
     Raises:
-        TypeError, ValueError: an argument cannot work, ``fun`` or ``jac`` answer in a form that cannot, or are
-            not finite at x0; the message names it and the remedy.
+        TypeError, ValueError: an argument cannot work, ``fun`` or ``jac`` answer in a wrong form or are not
+            finite at x0; the message names it and the remedy.
         WorkerLostError: no worker could evaluate x0.
 
     Source: Shu et al., NeurIPS 2024, Algorithm 1, in the form that :class:`~optex.OptEx` gives it.
@@ -147,7 +148,7 @@ def minimize(
         acceptance=settings.acceptance,
         evaluator=tracker,
         scheduler=None if settings.scheduler is None else settings.scheduler(base),
-        shard=False,  # the tracker looks at whole points
+        shard=False,  # the tracker needs whole points
     )
     vectorized = isinstance(tracker.inner, VectorizedEvaluator)
     arguments = args if isinstance(args, tuple) else (args,)
@@ -179,8 +180,9 @@ def scipy_method(
 ) -> OptimizeResult:
     """:func:`minimize` in the form that ``scipy.optimize.minimize(..., method=optex.scipy_method)`` calls.
 
-    SciPy hands ``options`` on as keywords. With its ``jac=True`` a point is evaluated once. SciPy turns names
-    of finite differences into ``jac=None``, so ``fun`` must then be written in torch, as in :func:`minimize`.
+    SciPy passes ``options`` as keywords. With its ``jac=True``, ``fun`` is called once a point. SciPy turns
+    names of finite differences into ``jac=None``, so ``fun`` must then be written in torch, as in
+    :func:`minimize`.
 
     Args:
         fun, x0, args, jac, callback: as in :func:`minimize`.

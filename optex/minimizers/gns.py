@@ -1,4 +1,4 @@
-"""``minimize_gns``: second-order steps of the family, whose trials any evaluator computes at once."""
+"""``minimize_gns``: second-order steps regularised by the gradient's norm, with trials computed at once."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _OUT_OF_ITERATIONS: Final = "Maximum number of iterations has been exceeded."
 _NONE_TAKEN: Final = (
     "Desired error not necessarily achieved due to precision loss: none of {trials} trials lowered fun enough."
 )
-_AT_ONCE: Final = 4  # where several are computed at once and nobody says how many, as in ``minimize``
+_AT_ONCE: Final = 4  # the default where several are computed at once, as in ``minimize``
 
 
 def minimize_gns(
@@ -70,18 +70,18 @@ def minimize_gns(
         λ = ‖g‖* / (γ + eps),   h = -(H + λ B)⁻¹ g,   taken where   f(x) - f(x + h) ≥ ‖∇f(x + h)‖*² / (8 λ)
 
     (Algorithm 1.) An iteration tries γ, γ/2, γ/4, ... until one is taken, and the next begins with twice that.
-    ``parallelism`` of these trials are evaluated at once, and the first in this order that may be taken is: the
-    iterates are those of one at a time, to the bit where a point's value does not depend on its neighbours in
-    the request, in fewer rounds.
+    ``parallelism`` of these trials are evaluated at once, and the first in this order that passes is taken. The
+    iterates are those of one trial at a time, in fewer rounds; bit for bit where a point's value does not
+    depend on the other points of the request.
 
     Args:
         fun, x0, args, jac: as in :func:`~optex.minimize`.
-        hess: ``hess(x, *args)``, the Hessian [d, d]. x is handed as to ``fun``; so it is below.
+        hess: ``hess(x, *args)``, the Hessian [d, d]; here and below x has the form in which ``fun`` gets it.
         hessp: ``hessp(x, v, *args)``, the Hessian times v, both of x's shape.
         curvature: H. ``"exact"``: ``hess``; without it conjugate gradients on ``hessp``; without both, and with
             ``jac=None``, on products by autograd. ``"none"``: H = 0, the normalized gradient method. A function
-            ``curvature(x, *args)``: returns an ``optex.optimizers.Curvature`` of [d], for Gauss-Newton's,
-            Fisher's or whatever stands in for the Hessian.
+            ``curvature(x, *args)`` returns an ``optex.optimizers.Curvature`` of dimension d: a Gauss-Newton
+            matrix, a Fisher matrix or another approximation of the Hessian.
         metric: B, as ``optex.optimizers.Metric`` takes it: None, [d] or [d, d].
         smoothness: the first γ.
         least_smoothness: γ is at least this after an accepted step.
@@ -90,22 +90,22 @@ def minimize_gns(
         cg_tolerance, cg_iterations: of the conjugate gradients, as in ``optex.optimizers.ProductCurvature``.
         parallelism: trials evaluated at once; by default 1, and 4 where ``workers`` or ``evaluator`` are given.
         evaluator, workers: how they are computed, as in :func:`~optex.minimize`. ``hess``, ``hessp`` and
-            ``curvature`` are called here.
+            ``curvature`` are called in this process.
         callback: as in :func:`~optex.minimize`, after every iteration.
         maxiter: most iterations.
-        gtol: largest component of the gradient to stop at.
+        gtol: largest component of the gradient to stop at, not negative.
         disp: print at the end how it went.
 
     Returns:
         ``scipy.optimize.OptimizeResult``: ``x``, ``fun``, ``jac``, ``nit`` (steps taken), ``rounds`` (requests
         to the evaluator, that for x0 among them), ``nfev`` and ``njev`` (points evaluated), ``nhev`` (calls of
         ``hess`` or ``curvature``, or products), ``smoothness`` (γ at the end), ``success``, ``message`` and
-        ``status``: 0 within gtol; 1 maxiter reached; 2 no trial was taken; 3 workers that do not answer any
-        more; 99 stopped by ``callback``. x is the last point that was taken, whatever the status.
+        ``status``: 0 within gtol; 1 maxiter reached; 2 no trial was taken; 3 workers no longer answer; 99
+        stopped by ``callback``. x is the last point that was taken, whatever the status.
 
     Raises:
-        TypeError, ValueError: an argument cannot work, a function answers in a form that cannot, or fun or its
-            gradient are not finite at x0.
+        TypeError, ValueError: an argument cannot work, a function answers in a wrong form, or fun or its
+            gradient is not finite at x0.
         WorkerLostError: no worker could evaluate x0.
 
     Source: Semenov, Jaggi, Doikov, ICLR 2026, arXiv 2506.13710, Algorithm 1; evaluating trials at once is ours.
@@ -125,7 +125,7 @@ def minimize_gns(
     check_function(fun, jac)
     form, start = read_start(x0)
     point, arguments = Point(start), args if isinstance(args, tuple) else (args,)
-    chosen = read_evaluator(evaluator, workers, point, jac)
+    chosen = read_evaluator(evaluator, workers, point, jac, "minimize_gns")
     if parallelism is None:
         parallelism = 1 if isinstance(chosen, SequentialEvaluator) else _AT_ONCE
     check_integer("minimize_gns", "parallelism", parallelism)
@@ -209,7 +209,7 @@ class _Run:
         return found
 
     def _iterate(self) -> bool:
-        """Whether a step was taken."""
+        """Search for a step and take it; whether there was one."""
         curvature = self._second.at(self._point)
         search = StepSearch(
             curvature, self._metric, self._loss, self._gradient, self._smoothness, self._settings
@@ -220,7 +220,7 @@ class _Run:
             found = self._evaluate(points)
             judged = 0
             for i, trial in enumerate(waiting):
-                if i in found.lost:  # whether it may be taken is not known; later ones have to wait
+                if i in found.lost:  # whether it passes is not known: later trials have to wait
                     break
                 judged += 1
                 loss, gradient = float(found.losses[i]), found.gradients[i]

@@ -17,7 +17,8 @@ import torch
 from scipy.optimize import OptimizeResult
 from torch import Tensor
 
-from optex.checks import check_integer
+from optex.callback import stops_by_result
+from optex.checks import check_integer, check_number
 from optex.errors import NonFiniteError
 from optex.sources.inexact_bilevel import (
     Hypergradient,
@@ -30,7 +31,7 @@ from optex.sources.inexact_bilevel import (
 
 __all__ = ["maid"]
 
-_FINEST: Final = 1e-14  # accuracies beneath rounding
+_FINEST: Final = 1e-14  # finer accuracies, relative to x, are lost in rounding
 _WORDS: Final = {
     0: "the hypergradient is within gtol, its error included",
     1: "maxiter reached",
@@ -111,33 +112,36 @@ def maid(
     workers: Callable[..., Iterable[Any]] | None = None,
     callback: Callable[[OptimizeResult], Any] | None = None,
 ) -> OptimizeResult:
-    """Minimise g(x̂(θ)) by gradient descent that finds its step sizes and the accuracy of lower solves itself.
+    """Minimise f(θ) = g(x̂(θ)) by gradient descent that chooses its step sizes and accuracies itself.
 
-    A step: solve within ε and δ, halving both (τ) until the error's bound ω ≤ (1 - η) ‖z‖, so that -z descends.
-    Then the first α = β ρ^i, i < ``max_backtracks`` (one more after each failure), with, at x of θ and x' of
-    θ - αz, both within ε,
+    x̂(θ) minimises the lower level h(x, θ). A step solves it within ε, and the linear system of the
+    hypergradient z within δ. Both are multiplied by τ until the bound ω of z's error is at most (1 - η) ‖z‖, so
+    that -z is a descent direction. The step size is the first α = β ρ^i, i < ``max_backtracks`` (one more after
+    each failure), that satisfies, with x at θ and x' at θ - αz, both within ε,
 
         g(x') + ‖∇g(x')‖ ε + ½ L_g ε²  -  [g(x) - ‖∇g(x)‖ ε]  ≤  -η² α ‖z‖²
 
-    is taken: f descends whatever the errors are. Where g is not convex the bracket loses ½ L_g ε² as well.
-    After a success β = α / ρ, and ε and δ grow by ν; after a failure they shrink by τ. β is then the largest
-    step tried that may be short enough, for all that is known within ε, or where the search ended if there is
-    none (the released code keeps β, and would search from one that is far too long for ever).
+    so that f descends whatever the errors are. Where g is not convex the bracket loses ½ L_g ε² as well. After
+    a success β = α / ρ, and ε and δ are multiplied by ν; after a failure by τ. β is then the largest step tried
+    that may still be short enough, as far as accuracy ε can tell; without one, a step shorter than all tried.
+    (The released code keeps β; where β is far too long, its search never ends.)
 
     Args:
         problem: the two levels and their constants; ``lower(x, theta)``.
-        theta0: start, finite: a floating-point tensor of any shape, or what becomes a float64 array.
-        epsilon, delta, beta: first accuracies and step size, > 0.
-        eta, rho, tau: in (0, 1).
-        nu: at least 1.
-        max_backtracks: at least 1.
-        maxiter: most steps.
-        max_evaluations: most gradients of h and products with its Hessian; None: as many as it takes.
-        max_iterations: of one solve.
-        gtol: stop where ‖z‖ + ω, a bound of ‖∇f‖, is at most this.
-        trials: steps α that are tried at once; the one taken is the same for any number.
+        theta0: start, finite: a floating-point tensor of any shape, or anything that becomes a float64 array.
+        epsilon, delta, beta: ε, δ and β at the start, above 0.
+        eta, rho, tau: η, ρ and τ, in (0, 1).
+        nu: ν, at least 1.
+        max_backtracks: step sizes tried before the accuracies are refined, at least 1.
+        maxiter: most steps, at least 1.
+        max_evaluations: the run ends after as many gradients of h and products with its Hessian; None: no
+            limit.
+        max_iterations: most iterations of one solve, at least 1.
+        gtol: stop where ‖z‖ + ω, a bound of ‖∇f‖, is at most this; not negative.
+        trials: step sizes that are tried at once, at least 1; the one taken does not depend on it.
         workers: a function like ``map`` that evaluates them, as a thread pool's; None: one after the other.
-        callback: after every step, with the result so far; returning True stops.
+        callback: ``callback(result)`` after every step, with the result so far. It stops the run by returning
+            True or raising ``StopIteration``.
 
     Returns:
         ``OptimizeResult``: ``x`` (θ, in theta0's form), ``fun`` (g at the last solve), ``jac`` (z),
@@ -163,8 +167,14 @@ def maid(
     (True, array([ 1., -2.]))
     """
     settings = _Settings(epsilon, delta, beta, eta, rho, tau, nu)
-    for name, value in (("max_backtracks", max_backtracks), ("maxiter", maxiter), ("trials", trials)):
+    counts = {"max_backtracks": max_backtracks, "maxiter": maxiter, "trials": trials}
+    counts |= {"max_iterations": max_iterations}
+    counts |= {} if max_evaluations is None else {"max_evaluations": max_evaluations}
+    for name, value in counts.items():
         check_integer("maid", name, value)
+    check_number("maid", "gtol", gtol)
+    if not (callback is None or callable(callback)):
+        raise TypeError(f"maid: callback must be callable or None, got {type(callback).__name__}")
     if not isinstance(problem, SmoothBilevel):
         raise TypeError(f"maid: problem must be a SmoothBilevel, got {problem!r:.60}")
     arrays, theta = _read_start(theta0)
@@ -180,7 +190,7 @@ def maid(
             status = 1
         elif max_evaluations is not None and state.lower_iterations + state.products >= max_evaluations:
             status = 3
-        elif callback is not None and state.nit and callback(told(1)):
+        elif callback is not None and state.nit and stops_by_result(callback, told(1)):
             status = 99
         elif descent.search():
             continue
@@ -203,7 +213,7 @@ class _Descent:
     step: float = math.nan
 
     def linearise(self) -> bool:
-        """Halve the accuracies until -z is sure to descend; False where they end at rounding."""
+        """Multiply the accuracies by τ until -z is sure to descend; False where they reach rounding."""
         state, settings = self.state, self.settings
         while True:
             solution = self._solve()
@@ -219,7 +229,7 @@ class _Descent:
                 return False
 
     def search(self) -> bool:
-        """Take the first step that is seen to descend, at accuracies refined until there is one."""
+        """Take the first step size that is sure to descend, refining accuracies until there is one."""
         state, settings = self.state, self.settings
         for failures in range(10_000):
             count = self.max_backtracks + failures
@@ -240,7 +250,7 @@ class _Descent:
         return False
 
     def record(self) -> None:
-        """One more entry of the history, of the point that was linearised at."""
+        """Add an entry to the history, of the point where the hypergradient is known."""
         state, found = self.state, self.state.gradient
         assert found is not None
         values = {
@@ -257,7 +267,7 @@ class _Descent:
             state.history[name].append(value)
 
     def _first(self, rates: list[float]) -> tuple[tuple[float, _Trial] | None, float | None]:
-        """The largest rate that passes with what was found there; the largest that does not fail for certain.
+        """The largest rate that passes, with its trial, and the largest that does not certainly fail.
 
         ``trials`` are evaluated at once.
         """
@@ -290,7 +300,7 @@ class _Descent:
 
 @dataclass(frozen=True)
 class _Trial:
-    """What a trial step found: the lower solution, and the least and the most that f can be."""
+    """What a trial step found: the lower solution, and a lower and an upper bound of f."""
 
     x: Tensor
     floor: float
@@ -320,16 +330,20 @@ def _attempt(
 
 
 def _below(problem: SmoothBilevel, steep: float, epsilon: float) -> float:
-    """How far f can be below g at a point within ε of the lower solution, where ‖∇g‖ is this."""
+    """How far f can lie below g(x) at x within ε of the lower solution, with ‖∇g(x)‖ = ``steep``."""
     return steep * epsilon + (0.0 if problem.convex_upper else problem.upper_lipschitz * epsilon**2 / 2)
 
 
 def _read_start(theta0: Any) -> tuple[bool, Tensor]:
-    """Whether the caller speaks NumPy, and the start as a tensor of its own memory."""
+    """Whether the caller uses arrays, and the start as a tensor with memory of its own."""
     arrays = not isinstance(theta0, Tensor)
     theta = torch.tensor(np.asarray(theta0, dtype=np.float64)) if arrays else theta0.detach().clone()
     if not theta.is_floating_point() or not theta.numel() or not bool(theta.isfinite().all()):
-        raise ValueError("maid: theta0 must be real and finite, with one component at least")
+        came = f"one of {theta.dtype} and shape {tuple(theta.shape)}"
+        raise ValueError(
+            f"maid: theta0 must be real and finite, with one component at least, got {came}; start where "
+            "both levels are defined"
+        )
     return arrays, theta
 
 

@@ -39,7 +39,7 @@ class Form:
 def read_points(
     owner: str, x0: Any, particles: Any, spread: Any, generator: torch.Generator
 ) -> tuple[Form, Tensor]:  # [N, d]
-    """The first points: x0 itself where it has two dimensions, else drawn around it.
+    """The caller's form, and the first points: x0 itself if it is [N, d], else N drawn around it.
 
     Raises:
         TypeError, ValueError: x0 is not real, not finite, empty or of another shape; ``particles`` or
@@ -80,19 +80,19 @@ def _read(owner: str, x0: Any) -> tuple[Form, Tensor]:
 
 
 class Points:
-    """Evaluates a function at many points, and counts.
+    """Evaluates a function at many points, and counts them.
 
     Args:
-        owner: for messages.
+        owner: the caller's function, for messages.
         fun, args: ``fun(x, *args)`` of a point [d], or of all points [n, d] with ``vectorized``.
-        form: in which ``fun`` is handed points.
-        vectorized: as above.
+        form: in which ``fun`` gets points.
+        vectorized: whether ``fun`` takes all points in one call.
         workers: as in ``optex.minimize``.
 
     Attributes:
         form: as given.
         count: points evaluated.
-        lost: of them, those that got no answer.
+        lost: how many of them got no answer.
 
     Raises:
         TypeError, ValueError: an argument cannot work; at evaluation, what ``fun`` returns cannot.
@@ -118,9 +118,9 @@ class Points:
                 "one of the two out"
             )
         self._name, self._fun, self._args, self._vectorized = f"{owner}: fun", fun, args, vectorized
-        self.form = form
-        self.count = 0
-        self.lost = 0
+        self.form: Form = form
+        self.count: int = 0
+        self.lost: int = 0
         self._evaluator = None if alone else WorkersEvaluator(workers)
         self._source: _Values | None = None
         self._vector: ParameterVector | None = None
@@ -137,7 +137,7 @@ class Points:
         self,
         points: Tensor,  # [n, d]
     ) -> Tensor:  # [n] float64
-        """NaN where a worker was lost."""
+        """The function's values; NaN at points that got no answer."""
         if self._evaluator is not None:
             found = self._on_workers(self._evaluator, points)
         elif self._vectorized:
@@ -172,7 +172,7 @@ class Points:
 
 @dataclass(frozen=True)
 class _Values(GradientSource):
-    """A function's values, for workers, who ask for gradients as well: they are zero."""
+    """A function's values as a source for workers, which need a gradient: it is zero."""
 
     fun: Callable[..., Any]
     args: tuple[Any, ...]

@@ -62,19 +62,19 @@ def policy_gradient(
     Args:
         policy: a module that answers observations with a distribution of actions, as
             :class:`~optex.TrajectorySource` has it. It is changed in place.
-        environment: to act in; a string is a name of Gymnasium's.
+        environment: to act in; a string is the name of a Gymnasium environment.
         method: as above.
-        steps: most steps.
-        environment_steps: no step is begun after so many steps of the environment; None is no limit.
-        trajectories: n a gradient, and a product with the Hessian.
+        steps: most steps, at least 1.
+        environment_steps: no step begins after as many steps of the environment; None is no limit.
+        trajectories: n, for each gradient and for each product with the Hessian.
         discount: γ, in (0, 1]; 0.99 is the paper's.
         lr: the rate, γ₀ of the paper's methods; None is their 0.1, and 0.01 for pg and reinforce.
         eta0: η₀ of the paper's methods, in (0, 1].
         optimizer: of pg and reinforce, a name of ``optex list``.
         estimator: as in :class:`~optex.TrajectorySource`.
         baseline: as there; None is True for reinforce alone.
-        seed: of torch's global generator, which is set to it for the run and put back after; None goes on from
-            where it stands.
+        seed: of torch's global generator during the run; afterwards the generator is put back. None draws from
+            the generator as it is.
         callback: ``callback(result)`` after every step, with the result that stopping now would give; True or
             ``StopIteration`` stops.
         disp: print at the end how it went.
@@ -88,8 +88,8 @@ def policy_gradient(
         stopped by ``callback``. Nothing here knows whether a policy is optimal.
 
     Raises:
-        TypeError, ValueError: an argument cannot work; the message says which and what would.
-        ModuleNotFoundError: a name of Gymnasium's, which is not installed.
+        TypeError, ValueError: an argument cannot work; the message names it and the remedy.
+        ModuleNotFoundError: ``environment`` is a string, and Gymnasium is not installed.
 
     Source: Fatkhullin et al., ICML 2023, arXiv 2302.01734.
 

@@ -20,14 +20,14 @@ from optex.stepping import Snapshot
 
 __all__ = ["AutomaticRate"]
 
-_APART: Final = 4.0  # one rate of the line search from the next; closer where N > _SPREAD are tried at once
+_APART: Final = 4.0  # ratio of two neighbouring rates of the line search; less where N is above _SPREAD
 _SPREAD: Final = 8
-_TRIALS: Final = 24  # rates the line search tries at most, or one batch of them
+_TRIALS: Final = 24  # no further batch of rates is tried after as many
 _SHARE: Final = 0.25  # of the rate whose single step was best: a run takes several
 _GROWTH: Final = 1.1  # after a round that found a lower loss
 _PATIENCE: Final = 3  # rounds in a row that found none
-_CUTS: Final = (0.5, 0.25, 0.1, 0.04, 0.01)  # then, one of these
-_AHEAD: Final = 4  # steps walked on predictions to say which
+_CUTS: Final = (0.5, 0.25, 0.1, 0.04, 0.01)  # the rate is then multiplied by one of these
+_AHEAD: Final = 4  # steps walked on predictions to choose among them
 _ROUNDING: Final = 32  # units in the last place that two losses may differ by and count as equal
 
 
@@ -35,16 +35,17 @@ class AutomaticRate:
     """Finds a first learning rate by line search and lets the losses measured drive it from there.
 
     **Search.** The losses one step of the base optimizer away from x0 are measured at N rates at once, on a
-    geometric grid around the rate that the base has; the grid goes on where its end is the best. A quarter of
-    the best rate is the first one: the best single step is no step to take again and again.
+    geometric grid around the rate that the base has; the grid is extended while its end is best. The run begins
+    with a quarter of the best rate: the best single step is too long to be repeated.
 
     **Drive.** A round that measures a lower loss than any before raises the rate by a tenth. After three
     rounds in a row that do not, the run goes back to the best point, with the base optimizer's state as at the
-    start, and the rate is cut: to the one of a handful whose next steps, walked on predicted gradients, lead
-    lowest. That walk costs no gradient. Losses that are equal but for rounding are ranked by gradient.
+    start, and the rate is cut, to the one of a few whose next steps come out lowest on predicted gradients.
+    That costs no gradient. Losses that are equal but for rounding are ranked by the gradients' largest
+    components.
 
     Args:
-        optimizer: whose base's rate is set.
+        optimizer: the one whose base gets the rates.
         source: of the gradients.
         tracker: the optimizer's evaluator.
 
@@ -65,7 +66,7 @@ class AutomaticRate:
         self._best_loss = self._best_norm = math.inf
         self._best: tuple[Tensor, Evaluation] | None = None
         self._stalled = 0
-        self.chosen = self.rate
+        self.chosen: float = self.rate
 
     @property
     def rate(self) -> float:
@@ -80,7 +81,7 @@ class AutomaticRate:
     # ------------------------------------------------------------------ search
 
     def search(self) -> Iterator[None]:
-        """Choose the first rate; one item for every batch of gradients that were computed at once."""
+        """Choose the first rate; yields after every batch of gradients that were computed at once."""
         tracker, count = self._tracker, self._optimizer.parallelism
         tracker.evaluate(self._request(self._optimizer.stepper.point[None]))
         self._note()
@@ -130,7 +131,7 @@ class AutomaticRate:
         return torch.stack(points)
 
     def _beyond(self, losses: dict[float, float], apart: float) -> list[float]:
-        """The next N rates; none where the best has a worse one on either side."""
+        """The next N rates to try; none where the best rate has a worse one on either side."""
         count = self._optimizer.parallelism
         best, lowest, highest = min(losses, key=lambda rate: losses[rate]), min(losses), max(losses)
         if losses[best] < self._tracker.start_loss and best == highest:
@@ -142,7 +143,7 @@ class AutomaticRate:
     # ------------------------------------------------------------------ drive
 
     def follow(self) -> None:
-        """Set the rate by what the last round measured."""
+        """Set the rate from what the last round measured."""
         if self._note():
             self._stalled = 0
             self.rate *= _GROWTH
@@ -152,7 +153,7 @@ class AutomaticRate:
             self.back()
 
     def back(self) -> None:
-        """Go back to the best point, and on from there at a lower rate."""
+        """Return to the best point, and lower the rate."""
         assert self._best is not None
         rate, (point, evaluation) = self.rate, self._best
         self._stalled = 0
@@ -167,7 +168,7 @@ class AutomaticRate:
         rate: float,
         here: Evaluation,  # of one point
     ) -> float:
-        """The lower rate whose next steps lead lowest, by the gradients predicted along them."""
+        """The lower rate whose next steps come out lowest on predicted gradients."""
         optimizer = self._optimizer
         rates = [cut * rate for cut in _CUTS]
         if not len(optimizer.history):
@@ -187,7 +188,7 @@ class AutomaticRate:
         start: Evaluation,  # of one point
         posterior: Posterior,
     ) -> float:
-        """Of the loss, over some steps at this rate: Σ_i ½ (ĝ_i + ĝ_{i+1}) · (y_{i+1} - y_i)."""
+        """The loss's predicted change over the next steps: Σ_i ½ (ĝ_i + ĝ_{i+1}) · (y_{i+1} - y_i)."""
         stepper = self._optimizer.stepper
         self.rate = rate
         gradient = start.gradients[0]
@@ -204,7 +205,7 @@ class AutomaticRate:
         return float(total.nan_to_num(nan=math.inf))
 
     def _note(self) -> bool:
-        """Whether the last request found a better point than any before; it is kept."""
+        """Whether the last request found a better point than any before; if so, keep it."""
         tracker = self._tracker
         losses, norms = tracker.evaluation.losses, tracker.norms.tolist()
         rounding = _ROUNDING * torch.finfo(losses.dtype).eps

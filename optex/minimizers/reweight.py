@@ -1,4 +1,4 @@
-"""``reweight_sources``: how much each source of training data should weigh, by ScaleBiO.
+"""``reweight_sources``: weights for the sources of training data, by ScaleBiO.
 
 Pan et al.: *ScaleBiO: Scalable Bilevel Optimization for LLM Data Reweighting*, ACL 2025, arXiv 2406.19976; its
 layers: *LISA*, NeurIPS 2024, arXiv 2403.17919.
@@ -64,22 +64,22 @@ def reweight_sources(
     ``model``. Outer iteration i = 0, 1, ... has the penalty α τ^i and all learning rates over τ^i.
 
     Args:
-        model: the network to start from, as pretrained; it is left as it is.
-        loss: ``loss(network, rows)``: one loss for each of the rows [n].
-        sources: K sources by name, or in a list: each a tensor of rows [n_k, ...], or a tuple of such.
-        validation: rows of the same kind, of the data that is to be done well on.
+        model: the network to start from, pretrained say; it is left as it is.
+        loss: ``loss(network, rows)`` returns one loss for each of the n rows, [n].
+        sources: K sources by name, or in a list: each a tensor of rows [n_k, ...], or a tuple of such tensors.
+        validation: rows of the same kind, of the data on which the network is to do well.
         alpha: α, positive: the hypergradient's bias is of the order of 1 / α.
         tau: τ, at least 1.
-        outer: outer iterations.
-        batches: used in each of them, one for a gradient.
+        outer: outer iterations, at least 1.
+        batches: batches in each of them, one a gradient, at least 1.
         lr: of w and u. The default suits the fine-tuning of a pretrained language model by AdamW; a network
             from scratch needs one of the order that trains it.
         lr_weights: of p.
         weight_decay: of w and u.
         optimizer: a name of ``optex list``, or a function of parameter groups.
-        batch_size: rows of validation, and of all sources together, which have equal shares of it. None takes
-            all rows each time: gradients are then exact.
-        layers: trains few blocks at a time.
+        batch_size: rows of the validation data in a batch, and of all sources together, in equal shares. None
+            takes all rows each time: gradients are then exact.
+        layers: trains few blocks of layers at a time; None trains all.
         seed: of the order of rows.
         parallelism, evaluator, workers: of :class:`~optex.OptEx`, as in :func:`~optex.minimize`.
         stride: of :class:`~optex.OptEx`. 1 takes a step for each gradient; "auto" may take more, but not with
@@ -96,10 +96,10 @@ def reweight_sources(
         1, K], the weights after each round; ``alpha``, the last; ``nit`` (rounds), ``nstep`` (steps), ``njev``
         (gradients of Φ, three of losses each; a step that its round did not keep has more than one),
         ``success``, ``status``, ``message``. Status 0: all batches were used; 2: numbers that are not finite,
-        all is as before that round; 3: workers do not answer; 99: stopped by ``callback``.
+        and all is as before that round; 3: workers no longer answer; 99: stopped by ``callback``.
 
     Raises:
-        TypeError, ValueError: an argument cannot work; the message says which and what would.
+        TypeError, ValueError: an argument cannot work; the message names it and the remedy.
 
     Source: Pan et al., arXiv 2406.19976; the defaults are those of its released GPT-2 run.
 
@@ -192,7 +192,7 @@ class _Losses:
         """One loss a row.
 
         Raises:
-            TypeError, ValueError: they are not.
+            TypeError, ValueError: the caller's function returns something else.
         """
         losses = self.loss(network, rows)
         came = type(losses).__name__ if not isinstance(losses, Tensor) else f"shape {tuple(losses.shape)}"
@@ -274,7 +274,7 @@ class _Mixture:
 
 
 def _shuffled(rows: Rows, size: int, seed: int, stream: int) -> Iterator[Rows]:
-    """Epochs of so many rows a time; what is left over is not used in that epoch."""
+    """Batches of ``size`` rows, epoch by epoch; the rest of an epoch is not used."""
     state = np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0]
     generator, count = torch.Generator().manual_seed(int(state >> np.uint64(1))), _count(rows)
     while True:

@@ -24,7 +24,7 @@ _WITHIN_FTOL: Final = "Optimization terminated successfully: fun changed by no m
 _OUT_OF_ROUNDS: Final = "Maximum number of iterations has been exceeded."
 _PRECISION_LOSS: Final = "Desired error not necessarily achieved due to precision loss."
 _AT_REST: Final = f"{_PRECISION_LOSS} The learning rate came down until steps left x as it is."
-_IDLE: Final = 2  # rounds in a row that ask for nothing but the known point: no step changes it any more
+_IDLE: Final = 2  # rounds in a row that evaluate the known point alone: steps no longer change it
 
 
 class Run:
@@ -34,9 +34,9 @@ class Run:
         optimizer: takes the rounds.
         source: of the gradients.
         tracker: the optimizer's evaluator.
-        form: in which the caller sees points.
+        form: the one in which the caller sees points.
         callback: the caller's.
-        automatic: the learning rate is chosen here.
+        automatic: whether the learning rate is chosen and adapted by the run.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Run:
             try:
                 kept = next(work)
             except (NonFiniteError, NotPositiveDefiniteError) as error:
-                if tracker.stationary:  # the failure is the step's that nobody needs any more
+                if tracker.stationary:  # a step failed that is no longer needed
                     return self._result(0, _WITHIN_GTOL)
                 if rate is None:
                     return self._result(2, f"{_PRECISION_LOSS} {error}")
@@ -102,7 +102,7 @@ class Run:
         return self._result(1, _OUT_OF_ROUNDS)
 
     def _work(self) -> Iterator[int]:
-        """Steps kept by each batch of gradients: none by those that look for a rate."""
+        """Steps kept after each batch of gradients: 0 while a rate is searched."""
         if self._rate is not None:
             for _ in self._rate.search():
                 yield 0

@@ -1,4 +1,4 @@
-"""Where ``minimize_gns`` gets curvature from: a Hessian, its products, autograd, or the caller's stand-in."""
+"""Where ``minimize_gns`` gets curvature from: a Hessian, its products, autograd, or the caller's function."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ __all__ = ["Second"]
 
 
 class Second:
-    """The curvature at any point, as ``minimize_gns`` was told to have it.
+    """The curvature at any point, as the arguments of ``minimize_gns`` define it.
 
     Attributes:
         count: calls of ``hess`` or ``curvature``, and products with the Hessian.
 
     Raises:
-        TypeError, ValueError: nothing says what the curvature is, or two arguments do; or a setting is out of
-            range.
+        TypeError, ValueError: no argument defines the curvature, or two do; or a setting is out of range.
     """
 
     def __init__(
@@ -61,16 +60,16 @@ class Second:
         self._hess, self._hessp, self._curvature = hess, hessp, curvature
         self._args, self._form = args, form
         self._limits: dict[str, Any] = {"tolerance": tolerance, "iterations": iterations}
-        self.count = 0
+        self.count: int = 0
 
     def at(
         self,
         point: Tensor,  # [d]
     ) -> Curvature:
-        """H there.
+        """H at the point.
 
         Raises:
-            TypeError, ValueError: a function answers in a form that cannot work.
+            TypeError, ValueError: a function answers in a wrong form.
         """
         if callable(self._curvature):
             self.count += 1
@@ -129,7 +128,7 @@ class Second:
 
 
 def _numbers(value: Any, name: str, count: int) -> Tensor:
-    """A function's answer as a tensor of so many real numbers."""
+    """A function's answer as a tensor of ``count`` real numbers."""
     answer = real_tensor("minimize_gns", f"what {name} returns", value)
     if answer.numel() != count:
         raise ValueError(f"minimize_gns: {name} must return {count} numbers, got shape {tuple(answer.shape)}")

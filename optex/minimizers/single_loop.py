@@ -26,14 +26,15 @@ class SingleLoop:
         ṽ_k = v(k; ξ) + (1 - η_k) (ṽ_{k-1} - v(k-1; ξ))             both at the same batch
         z ← z - γ_k g̃_z,   y ← y - γ_k (σ f̃_y + g̃_y),   x ← x - α_k (f̃_x + (g̃_x - g̃_xz) / σ)
 
-    It holds running means, so an answer depends on all before it: this is a loop of its own and no source of
-    gradients; nothing of it can be drafted or computed at once.
+    Every step depends on running means of all before it. So this is a loop of its own and no source of
+    gradients: its steps can be neither drafted nor computed at once.
 
     Args:
-        levels: f and g, at parameters that the loop moves.
+        levels: f and g; the loop moves their parameters.
         alpha, rate: α_0 and γ_0.
-        sampled: batches differ. Then η_k = (k + 1)^(-2/3) and both rates fall as (k + 1)^(-1/3), the schedule
-            of the momentum's authors; otherwise η is 1, the rates stay, and the means are the gradients.
+        sampled: whether batches differ. Then η_k = (k + 1)^(-2/3) and both rates fall as (k + 1)^(-1/3), the
+            schedule of the momentum's authors; otherwise η is 1, the rates stay, and the means are the
+            gradients.
 
     Attributes:
         steps: taken.
@@ -42,10 +43,13 @@ class SingleLoop:
     """
 
     def __init__(self, levels: Levels, alpha: float, rate: float, *, sampled: bool) -> None:
-        self.levels = levels
-        self.alpha, self.rate, self.sampled = alpha, rate, sampled
-        self.y, self.z = levels.start(), levels.start()
-        self.steps = 0
+        self.levels: Levels = levels
+        self.alpha: float = alpha
+        self.rate: float = rate
+        self.sampled: bool = sampled
+        self.y: Tensor = levels.start()
+        self.z: Tensor = levels.start()
+        self.steps: int = 0
         self.direction: list[Tensor] = []
         self._before: tuple[list[Tensor], Tensor, Tensor] | None = None
         self._means: list[Tensor] = []
@@ -68,7 +72,7 @@ class SingleLoop:
         self.steps += 1
 
     def _running(self, now: list[Tensor], batch: Any) -> list[Tensor]:
-        """ṽ; the gradient itself at first, and where η is 1."""
+        """ṽ; the gradient itself in the first step, and where η is 1."""
         if self._before is None or not self.sampled:
             return now
         kept = 1 - (self.steps + 1) ** (-2 / 3)

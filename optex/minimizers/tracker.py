@@ -1,4 +1,4 @@
-"""What was evaluated in a run of ``minimize``, and which point of it is returned."""
+"""What a run of ``minimize`` has evaluated, and which of the points it returns."""
 
 from __future__ import annotations
 
@@ -13,30 +13,39 @@ __all__ = ["Tracker"]
 
 
 class Tracker(WrappingEvaluator):
-    """Hands points on to an evaluator, counts them, and holds on to the one to be returned.
+    """Passes points to an evaluator, counts them, and keeps the one to be returned.
 
     That is the point of least loss so far, until a round meets ``gtol``.
 
+    Args:
+        inner: evaluates the points.
+        gtol: largest component of the gradient to stop at.
+        owner: the caller's function, for messages.
+
     Attributes:
         count: points evaluated.
-        stationary: the last request met ``gtol``.
-        start_loss: at the first point of the last round.
-        loss, point, gradient: of the point to be returned; [d] each, from the first evaluation on.
+        stationary: whether the last request met ``gtol``.
+        start_loss: the loss at the first point of the last round.
+        loss, point, gradient: of the point to be returned; point and gradient are [d] after an evaluation.
         points: [n, d], of the last request, with ``evaluation`` as its answer and ``norms`` [n], the largest
             components of its gradients; infinite where loss or gradient are not finite.
-        known: a point [d] and its evaluation, not to be computed again where a round asks for nothing else.
+        known: a point [d] and its evaluation, which answers a round that asks for nothing else.
     """
 
     evaluation: Evaluation
 
-    def __init__(self, inner: Evaluator, gtol: float) -> None:
+    def __init__(self, inner: Evaluator, gtol: float, owner: str = "minimize") -> None:
         super().__init__(inner)
-        self.gtol = gtol
-        self.count = 0
-        self.stationary = False
-        self.start_loss = math.inf
-        self.loss = math.inf
-        self.point = self.gradient = self.points = self.norms = torch.empty(0)
+        self._owner = owner
+        self.gtol: float = gtol
+        self.count: int = 0
+        self.stationary: bool = False
+        self.start_loss: float = math.inf
+        self.loss: float = math.inf
+        self.point: Tensor = torch.empty(0)
+        self.gradient: Tensor = torch.empty(0)
+        self.points: Tensor = torch.empty(0)
+        self.norms: Tensor = torch.empty(0)
         self.known: tuple[Tensor, Evaluation] | None = None
 
     def evaluate(self, request: EvaluationRequest) -> Evaluation:
@@ -52,7 +61,7 @@ class Tracker(WrappingEvaluator):
         return evaluation if distinct == len(points) else _repeated(evaluation, len(points))
 
     def attempt(self, request: EvaluationRequest) -> Evaluation:
-        """Evaluate points that are not a round's, in a round's place."""
+        """Evaluate points outside any round, those of the search for a rate."""
         evaluation = self.inner.evaluate(request)
         self._note(request.points, evaluation)
         return evaluation
@@ -79,7 +88,7 @@ class Tracker(WrappingEvaluator):
         finite = losses.isfinite() & norms.isfinite()
         if not self.count and not finite[0]:
             raise ValueError(
-                f"minimize: at x0 fun is {self.start_loss:g} and the largest component of its gradient "
+                f"{self._owner}: at x0 fun is {self.start_loss:g} and the largest component of its gradient "
                 f"{float(norms[0]):g}; start where both are finite"
             )
         self.count += len(points) - len(evaluation.lost)
@@ -96,7 +105,7 @@ class Tracker(WrappingEvaluator):
 
 
 def _repeated(evaluation: Evaluation, count: int) -> Evaluation:
-    """One point's evaluation as that of ``count`` equal points."""
+    """One point's evaluation, repeated for ``count`` equal points."""
     return Evaluation(
         evaluation.losses.repeat(count),
         evaluation.gradients.repeat(count, 1),

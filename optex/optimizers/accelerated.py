@@ -27,12 +27,12 @@ __all__ = ["NAG", "HeavyBall", "TripleMomentum"]
 _MARGIN: Final = 1.3  # estimated L over the steepest change seen, which is never above the true one
 _FLATTEST: Final = 1e-6  # least mu / L that an estimate may claim
 _FIRST: Final = 1e-4  # length of the step before any estimate of L, relative to the parameters'
-_COARSEST: Final = 1e-6  # unit in the last place of parameters that estimates may be made from
-_ROUNDING: Final = 100.0  # a step tells of curvature if it is longer than this, in units in the last place
+_COARSEST: Final = 1e-6  # largest machine epsilon of parameters from which L and mu are estimated
+_ROUNDING: Final = 100.0  # steps shorter than this, in units in the last place, do not enter the estimates
 
 
 class _Weights(NamedTuple):
-    """Of a step b ← momentum · b + g, y ← y - lr (gradient · g + buffer · b), x = y + lr · output · b."""
+    """Weights of b ← momentum · b + g, y ← y - lr (gradient · g + buffer · b), x = y + lr · output · b."""
 
     momentum: float | Tensor
     gradient: float | Tensor
@@ -45,15 +45,15 @@ def _defaults(L: float | None, mu: float | None, lr: float | None, maximize: boo
 
 
 class _Accelerated(FreezingStepRule):
-    """What the family shares; a subclass says by which weights it steps, see ``_weights``.
+    """The step that the methods share; a subclass gives its weights, see ``_weights``.
 
-    All of them are, with g = ∇f(y), q = mu · lr = mu / L,
+    With g = ∇f(y) and q = mu · lr = mu / L every one of them is
 
         b ← m b + g,    y ← y - lr (u g + v b),    x = y + lr w b,
 
-    for numbers m, u, v, w of q alone. Differences of iterates are kept as b, in units of the gradient: a
-    schedule that lowers the rate shortens momentum with it, and a rate of 0 stands still. While
-    drafting, estimates of L and mu stay as they are.
+    with numbers m, u, v, w that depend on q alone. The momentum b is in units of the gradient: a schedule that
+    lowers the rate shortens momentum with it, and with a rate of 0 nothing moves. While drafting, estimates of
+    L and mu stay as they are.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class _Accelerated(FreezingStepRule):
     # ------------------------------------------------------------------ settings
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As ``StepRule`` does; a group that names ``L`` or ``lr`` has no use for the other's default."""
+        """As ``StepRule`` does; a group that sets ``L`` or ``lr`` does not take the other's default."""
         if isinstance(param_group, dict):
             own = {name: param_group.get(name) for name in ("L", "lr")}
             if own["L"] is None and own["lr"] is None:
@@ -82,7 +82,7 @@ class _Accelerated(FreezingStepRule):
         self._complete(self.param_groups[-1], like=self.param_groups[0])
 
     def _rate(self, L: Any, lr: Any) -> dict[str, float | None]:
-        """Both, of which at most one is known apart from the other."""
+        """``L`` and ``lr``, each from the other where one is missing."""
         owner = type(self).__name__
         if L is None and lr is None:
             return {"L": None, "lr": 1.0}
@@ -118,7 +118,7 @@ class _Accelerated(FreezingStepRule):
             )
 
     def _complete(self, group: dict[str, Any], like: dict[str, Any]) -> None:
-        """Give a group what steps write to, on its parameters' device."""
+        """Add the entries that steps write to, on the device of the group's parameters."""
         first = group["params"][0] if group["params"] else torch.zeros(())
         dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         new = {"estimated_L": 0.0, "estimated_mu": torch.finfo(dtype).max, "first_step": 0.0}
@@ -128,7 +128,7 @@ class _Accelerated(FreezingStepRule):
             group[name] = torch.as_tensor(there, dtype=dtype, device=first.device).detach().clone()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state, be it of ``train()`` or ``eval()``; the parameters come from the model's."""
+        """Load a state, saved in ``train()`` or ``eval()``; the parameters come from the model's state."""
         super().load_state_dict(state_dict)
         for group in self.param_groups:
             self._complete(group, like=self.param_groups[0])
@@ -137,20 +137,20 @@ class _Accelerated(FreezingStepRule):
 
     @torch.no_grad()
     def eval(self) -> None:
-        """Put the parameters to the output point x, which the rates are about; ``train()`` goes back."""
+        """Move the parameters to the output point x, for which the rates hold; ``train()`` goes back."""
         for group in self.param_groups:
             if group["train_mode"]:
                 for p in group["params"]:
                     state = self.state.get(p, {})
                     if "momentum_buffer" in state:
-                        # Kept, not worked out again: the way back is exact to the bit.
+                        # Kept rather than computed again, so that the way back is exact to the bit.
                         state["query_point"] = p.detach().clone()
                         p.add_(state["momentum_buffer"] * group["output_weight"])
                 group["train_mode"] = False
 
     @torch.no_grad()
     def train(self) -> None:
-        """Put the parameters to the query point y, where the next gradient is needed."""
+        """Move the parameters to the query point y, where the next gradient is needed."""
         for group in self.param_groups:
             if not group["train_mode"]:
                 for p in group["params"]:
@@ -177,7 +177,7 @@ class _Accelerated(FreezingStepRule):
         return group["L"] is None or group["mu"] is None
 
     def _prepare(self, groups: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]]) -> None:
-        """Learn from the change of the gradient since the last measured one: mu ≤ ‖Δg‖ / ‖Δy‖ ≤ L."""
+        """Update the estimates from the gradient's change since the last measured one: mu ≤ ‖Δg‖ / ‖Δy‖ ≤ L."""
         if self._frozen or not any(map(self._is_estimated, self.param_groups)):
             return
         points = [p for _, parameters, _ in groups for p in parameters]
@@ -192,7 +192,7 @@ class _Accelerated(FreezingStepRule):
             self._learn(self._length(moved), self._length(change), here, torch.finfo(points[0].dtype).eps)
         first = _FIRST * torch.where(here > 0, here, 1.0) / slope
         for group in self.param_groups:
-            # From rest, before anything is known, a step that is short: its pair is a finite difference.
+            # Before any estimate, one short step: with it the two gradients make a finite difference.
             group["first_step"].copy_(torch.where(slope > 0, first, 0.0))
         for state, p, g in zip(states, points, gradients, strict=True):
             if "previous_point" not in state:
@@ -201,7 +201,7 @@ class _Accelerated(FreezingStepRule):
         torch._foreach_copy_([state["previous_gradient"] for state in states], gradients)
 
     def _length(self, tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:  # []
-        """The Euclidean norm of all together, without a look at it."""
+        """The Euclidean norm of all together, without a transfer from the device."""
         dtype = self.param_groups[0]["estimated_L"].dtype
         return torch.linalg.vector_norm(torch.stack([n.to(dtype) for n in torch._foreach_norm(tensors)]))
 
@@ -213,11 +213,11 @@ class _Accelerated(FreezingStepRule):
         unit: float,
     ) -> None:
         ratio = change / moved
-        # Shorter steps change gradients by rounding as much as by curvature.
+        # In shorter steps rounding changes the gradient as much as curvature does.
         tells = (moved > _ROUNDING * unit * here) & ratio.isfinite()
         for group in self.param_groups:
             steepest, flattest = group["estimated_L"], group["estimated_mu"]
-            # A single step past an inflection, or with a gradient that is off, should not set mu for good.
+            # One step past an inflection, or one inexact gradient, should not set mu for good.
             lower = torch.where(steepest > 0, torch.maximum(ratio, flattest / 2), ratio)
             flattest.copy_(torch.where(tells, torch.minimum(flattest, lower), flattest))
             steepest.copy_(torch.where(tells, torch.maximum(steepest, ratio), steepest))
@@ -233,7 +233,7 @@ class _Accelerated(FreezingStepRule):
         return lr * torch.where(steepest > 0, 1 / (_MARGIN * steepest), group["first_step"])
 
     def _root(self, group: dict[str, Any], length: float | Tensor) -> float | Tensor:
-        """√(mu / L), at most 1: a rate raised above 1 / mu is gradient descent's."""
+        """√(mu / L), at most 1: with a rate above 1 / mu the step is that of gradient descent."""
         mu = group["mu"]
         if mu is not None and not isinstance(length, Tensor):
             return math.sqrt(min(max(float(mu) * length, 1e-30), 1.0))
@@ -294,25 +294,25 @@ class NAG(_Accelerated):
 
     Args:
         params: parameters, or groups of them.
-        L: the largest curvature of f, above 0. Known by it or by ``lr``; with neither it is estimated.
+        L: the largest curvature of f, above 0. Give it or ``lr``; without both it is estimated.
         mu: the smallest, above 0 and at most L; estimated where it is None. At mu = L this is gradient descent.
-        lr: 1 / L. It is the groups' live entry: a schedule that lowers it raises the L that is reckoned with,
-            and β with it; above 1 / mu, steps are gradient descent's. With an estimated L it counts in units of
-            1 / L, and is 1 by default.
+        lr: 1 / L, the groups' live entry: a schedule that lowers it raises the L that steps use, and β with it;
+            above 1 / mu, steps are those of gradient descent. With an estimated L it counts in units of 1 / L,
+            and is 1 by default.
         rule: ``"strongly-convex"``, or ``"convex"``, which takes no mu.
-        maximize: ascend.
+        maximize: maximise instead.
 
     Estimates come from the change of the gradient between measured steps, over all parameters together:
-    mu ≤ ‖Δg‖ / ‖Δy‖ ≤ L, so the largest ratio so far, times 1.3, stands for L, and the smallest, but at least
-    L / 10⁶ and half the one before, for mu. They need the same objective at every step: with sampled gradients
-    give ``lr`` and ``mu``, or noise passes for curvature, and steps or momentum all but vanish. Without L the
-    first step moves the parameters by 10⁻⁴ of their length. No rate is guaranteed with estimates.
+    mu ≤ ‖Δg‖ / ‖Δy‖ ≤ L. The largest ratio so far, times 1.3, is the estimate of L; the smallest, but at least
+    L / 10⁶ and half the estimate before, that of mu. They need the same objective at every step: with sampled
+    gradients give ``lr`` and ``mu``, else noise is taken for curvature, and steps or momentum nearly vanish.
+    Without L the first step moves the parameters by 10⁻⁴ of their length. Estimates guarantee no rate.
 
     Memory: d numbers for b, 2 d more where something is estimated, d more between ``eval()`` and ``train()``.
 
     Raises:
-        ValueError: L and lr contradict each other, mu is 0 or above L, ``rule="convex"`` came with mu, or
-            estimates are wanted of numbers shorter than float32.
+        ValueError: L and lr contradict each other, mu is 0 or above L, ``rule="convex"`` has a mu, or L or mu
+            would have to be estimated in a precision below float32.
 
     >>> import torch
     >>> theta = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
@@ -408,13 +408,13 @@ class TripleMomentum(_Accelerated):
 
 @final
 class HeavyBall(_Accelerated):
-    """Polyak's heavy ball, tuned for quadratic functions, on others without any guarantee.
+    """Polyak's heavy ball, tuned for quadratic functions; without a guarantee on others.
 
         y⁺ = y - α ∇f(y) + β (y - y⁻),    α = 4 / (√L + √mu)²,    β = ((√L - √mu) / (√L + √mu))²
 
-    It is the fastest of the family on quadratic functions, and on others it may run in circles: from 3.3, with
-    f' = 25 y below 1, y + 24 up to 2 and 25 y - 24 above, it does so among three points for ever (Lessard,
-    Recht and Packard, SIAM J. Optimization 26 (2016) 57-95). Query and output point are one.
+    It is the fastest of the three on quadratic functions, and may cycle on others: from 3.3, with f' = 25 y
+    below 1, y + 24 up to 2 and 25 y - 24 above, it cycles among three points for ever (Lessard, Recht and
+    Packard, SIAM J. Optimization 26 (2016) 57-95). Query and output point are the same.
 
     Args:
         params, L, mu, lr, maximize: as for ``NAG``, with its estimates; the step, α, is up to 4 ``lr``.

@@ -28,17 +28,19 @@ class AdaGradNorm(StepRule):
     ``S_t = S_{t-1} + ‖g_t‖²``, ``θ_t = θ_{t-1} - lr · g_t / √S_t`` (Ward, Wu, Bottou, Algorithm 1, with their
     ``b_t² = S_t``). The norm is of the whole gradient, that is over all parameters of all groups together, and
     there is one S, kept as a tensor in the first group under ``"accumulator"``; rates may differ from group to
-    group. Any ``lr`` converges on smooth objectives; one that is too large costs steps in the beginning, until
-    S has grown.
+    group. Any ``lr`` converges on smooth objectives; one that is too large costs steps at first, until S has
+    grown.
 
     Args:
         params: parameters, or groups of them.
         lr: η, at least 0; 1 as published. A step is never longer than it.
         initial_accumulator: S_0, above 0; 0.01 as in AdAdaGrad's experiments.
-        maximize: climb.
+        maximize: maximise instead.
 
     Raises:
         ValueError: an argument is out of range, or a group has an accumulator of its own.
+        TypeError: a parameter is complex, or, in ``step``, a gradient sparse.
+        NonFiniteError: in ``step``, a gradient or the norm of all gradients is not finite.
 
     Memory: one number.
 
@@ -100,7 +102,7 @@ class AdaGradNorm(StepRule):
         parameters: list[Tensor],
         gradients: list[Tensor],  # of the parameters' shapes
     ) -> None:
-        # Stays on the device, so that nothing waits for it; of the gradients' dtype, foreach is one kernel.
+        # Stays on the device, so that nothing waits for it; in the gradients' dtype foreach is one kernel.
         scale = -group["lr"] / self.accumulator.sqrt()
         double = any(gradient.dtype == torch.float64 for gradient in gradients)
         scale = scale.to(gradients[0].device, torch.float64 if double else torch.float32)
@@ -108,7 +110,7 @@ class AdaGradNorm(StepRule):
 
 
 def _norms(gradients: list[Tensor]) -> list[Tensor]:  # of []
-    """The gradients' lengths, in any order; those of half precision are found in float32."""
+    """The gradients' norms, in any order; those of half precision are computed in float32."""
     half = [g for g in gradients if g.element_size() < 4]
     if not half:
         return list(torch._foreach_norm(gradients))

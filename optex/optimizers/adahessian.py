@@ -1,4 +1,4 @@
-"""AdaHessian: Adam, with the Hessian's diagonal in place of the gradient's squares.
+"""AdaHessian: Adam, with the squared Hessian diagonal in place of the squared gradient.
 
 Yao, Gholami, Shen, Mustafa, Keutzer, Mahoney, *ADAHESSIAN: An Adaptive Second Order Optimizer for Machine
 Learning*, AAAI 2021, arXiv 2006.00719. The diagonal is Hutchinson's: Bekas, Kokiopoulou, Saad, *An estimator
@@ -33,14 +33,14 @@ def hutchinson_diagonal(
 ) -> list[Tensor]:  # of the parameters' shapes
     """Hutchinson's estimate of a Hessian's diagonal: the mean of z ⊙ (H z) over random signs z.
 
-    Its mean is the diagonal; the variance of entry i, with one probe, is Σ_{j ≠ i} H_ij². The signs come from
-    torch's own generators. The gradients' graph is used up.
+    It is unbiased; the variance of entry i, with one probe, is Σ_{j ≠ i} H_ij². The signs come from torch's
+    global generators. The gradients' graph is freed.
 
     Args:
-        parameters: that the Hessian is taken in.
+        parameters: those that the Hessian is taken in.
         gradients: of one scalar, by ``backward(create_graph=True)`` or ``autograd.grad`` with it. One without
             a graph is constant where others have one: its row of the Hessian is zero.
-        probes: each costs about as much as a gradient.
+        probes: how many z, at least 1; each costs about as much as a gradient.
 
     Raises:
         ValueError: no gradient has a graph, or ``probes`` is below 1.
@@ -116,9 +116,9 @@ class AdaHessian(FreezingStepRule):
         θ = θ - lr · ( (m / (1 - β₁ᵗ)) / ((v / (1 - β₂ᵗ))^(k/2) + ε) + λ θ )
 
     The gradients have to come with their graph: ``loss.backward(create_graph=True)``. A step costs about two
-    gradients, and afterwards ``.grad`` is detached from its graph, which would else never be freed. A piecewise
-    linear network (ReLU) has no second derivatives of its own: H is then the loss's curvature seen through it,
-    and zero where the loss is piecewise linear, too; the step is then lr · m / ε, far too long.
+    gradients, and afterwards ``.grad`` is detached from its graph, which would otherwise never be freed. A
+    piecewise linear network (ReLU) has no second derivatives of its own: H is then the loss's curvature seen
+    through it, and zero where the loss is piecewise linear, too; the step is then lr · m / ε, far too long.
 
     Memory: two numbers a parameter, and the graph of the gradient until the step.
 
@@ -131,10 +131,10 @@ class AdaHessian(FreezingStepRule):
         hessian_power: k, in [0, 1]; 1 is the Hessian, 0 is gradient descent with momentum.
         average: ``"absolute"`` averages magnitudes, ``"signed"`` the entries themselves, whose noise cancels.
             Without blocks both are the same, as D is squared.
-        block: what is averaged over. ``"kernels"``: all behind the second dimension, which are the entries of
-            a convolution's kernel. ``"rows"``: these, and rows of matrices. A number: so many entries one after
-            the other, the last block may be shorter; vectors are left alone. ``"none"``: nothing.
-        maximize: climb instead.
+        block: what is averaged over. ``"kernels"``: all dimensions after the second, the entries of a
+            convolution's kernel. ``"rows"``: these, and rows of matrices. A number: runs of as many consecutive
+            entries, the last may be shorter; vectors are left alone. ``"none"``: nothing.
+        maximize: maximise instead.
 
     Raises:
         ValueError: an argument is out of range; or, in ``step``, no gradient has a graph.
@@ -142,9 +142,9 @@ class AdaHessian(FreezingStepRule):
         NonFiniteError: in ``step``, as in every step rule; also where a product with the Hessian is not
             finite.
 
-    The random signs come from torch's own generators, one draw a parameter: ``torch.manual_seed`` repeats a
-    run, a checkpoint has to have the generators' states, and under ``OptEx`` each step's are pinned. On several
-    ranks seed all alike.
+    The random signs come from torch's global generators, one draw a parameter: ``torch.manual_seed`` repeats a
+    run, a checkpoint needs the generators' states, and ``OptEx`` pins the draws of each step. Seed several
+    ranks alike.
 
     >>> theta = torch.nn.Parameter(torch.tensor([3.0, -1.0]))
     >>> optimizer = AdaHessian([theta], lr=1.0, betas=(0.0, 0.999))
@@ -212,10 +212,10 @@ class AdaHessian(FreezingStepRule):
 
     @torch.no_grad()
     def observe(self) -> list[Tensor | None]:
-        """D of the evaluation that the parameters' ``.grad`` are of, for each parameter that has one.
+        """D at the evaluation that left the parameters' ``.grad``, for each parameter that has one.
 
-        The gradients lose their graph. One whose D is not finite becomes NaN, as an evaluation is of use with
-        both or with none.
+        The gradients lose their graph. One whose D is not finite becomes NaN: the evaluation is then refused as
+        a whole.
 
         Raises:
             ValueError: as in ``step``.
@@ -227,7 +227,7 @@ class AdaHessian(FreezingStepRule):
         return [measured.get(p) for _, p in pairs]
 
     def recall(self, observation: list[Tensor | None]) -> None:
-        """The next step takes D from here, and needs no graph."""
+        """Give the next step its D, so that it needs no graph."""
         self._recalled = observation
 
     # ------------------------------------------------------------------ step
@@ -250,7 +250,7 @@ class AdaHessian(FreezingStepRule):
             self._recalled = self._measured = None
 
     def _prepare(self, groups: Groups) -> None:
-        if self._frozen:  # a parameter whose curvature was never measured does not move: no telling how far
+        if self._frozen:  # a parameter without any measured curvature does not move: no step length is known
             self._measured = {}
             return
         if self._recalled is None:
@@ -270,7 +270,7 @@ class AdaHessian(FreezingStepRule):
 
     @torch.no_grad()
     def _measure(self, pairs: list[tuple[dict[str, Any], Tensor]]) -> dict[Tensor, Tensor]:
-        """D of every parameter that can be differentiated in; the gradients' graph is used up and let go."""
+        """D of every parameter that requires a gradient; the gradients' graph is freed."""
         pairs = [(group, p) for group, p in pairs if p.requires_grad]
         parameters = [p for _, p in pairs]
         gradients = [cast(Tensor, p.grad) for p in parameters]
@@ -281,11 +281,11 @@ class AdaHessian(FreezingStepRule):
             raise ValueError(
                 "AdaHessian: no gradient has a graph, and a step needs products with the Hessian; call "
                 "loss.backward(create_graph=True) before each step. (A loss that is linear in all parameters "
-                "has none either: there is no curvature to go by)"
+                "has none either: it has no curvature)"
             )
         diagonals = hutchinson_diagonal(parameters, gradients)
         for p, gradient in zip(parameters, gradients, strict=True):
-            p.grad = gradient.detach()  # or parameter and gradient would hold each other for ever
+            p.grad = gradient.detach()  # otherwise parameter and gradient keep each other alive
         return {
             p: _averaged(diagonal, group["average"], group["block"])
             for (group, p), diagonal in zip(pairs, diagonals, strict=True)

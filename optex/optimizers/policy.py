@@ -26,13 +26,13 @@ _RESTS: Final = ("iterate", "extrapolated")
 
 
 class _Recursive(StepRule):
-    """What both have: f = 2 / (t + 2), a direction d, and steps θ ← θ - scale · d.
+    """What both rules share: f = 2 / (t + 2), a direction d, and steps θ ← θ - scale · d.
 
-    The last step, θ_t - θ_{t-1}, is -scale · d: what both need of it is kept as one number a parameter.
+    Both need the last step, θ_t - θ_{t-1} = -scale · d: with d kept anyway, only the scale is kept for it.
     """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As ``StepRule`` does; a group that comes later is as far as the first."""
+        """As ``StepRule`` does; a group added later takes its step count t from the first."""
         super().add_param_group(param_group)
         self.param_groups[-1].setdefault("t", self.param_groups[0].get("t", 0))
 
@@ -89,7 +89,7 @@ class _Recursive(StepRule):
             state = self.state[p]
             scale = torch.as_tensor(gamma, dtype=length.dtype, device=length.device)
             if self._is_normalized(group):
-                scale = torch.where(length > 0, scale / length, 0.0)  # at a length of 0 nothing tells where to
+                scale = torch.where(length > 0, scale / length, 0.0)  # a direction of length 0 points nowhere
             state["direction"] = self._directions[p]
             state["scale"] = scale.to(p.device, p.dtype)
             self._move(group, p, state)
@@ -115,7 +115,7 @@ class _Recursive(StepRule):
 
     @contextmanager
     def _elsewhere(self, shift: Callable[[dict[str, Any], Tensor], Tensor | None]) -> Iterator[None]:
-        """Parameters shifted; they come back to the bit."""
+        """The parameters are shifted inside, and back after, to the bit."""
         kept = []
         try:
             with torch.no_grad():
@@ -139,25 +139,25 @@ class NIGT(_Recursive):
 
         θ̃ = θ_t + ((1 - η) / η) (θ_t - θ_{t-1}),    d ← (1 - η) d + η ĝ(θ̃),    θ_{t+1} = θ_t - γ d / ‖d‖
 
-    with the norm over all parameters of all groups. Were the objective a quadratic, d would be without bias: at
-    θ̃ a gradient differs from that at θ_t by as much as the old d lags behind. One batch a step, however small;
-    and a step is never longer than γ, whatever the gradient.
+    with the norm over all parameters of all groups. On a quadratic objective d is unbiased: the gradient at θ̃
+    is ahead of that at θ_t by as much as the old d lags behind. One batch a step is enough, however small; and
+    a step is never longer than γ, whatever the gradient.
 
-    Gradients have to be computed at θ̃. Parameters rest at θ_t, and ``extrapolate()`` takes them there:
+    Gradients have to be computed at θ̃. Between steps the parameters are at θ_t; ``extrapolate()`` moves them:
 
         with optimizer.extrapolate():
             source.gradient(None)
         optimizer.step()
 
-    or, with ``rest="extrapolated"``, they stay at θ̃ between steps, and loops that know nothing of it work as
-    they are: ``OptEx``, for one. ``with optimizer.iterate():`` then has θ_t.
+    With ``rest="extrapolated"`` they stay at θ̃ between steps, so that other loops work as they are, that of
+    ``OptEx`` among them; ``with optimizer.iterate():`` moves them to θ_t.
 
     Args:
         params: parameters, or groups of them.
         lr: γ₀, at least 0; under torch's name, so that schedules reach it. 0.1 as published.
         eta0: η₀, in (0, 1]; 1 as published.
-        rest: ``"iterate"`` or ``"extrapolated"``, as above; one for all groups.
-        maximize: climb.
+        rest: ``"iterate"`` or ``"extrapolated"``, where the parameters are between steps; one for all groups.
+        maximize: maximise instead.
 
     Memory: d numbers; d more with ``rest="extrapolated"``.
 
@@ -205,7 +205,7 @@ class NIGT(_Recursive):
         return group["lr"] * (2 / (group["t"] + 2))
 
     def _ahead(self, group: dict[str, Any]) -> float:
-        """θ̃ is so many of the last steps ahead."""
+        """How far θ̃ lies ahead of θ_t, in units of the last step."""
         eta = self._eta(group)
         return (1 - eta) / eta
 
@@ -285,17 +285,17 @@ class HARPG(_Recursive):
             optimizer.correct(source.hessian_vector(step))
         optimizer.step()
 
-    Nothing in it is a policy's: for a loss that is differentiated twice, c is autograd's product.
+    It is not limited to policies: for a loss that autograd differentiates twice, c is autograd's product.
 
     Args:
         params: parameters, or groups of them.
         lr: γ₀, at least 0; under torch's name, so that schedules reach it. 0.1 as published.
         eta0: η₀, in (0, 1]; 1 as published.
         normalized: N-HARPG; the norm is over all parameters of all groups.
-        maximize: climb; products are then the climbed objective's, too.
+        maximize: maximise instead; products are then those of the maximised objective, too.
 
-    ``between()`` draws b from torch's global generator. OptEx cannot have it as a base, as a step needs the
-    product besides a gradient.
+    ``between()`` draws b from torch's global generator. OptEx refuses it as a base, as a step needs the product
+    besides a gradient.
 
     Memory: d numbers.
 
@@ -355,9 +355,9 @@ class HARPG(_Recursive):
 
     @contextmanager
     def between(self) -> Iterator[list[Tensor]]:
-        """The parameters are at θ̂ inside, with a new b, and back after; gives θ_t - θ_{t-1}, a parameter each.
+        """The parameters are at θ̂ inside, with a new b, and back after; gives θ_t - θ_{t-1}, by parameter.
 
-        Before the second step all of that is 0, and a product is not needed.
+        Before the second step it is 0, and no product is needed.
         """
         found = [self._moved(p) for p in self._parameters]
         moved = [torch.zeros_like(p) if m is None else m for p, m in zip(self._parameters, found, strict=True)]
@@ -370,7 +370,7 @@ class HARPG(_Recursive):
         """Tell the next step c.
 
         Args:
-            products: of the Hessian with what ``between`` gave, a parameter each, in its shape.
+            products: of the Hessian with what ``between`` gave, one tensor a parameter, in its shape.
 
         Raises:
             ValueError: they are not one tensor a parameter in its shape.
@@ -400,7 +400,7 @@ class HARPG(_Recursive):
         if not state:
             return gradient.clone()
         assert self._products is not None
-        # maximising, directions are those of the negative objective, whose Hessian is the negative one
+        # Maximising, the direction is that of the negative objective, whose Hessian has the other sign.
         sign = -1.0 if self._climbs(p) else 1.0
         return torch.lerp(state["direction"] + sign * self._products[p], gradient, eta)
 

@@ -30,19 +30,21 @@ class SCALE(StepRule):
         M = momentum · M + (1 − momentum) · G in the last layer, M = G elsewhere
         W[i, :] ← W[i, :] − lr · M[i, :] / max(rms(M[i, :]), eps),    rms(v) = ‖v‖₂ / √in
 
-    A *column* is what leads into one output: column i of θ where a layer is x ↦ x θ, and row i of the weight
-    [out, in] that ``torch.nn.Linear`` keeps. An embedding [symbols, width] takes a symbol to ``width`` outputs,
-    so its columns are columns here, too. The paper divides a column by its norm ‖M[i, :]‖₂, its released code
-    by the root mean square, and so does this class: lr is the root mean square of a step, whatever the width.
+    A *column* holds the weights of one output: column i of θ where a layer is x ↦ x θ, and row i of the weight
+    [out, in] that ``torch.nn.Linear`` keeps. An embedding [symbols, width] maps a symbol to ``width`` outputs,
+    so its columns are columns here, too. The paper divides a column by its norm ‖M[i, :]‖₂; its released code
+    and this class divide by the root mean square: lr is the root mean square of a step, whatever the width.
 
-    Tensors of less than two dimensions are stepped by AdamW. State is M for the last layer, and AdamW's two
-    moments and counter for vectors: #last + 2 · #vectors numbers, and one more for each vector.
+    Tensors of less than two dimensions are stepped by AdamW.
+
+    Memory: M for the last layer, and AdamW's two moments and a counter for each vector: #last + 2 · #vectors
+    numbers, and one more for each vector.
 
     A group's ``role`` says what its matrices are; :func:`scale_param_groups` finds the roles in a model.
 
-    - ``"hidden"``: [out, ...]; a column is all that leads into one of the first dimension: a convolution's
-      kernels count as [out, in · height · width]. No state.
-    - ``"embedding"``: [..., width]; a column is all that belongs to one of the last dimension. No state.
+    - ``"hidden"``: [out, ...]; a column has one index in the first dimension: a convolution's kernels count as
+      [out, in · height · width]. No state.
+    - ``"embedding"``: [..., width]; a column has one index in the last dimension. No state.
     - ``"last"``: as hidden, with momentum.
     - ``"vector"``: AdamW, whatever the shape.
 
@@ -50,12 +52,12 @@ class SCALE(StepRule):
         params: groups with a role, or parameters, all of the one ``role``.
         lr: root mean square of a matrix's step, and AdamW's rate; at least 0. Published: 1e-3 up to 350 million
             parameters, 2e-4 for a billion, 1e-4 for seven, with a warm-up over the first tenth, then a cosine.
-        momentum: in the last layer, in [0, 1); with 0 there is none, and no state for it.
+        momentum: in the last layer, in [0, 1); 0 keeps no state.
         betas: AdamW's, each in [0, 1).
         eps: the least root mean square that is divided by, and AdamW's eps; above 0.
         weight_decay: decoupled: parameters are multiplied by 1 − lr · weight_decay; at least 0.
         role: of groups that name none.
-        maximize: go up.
+        maximize: maximise instead.
 
     Raises:
         ValueError: a setting is out of range, a role unknown, or a group has a matrix and no role.
@@ -102,7 +104,7 @@ class SCALE(StepRule):
         tied: str | None = None,
         **settings: Any,
     ) -> Self:
-        """Of a model, with the roles of its layers.
+        """An optimizer of a model's parameters, with the roles of its layers.
 
         Args:
             model: whose parameters are optimised.
@@ -156,8 +158,8 @@ class SCALE(StepRule):
     ) -> None:
         if group["role"] == "last" and group["momentum"]:
             gradients = self._momentum(group, parameters, gradients)
-        # The step is M times a number a column: -lr / max(rms, eps). With that beside it, one product with M is
-        # added to the parameters and nothing of their size is allocated.
+        # The step is M times one number a column, -lr / max(rms, eps): one fused product is added to the
+        # parameters, and nothing of their size is allocated.
         dims = [_along(g, group["role"]) for g in gradients]
         factors = [
             torch.linalg.vector_norm(g, dim=dim, keepdim=True, dtype=_accurate(g.dtype))
@@ -174,7 +176,7 @@ class SCALE(StepRule):
     def _momentum(
         self, group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor]
     ) -> list[Tensor]:
-        # Starts at 0 and is not corrected for that: a column's size is divided out.
+        # Starts at 0 without bias correction: a column's size is divided out.
         for p in parameters:
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
@@ -192,7 +194,7 @@ class SCALE(StepRule):
         torch._foreach_lerp_(means, gradients, 1 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
-        # Counters lie in main memory, where reading one waits for nothing; a graph has to keep them as tensors.
+        # Counters are on the CPU, where reading one waits for no device; a compiled graph needs tensors.
         counts = steps if torch.compiler.is_compiling() else [step.item() for step in steps]
         numerators = torch._foreach_div(means, [1 - beta1**count for count in counts])
         torch._foreach_mul_(numerators, -group["lr"])
@@ -216,7 +218,7 @@ def _along(gradient: Tensor, role: str) -> tuple[int, ...]:
 
 
 def _accurate(dtype: torch.dtype) -> torch.dtype:
-    """Where squares are summed: no 16-bit format."""
+    """The dtype in which squares are summed: no 16-bit format."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
@@ -229,7 +231,7 @@ def scale_param_groups(
     """A model's parameters in groups by their role in SCALE, with their names.
 
     ``"last"`` are the matrices of the output layer, ``"embedding"`` those of all ``torch.nn.Embedding`` and
-    ``EmbeddingBag``, ``"vector"`` what has less than two dimensions, ``"hidden"`` the rest. Empty groups are
+    ``EmbeddingBag``, ``"vector"`` tensors of less than two dimensions, ``"hidden"`` the rest. Empty groups are
     left out.
 
     Args:
@@ -245,8 +247,8 @@ def scale_param_groups(
         is that group's own.
 
     Raises:
-        ValueError: there is no output layer, or no such one; it shares its weight and ``tied`` is missing, or
-            ``tied`` is given and nothing is shared.
+        ValueError: there is no output layer, or ``last`` names none; it shares its weight and ``tied`` is
+            missing, or ``tied`` is given and nothing is shared.
         TypeError: ``model`` is no module.
 
     >>> model = torch.nn.Sequential(torch.nn.Embedding(9, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 9))

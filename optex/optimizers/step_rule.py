@@ -1,4 +1,4 @@
-"""What all step rules of the family have in common: torch's contract, and what is refused before a step."""
+"""What all step rules of the family share: torch's contract, and the checks before a step."""
 
 from __future__ import annotations
 
@@ -46,7 +46,11 @@ class StepRule(Optimizer):
 
     @abstractmethod
     def _check(self, group: dict[str, Any]) -> None:
-        """Refuse a group's settings that are out of range, in the name of the argument."""
+        """Refuse a group's settings that are out of range; the message names the argument.
+
+        Raises:
+            ValueError, TypeError: a setting is out of range.
+        """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -75,7 +79,7 @@ class StepRule(Optimizer):
         return loss
 
     def _prepare(self, groups: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]]) -> None:
-        """What a step needs of all groups together, such as a norm over all of them; nothing by default."""
+        """Compute what a step needs from all groups together, such as a norm; nothing by default."""
 
     @abstractmethod
     def _update(
@@ -84,7 +88,7 @@ class StepRule(Optimizer):
         parameters: list[Tensor],
         gradients: list[Tensor],  # of the parameters' shapes; not to be changed
     ) -> None:
-        """Move a group's parameters and state; gradients are those of what is to be minimised."""
+        """Move a group's parameters and state, along gradients of what is to be minimised."""
 
     def _gradients(self, number: int, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
         """A group's parameters that have a gradient, and these gradients, negated where it maximises."""
@@ -95,16 +99,16 @@ class StepRule(Optimizer):
 
 
 class FreezingStepRule(StepRule):
-    """A step rule that keeps what it knows of the curvature fixed in steps on predictions.
+    """A step rule that keeps its estimate of the curvature fixed in steps on predictions.
 
-    That is ``optex.stepping.FreezesWhileDrafting``; ``_frozen`` holds inside.
+    It implements ``optex.stepping.FreezesWhileDrafting``; ``_frozen`` is True inside ``drafting``.
     """
 
     _frozen = False  # of the class: torch copies and pickles an optimizer's state and groups alone
 
     @contextmanager
     def drafting(self) -> Iterator[None]:
-        """Steps inside have predicted gradients, of which nothing is learned; see the class."""
+        """Steps inside use predicted gradients, from which no curvature is learned."""
         before, self._frozen = self._frozen, True
         try:
             yield
@@ -117,7 +121,7 @@ def checked_gradients(
     number: int,
     group: dict[str, Any],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """A group's parameters that have a gradient, and these gradients as they are.
+    """A group's parameters that have a gradient, and these gradients, detached.
 
     Args:
         owner: the class, for the message.
@@ -159,9 +163,9 @@ def _check_finite(
 def all_finite(
     tensors: Sequence[Tensor],  # at least one
 ) -> bool:
-    """Whether every entry is finite; one number is read back for all."""
+    """Whether every entry is finite, with one transfer from the device for all tensors."""
     # Squares may overflow where entries are finite, but on CPUs the largest entry takes twenty times as long to
-    # find: it is asked for where the squares' sum is not finite.
+    # find: it is computed only where the sum of squares is not finite.
     return any(bool(_norms(tensors, order).isfinite().all()) for order in (2.0, math.inf))
 
 

@@ -1,4 +1,4 @@
-"""Gradient-normalized smoothness: second-order steps whose regularisation is the gradient's norm over γ.
+"""Gradient-normalized smoothness: second-order steps regularised by the gradient's norm over γ.
 
 Semenov, Jaggi, Doikov: *Gradient-Normalized Smoothness for Optimization with Approximate Hessians*, ICLR 2026,
 arXiv 2506.13710.

@@ -1,4 +1,4 @@
-"""What is known of a Hessian at one point: everything that a regularised step has to ask of it."""
+"""What is known of a Hessian at one point, and the one solve that a regularised step needs of it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EUCLIDEAN: Final = Metric()
 
 
 class Curvature(ABC):
-    """H at one point: the Hessian or what stands in for it, symmetric."""
+    """H at one point: the Hessian or a symmetric approximation of it."""
 
     @abstractmethod
     def solve(
@@ -44,7 +44,7 @@ class Curvature(ABC):
             metric: B.
 
         Returns:
-            None where H + λ B is not positive definite: a larger λ is needed.
+            The solution [d], or None where H + λ B is not positive definite: a larger λ is needed.
 
         Raises:
             ValueError: H is of another dimension than r.
@@ -125,7 +125,7 @@ class RankOneCurvature(Curvature):
 
 
 class WindowCurvature(Curvature):
-    """H = Rᵀ diag(w) R of m rows: Gauss-Newton's of a Jacobian, Fisher's of per-sample gradients.
+    """H = Rᵀ diag(w) R of m rows: Gauss-Newton matrix of a Jacobian, Fisher matrix of per-sample gradients.
 
     With S = diag(w)^½ R and fewer rows than columns, by Woodbury's formula and one m × m factorisation,
 
@@ -136,7 +136,7 @@ class WindowCurvature(Curvature):
         weights: w, not negative: a number or [m].
 
     Raises:
-        TypeError, ValueError: rows or weights are none such.
+        TypeError, ValueError: rows or weights have another form, or a weight is negative.
 
     >>> WindowCurvature([[1.0, 0.0]], 3.0).solve(1.0, torch.tensor([4.0, 4.0]))
     tensor([1., 4.])
@@ -157,7 +157,7 @@ class WindowCurvature(Curvature):
                 "WindowCurvature: weights must not be negative; a matrix with negative eigenvalues is a "
                 "DenseCurvature"
             )
-        self.weights = weights.expand(len(self.rows))
+        self.weights: Tensor = weights.expand(len(self.rows))
         self._dense: DenseCurvature | None = None
 
     def solve(self, shift: float, right: Tensor, metric: Metric = EUCLIDEAN) -> Tensor | None:
@@ -184,6 +184,9 @@ def power_fisher(residuals: Any, jacobian: Any, power: float) -> RankOneCurvatur
         jacobian: J [m, d].
         power: p, at least 2.
 
+    Raises:
+        TypeError, ValueError: the shapes do not fit, or p is out of range.
+
     >>> power_fisher([1.0, 1.0], [[1.0, 0.0], [0.0, 2.0]], 4).vector
     tensor([1., 2.], dtype=torch.float64)
     """
@@ -198,7 +201,10 @@ def power_gauss_newton(residuals: Any, jacobian: Any, power: float) -> WindowCur
     Args:
         residuals: u [m].
         jacobian: J [m, d].
-        power: p, at least 2; p = 2 is Gauss-Newton's matrix.
+        power: p, at least 2; p = 2 is the Gauss-Newton matrix.
+
+    Raises:
+        TypeError, ValueError: the shapes do not fit, or p is out of range.
 
     >>> power_gauss_newton([3.0, 4.0], [[1.0], [0.0]], 2).weights
     tensor([1., 1., 0.], dtype=torch.float64)

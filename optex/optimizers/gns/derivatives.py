@@ -14,7 +14,7 @@ def flatten(
     pieces: Sequence[Tensor | None],  # of the parameters' shapes
     parameters: Sequence[Tensor],
 ) -> Tensor:  # [d]
-    """Pieces as one vector in the widest of the parameters' dtypes; zero where there is none."""
+    """Pieces as one vector in the widest of the parameters' dtypes; zeros where a piece is None."""
     dtype, device = parameters[0].dtype, parameters[0].device
     for p in parameters:
         dtype = torch.promote_types(dtype, p.dtype)
@@ -35,7 +35,7 @@ def hessian_product(
     gradients: Sequence[Tensor | None],  # of the parameters' shapes, with their graph
     parameters: Sequence[Tensor],
 ) -> Callable[[Tensor], Tensor]:  # [d] to [d]
-    """v to H v: the derivative of gradients that were taken with ``create_graph``.
+    """The map from v to H v, by differentiating gradients that were taken with ``create_graph``.
 
     Source: Pearlmutter, Neural Computation 6 (1994) 147-160.
     """
@@ -56,7 +56,7 @@ def gauss_newton_product(
     outputs: Tensor,  # [...]
     parameters: Sequence[Tensor],
 ) -> Callable[[Tensor], Tensor]:  # [d] to [d]
-    """v to Jᵀ H J v: J of the outputs by the parameters, H of the loss by the outputs.
+    """The map from v to Jᵀ H J v, with J of the outputs by the parameters, H of the loss by the outputs.
 
     Source: Schraudolph, Neural Computation 14 (2002) 1723-1738; J v is the derivative of Jᵀ w by w.
     """

@@ -1,4 +1,4 @@
-"""The norm that steps and gradients are measured in."""
+"""The norm in which steps and gradients are measured."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["Metric", "real_tensor"]
 
 
 def real_tensor(owner: str, name: str, value: Any) -> Tensor:
-    """The value as a real, dense floating-point tensor; what is no tensor is copied, as float64.
+    """The value as a real, dense floating-point tensor; anything but a tensor is copied, as float64.
 
     Raises:
-        TypeError: it is none.
+        TypeError: it cannot be one.
     """
     if not isinstance(value, Tensor):
         try:
@@ -38,8 +38,11 @@ class Metric:
     """B, symmetric and positive definite: ‖h‖² = hᵀ B h of a step, ‖g‖*² = gᵀ B⁻¹ g of a gradient.
 
     Args:
-        matrix: None, the identity; [d], a diagonal; or [d, d]. Tensor or array; best where the gradients are,
-            and in a dtype as wide: it is solved with as it is.
+        matrix: None, the identity; [d], a diagonal; or [d, d]. Tensor or array, best on the gradients' device
+            and in their dtype: gradients are moved to it for every solve.
+
+    Attributes:
+        matrix: as a tensor, or None.
 
     Raises:
         TypeError, ValueError: it is no such matrix, or not positive definite.
@@ -49,7 +52,7 @@ class Metric:
     """
 
     def __init__(self, matrix: Any = None) -> None:
-        self.matrix = None if matrix is None else real_tensor("Metric", "matrix", matrix)
+        self.matrix: Tensor | None = None if matrix is None else real_tensor("Metric", "matrix", matrix)
         self._factor: Tensor | None = None
         if self.matrix is None:
             return
@@ -80,7 +83,7 @@ class Metric:
         self,
         gradients: Tensor,  # [d] or [m, d]
     ) -> Tensor:  # [d] or [m, d]
-        """B⁻¹ g of each."""
+        """B⁻¹ g, of one gradient or of each row."""
         if self.matrix is None:
             return gradients
         given = gradients.to(self.matrix.device, self.matrix.dtype)
@@ -94,7 +97,7 @@ class Metric:
         self,
         gradient: Tensor,  # [d]
     ) -> float:
-        """‖g‖*."""
+        """‖g‖* = √(gᵀ B⁻¹ g)."""
         if self.matrix is None:
             return float(torch.linalg.vector_norm(gradient))
         return math.sqrt(max(float(gradient @ self.inverse(gradient)), 0.0))

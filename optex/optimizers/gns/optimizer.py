@@ -34,8 +34,9 @@ class GNS(Optimizer):
         λ = ‖g‖* / (γ + eps),   h = -(H + λ B)⁻¹ g,   taken where   f(x) - f(x + h) ≥ ‖∇f(x + h)‖*² / (8 λ)
 
     (Algorithm 1.) A step tries γ, γ/2, γ/4, ... until one is taken, and the next begins with twice that. The
-    loss falls with every step, and no rate is to be set. The closure is evaluated once at the parameters and
-    once a trial: it must give the same loss at the same parameters, so a minibatch stays fixed for a step.
+    loss falls with every step, and there is no learning rate to set. The closure is evaluated once at the
+    parameters and once a trial: it must give the same loss at the same parameters, so a minibatch stays fixed
+    for a step.
 
     The closure **returns the loss and need not backpropagate**. One that does, as for torch's optimizers,
     serves as well; with ``"exact"`` it has to call ``loss.backward(create_graph=True)``.
@@ -45,8 +46,8 @@ class GNS(Optimizer):
         curvature: H. ``"exact"``: the Hessian, by products through autograd, and conjugate gradients.
             ``"gauss-newton"``: Jᵀ H J with J of the model's outputs and H of the loss by them; the closure
             returns ``(loss, outputs)`` and does not backpropagate. ``"none"``: H = 0, the normalized gradient
-            method. A function without arguments: a :class:`Curvature` of [d], of the parameters one after the
-            other at their present values.
+            method. A function without arguments returns a :class:`Curvature` at the parameters' present values,
+            over all of them one after the other.
         metric: B, as :class:`Metric` takes it: None is the identity.
         smoothness: the first γ.
         least_smoothness: γ is at least this after a step.
@@ -101,18 +102,21 @@ class GNS(Optimizer):
         super().__init__(params, settings)
 
     def __getstate__(self) -> dict[str, Any]:
-        # torch's drops what a subclass has beside groups and state.
+        # torch keeps only groups and state of an optimizer.
         own = {"_curvature": self._curvature, "_metric": self._metric}
         return {**super().__getstate__(), **own}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Take the one group.
+        """Add the only group.
 
         Raises:
             TypeError, ValueError: it is not the first, holds complex parameters, or a setting out of range.
         """
         if self.param_groups:
-            raise ValueError("GNS: takes one parameter group, as the curvature couples all parameters")
+            raise ValueError(
+                "GNS: takes one parameter group, as the curvature couples all parameters, and got another; put "
+                "all parameters into one"
+            )
         super().add_param_group(param_group)
         try:
             self._check(self.param_groups[0])
@@ -168,8 +172,8 @@ class GNS(Optimizer):
             if taken is None:
                 warn(
                     f"GNS: none of {settings.trials} trials lowered the loss {float(loss):.6g} enough (norm of "
-                    f"the gradient {metric.dual_norm(gradient):.3g}); the parameters stay. At a minimum that "
-                    "is the precision's end; else see that the closure gives the same loss whenever called",
+                    f"the gradient {metric.dual_norm(gradient):.3g}); the parameters stay. At a minimum the "
+                    "precision is used up; elsewhere check that the closure gives the same loss at every call",
                     ConvergenceWarning,
                 )
             else:
@@ -186,8 +190,8 @@ class GNS(Optimizer):
     def _search(
         self, search: StepSearch, closure: Callable[[], Any], parameters: list[Tensor]
     ) -> tuple[Trial, list[Tensor | None]] | None:
-        """The trial to take and the gradients there; the parameters are where they were, whatever happens."""
-        # Through .data, which autograd does not notice: products with the Hessian still need the first graph.
+        """The trial to take and the gradients there; the parameters are put back, whatever happens."""
+        # .data hides the change from autograd: products with the Hessian still need the first graph.
         before = [p.data.clone() for p in parameters]
         while trials := search.next(1):
             try:
@@ -241,7 +245,7 @@ class GNS(Optimizer):
     # ------------------------------------------------------------------ evaluations
 
     def _evaluate(self, closure: Callable[[], Any], parameters: list[Tensor], *, first: bool) -> Evaluated:
-        """Loss, outputs and gradients where the parameters are; ``first`` of a step, with what H needs."""
+        """Loss, outputs and gradients at the parameters; ``first`` in a step keeps the graph that H needs."""
         for p in parameters:
             p.grad = None
         pairs = self._curvature == "gauss-newton"

@@ -1,4 +1,4 @@
-"""A Hessian that is known by its products alone: conjugate gradients, one set of products for all shifts."""
+"""A Hessian known by its products with vectors: conjugate gradients, one set of products for all shifts."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from optex.optimizers.gns.metric import Metric
 __all__ = ["ProductCurvature"]
 
 (_ptsv,) = get_lapack_funcs(("ptsv",), dtype=np.float64)
-_EXHAUSTED: Final = 1e-14  # of the largest entry of T: what follows is rounding
+_EXHAUSTED: Final = 1e-14  # relative to the largest entry of T: a smaller β is rounding
 
 
 class ProductCurvature(Curvature):
-    """H by its products with vectors: conjugate gradients in Lanczos's form.
+    """H by its products with vectors: conjugate gradients in Lanczos form.
 
     H + λ B has the same Krylov space for every λ. With W its basis, Wᵀ B W = I, and T = Wᵀ H W tridiagonal,
 
         (H + λ B)⁻¹ r ≈ W y,    (T + λ I) y = ‖r‖* e_1,    ‖r - (H + λ B) W y‖* = β_k |y_k|
 
-    is the k-th iterate of conjugate gradients preconditioned by B. The basis is kept while r stays the same, so
-    that further λ cost products only where they need a larger one; a larger λ needs a smaller one. Every new
+    is the k-th iterate of conjugate gradients preconditioned by B. The basis is kept while r stays the same:
+    another λ costs products only where it needs a larger basis, and a larger λ needs a smaller one. Every new
     vector is made orthogonal to all before it.
 
     Args:
         product: v [d] to H v [d].
-        tolerance: of the residual, relative to r, in the dual norm. The default takes about as many
-            iterations of the method as an exact solve does, with half the products or fewer.
-        iterations: products at most for one r; then the iterate of that many is the answer, a descent direction
-            nonetheless. Memory is so many vectors, twice that with a metric.
+        tolerance: of the residual, relative to r, in the dual norm; in [0, 1). With the default, GNS takes
+            about as many steps as with exact solves, with half the products or fewer.
+        iterations: most products for one r, at least 1. The iterate after these is the answer; it is still a
+            descent direction. Memory is as many vectors, twice that with a metric.
 
     Attributes:
         products: computed so far.
@@ -60,7 +60,7 @@ class ProductCurvature(Curvature):
         self._product = product
         self._tolerance = check_number("ProductCurvature", "tolerance", tolerance, most=1.0, open_above=True)
         self._iterations = check_integer("ProductCurvature", "iterations", iterations)
-        self.products = 0
+        self.products: int = 0
         self._basis: _Basis | None = None
 
     def solve(self, shift: float, right: Tensor, metric: Metric = EUCLIDEAN) -> Tensor | None:
@@ -84,7 +84,7 @@ class ProductCurvature(Curvature):
 
 
 class _Basis:
-    """Lanczos's basis from one right side: dual vectors v = B w, T's diagonal α and what is beside it, β."""
+    """Lanczos basis from one right side: dual vectors v = B w, T's diagonal α and off-diagonal β."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class _Basis:
         self._next = right / self.norm if self.norm else right
 
     def extend(self, product: Callable[[Tensor], Tensor]) -> None:
-        """One more vector, and with it a row of T."""
+        """Add a vector, and with it a row of T."""
         dual = self._next
         primal = self.metric.inverse(dual)
         self.duals.append(dual)
@@ -108,14 +108,14 @@ class _Basis:
         image = product(primal)
         self.diagonal.append(float(primal @ image))
         duals, primals = torch.stack(self.duals), torch.stack(self.primals)
-        for _ in range(2):  # once is not enough where most of it cancels
+        for _ in range(2):  # where most of it cancels, orthogonalising once is not enough
             image = image - duals.mT @ (primals @ image)
         length = self.metric.dual_norm(image)
         self.beyond.append(length)
         self._next = image / length if length else image
 
     def exhausted(self, size: int) -> bool:
-        """Whether the space holds all that products lead to."""
+        """Whether the Krylov space is complete: further products add nothing to it."""
         largest = max(*map(abs, self.diagonal[:size]), *self.beyond[:size])
         return self.beyond[size - 1] <= _EXHAUSTED * largest
 

@@ -1,4 +1,4 @@
-"""The trials of one iteration, whoever evaluates them, and however many at once."""
+"""The trials of one iteration; who evaluates them, and how many at once, is the caller's choice."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["SearchSettings", "StepSearch", "Trial"]
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """What rules the search for γ; the published constants.
+    """Settings of the search for γ; the defaults are the published constants.
 
     Attributes:
         least_smoothness: γ is at least this after an accepted step.
         eps: added to γ where the gradient's norm is divided by it.
-        trials: at most in an iteration.
+        trials: most trials in an iteration, at least 1.
     """
 
     least_smoothness: float = 1e-9
@@ -29,10 +29,10 @@ class SearchSettings:
     trials: int = 41
 
     def check(self, owner: str) -> None:
-        """Refuse what is out of range, in the name of the argument.
+        """Refuse a setting that is out of range; the message names the argument.
 
         Raises:
-            ValueError: something is.
+            ValueError: a setting is out of range.
         """
         check_number(owner, "least_smoothness", self.least_smoothness, open_below=True)
         check_number(owner, "eps", self.eps)
@@ -87,10 +87,10 @@ class StepSearch:
         self._loss, self._gradient = loss, gradient
         self._norm = metric.dual_norm(gradient)
         self._first = smoothness
-        self.tried = 0
+        self.tried: int = 0
 
     def next(self, count: int) -> list[Trial]:
-        """The next trials, in the order to be judged in: ``count``, or as many as are left."""
+        """The next trials, in the order to judge them: ``count``, or as many as are left."""
         found: list[Trial] = []
         while len(found) < count and self.tried < self._settings.trials:
             smoothness = self._first * 0.5**self.tried
@@ -107,7 +107,7 @@ class StepSearch:
         loss: float,
         gradient: Tensor,  # [d]
     ) -> bool:
-        """Whether the step leads to a point that is good enough; one that is not finite never is."""
+        """Whether the step passes, by loss and gradient at its end; one that is not finite never does."""
         norm = self._metric.dual_norm(gradient)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return False

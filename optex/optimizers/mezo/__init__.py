@@ -1,4 +1,4 @@
-"""Fine-tuning with forward passes alone: MeZO, and ZO2's way through blocks that live elsewhere.
+"""Fine-tuning with forward passes alone: MeZO, and ZO2 for models that do not fit on the device.
 
 Malladi, Gao, Nichani, Damian, Lee, Chen, Arora: *Fine-Tuning Language Models with Just Forward Passes*, NeurIPS
 2023, arXiv 2305.17333. Wang, Ren, Xu, Wang, Xie, Keyes, Wang: *ZO2: Scalable Zeroth-Order Fine-Tuning for

@@ -1,4 +1,4 @@
-"""Normal directions that are drawn again from their seed instead of being kept, and steps along them."""
+"""Normal directions that are drawn again from their seed instead of being stored, and steps along them."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ def direction(
 ) -> Tensor:  # [...], independent N(0, 1)
     """The direction of one parameter in one query of a step.
 
-    It depends on nothing but the numbers given, so that parameters can be visited in any order, one at a time,
-    and no state of a generator has to be saved between two visits. torch's global generators are not touched.
+    It depends on these numbers alone, so that parameters can be visited in any order, one at a time, and no
+    state of a generator has to be saved between two visits. torch's global generators are not used.
 
     Args:
-        seed: of the step; 0 is a seed like any other.
-        query: counts the step's directions.
-        place: of the parameter among all parameters.
-        like: has the shape, dtype and device.
+        seed: of the step.
+        query: number of the direction in the step.
+        place: number of the parameter among all parameters.
+        like: gives shape, dtype and device.
     """
     generator = torch.Generator(like.device).manual_seed(_mixed(seed, query, place))
     return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
 
 
 def _mixed(*parts: int) -> int:
-    # SplitMix64's finaliser, a round a number: torch's CPU generator looks at the low 32 bits of a seed alone,
-    # and seeds that differ by a count must not give generators that differ by little.
+    # SplitMix64's finaliser, one round a number: torch's CPU generator reads only the low 32 bits of a seed,
+    # and seeds that differ by 1 must give unrelated generators.
     word = 0
     for part in parts:
         word = (word + part + 0x9E3779B97F4A7C15) & _WORD
@@ -71,12 +71,12 @@ def update_(
 
 
 def fresh_seed() -> int:
-    """A seed from torch's global generator, which moves on."""
+    """A seed drawn from torch's global generator."""
     return int(torch.randint(1 << 62, ()))
 
 
 def check_seed(owner: str, seed: Any) -> int:
-    """The seed as it is, 0 as well; one from torch's global generator for None.
+    """The seed as it is, 0 included; for None one drawn from torch's global generator.
 
     Raises:
         ValueError: it is no integer from 0 to 2⁶⁴ - 1.

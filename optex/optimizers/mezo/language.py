@@ -15,12 +15,15 @@ def language_model_blocks(model: nn.Module) -> list[nn.Module]:
 
     Two shapes are known: ``model.model.layers`` between ``embed_tokens`` and ``norm``, with ``rotary_emb``
     where there is one (Llama, Mistral, Qwen), and ``model.transformer.h`` between ``wte``, ``wpe``,
-    ``drop`` and ``ln_f`` (GPT-2); both end in ``lm_head``. Whole sequences, all of one length: no padding mask
-    is made, and layers have to be causal of themselves, as those with ``attn_implementation="sdpa"`` are.
-    Parameters are the model's own.
+    ``drop`` and ``ln_f`` (GPT-2); both end in ``lm_head``. Sequences must be whole and of one length: no
+    padding mask is made, and layers have to be causal without one, as those with
+    ``attn_implementation="sdpa"`` are. The blocks share the model's parameters.
+
+    Args:
+        model: a causal language model; token codes [n, t] become scores [n, t, alphabet].
 
     Raises:
-        ValueError: it has another shape, or its attention needs a mask.
+        ValueError: the model has another shape, or its attention needs a mask.
 
     >>> import torch
     >>> from types import SimpleNamespace
@@ -99,7 +102,7 @@ class _Layer(nn.Module):
 
 
 class _Exit(nn.Module):
-    """The last norm, and the scores."""
+    """The last norm, and the head that gives the scores."""
 
     def __init__(self, norm: nn.Module, head: nn.Module) -> None:
         super().__init__()

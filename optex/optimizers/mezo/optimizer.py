@@ -27,15 +27,15 @@ _STATE: Final = "mezo"
 class MeZO(Optimizer):
     """Memory-efficient zeroth-order SGD: steps along random directions, in the memory of inference.
 
-    A step draws a seed, and from it z ~ N(0, I) as often as it needs it (Algorithm 1; Definition 1 has the
+    A step draws a seed, and z ~ N(0, I) from it each time that z is needed (Algorithm 1; Definition 1 has the
     estimate, called SPSA)::
 
         s = (L(θ + εz) - L(θ - εz)) / (2ε)
         θ ← θ - lr (s z + weight_decay θ)
 
     with the mean over several directions where ``queries`` > 1. Nothing of the model's size is kept: no
-    gradient, no z, no copy. A run is its start and its log of (seed, scalars, rates);
-    ``replay`` walks it without data.
+    gradient, no z, no copy. A run can be repeated without data from its start and its log of (seed, scalars,
+    rates): ``replay``.
 
     ``step`` takes a closure that returns the loss and does **not** backpropagate; it is called 2 · queries
     times, without a tape. All calls of a step draw the same dropout.
@@ -44,13 +44,14 @@ class MeZO(Optimizer):
         params: tensors, or groups with ``lr``, ``weight_decay`` and ``maximize`` of their own. The published
             code does not decay biases and norms; give these a group with ``weight_decay=0``.
         lr: about 1 / d of SGD's; the paper's for large models is 1e-7 to 1e-6.
-        epsilon: how far the loss is probed, positive.
+        epsilon: ε, the distance at which the loss is probed, positive.
         weight_decay: not negative.
-        queries: directions a step, n of the paper's n-SPSA.
-        exact: put the parameters back from a copy. Without it they come back by the opposite shift, to within
-            rounding: about 1e-7 in float32, and too coarse in bfloat16, where it should be set.
-        log_length: steps that the log holds, the last ones; None is all, and what ``replay`` needs.
-        maximize: go up.
+        queries: directions a step, n of the paper's n-SPSA; at least 1.
+        exact: put the parameters back from a copy of the model's size. Without it they come back by the
+            opposite shift, to within rounding: about 1e-7 in float32, but too coarse in bfloat16, which needs
+            ``exact``.
+        log_length: most steps that the log holds, the last ones; None holds all, as ``replay`` needs.
+        maximize: maximise instead.
 
     Raises:
         ValueError: an argument is out of range.
@@ -110,7 +111,10 @@ class MeZO(Optimizer):
                 check_number("MeZO", name, group[name])
             for name in _OF_ALL:
                 if group[name] != self.defaults[name]:
-                    raise ValueError(f"MeZO: {name} is one for all groups; set it in the constructor")
+                    raise ValueError(
+                        f"MeZO: {name} is one for all groups, {self.defaults[name]!r}, and a group has "
+                        f"{group[name]!r}; set it in the constructor"
+                    )
             for p in group["params"]:
                 if not p.is_floating_point():
                     raise TypeError(f"MeZO: parameters must be real floating-point tensors, got {p.dtype}")
@@ -122,7 +126,7 @@ class MeZO(Optimizer):
         """As torch does; the log is copied, so that two optimizers do not write into one.
 
         Raises:
-            ValueError: it is no state of MeZO's.
+            ValueError: it is not a state of MeZO.
         """
         if _STATE not in state_dict.get("state", {}):
             raise ValueError("MeZO: the saved state has no log; it was cut short, or is another optimizer's")
@@ -132,12 +136,12 @@ class MeZO(Optimizer):
 
     @property
     def log(self) -> list[tuple[int, list[float], list[float]]]:
-        """Of every step its seed, the scalars s of its directions, and the rates of the groups."""
+        """For every step its seed, the scalars s of its directions, and the rates of the groups."""
         return self.state[_STATE]["log"]  # pyright: ignore[reportArgumentType]
 
     @property
     def steps_taken(self) -> int:
-        """Of this run, with those of the state that was loaded."""
+        """Steps of this run, including those of a state that was loaded."""
         return self.state[_STATE]["step"]  # pyright: ignore[reportArgumentType]
 
     @torch.no_grad()
@@ -155,13 +159,13 @@ class MeZO(Optimizer):
 
         Raises:
             TypeError: there is no closure, or it returns no loss.
-            NonFiniteError: a loss is NaN or infinite. Nothing was stepped: parameters are those of before, to
-                the bit with ``exact=True`` and to within rounding without, and so are torch's generators.
+            NonFiniteError: a loss is NaN or infinite. No step was taken: parameters are as before, to the bit
+                with ``exact=True`` and to within rounding without; torch's generators are as before.
         """
         if closure is None:
             raise TypeError(
-                "MeZO: step needs a closure that returns the loss; it is evaluated at shifted parameters, and "
-                "gradients that are there do not help"
+                "MeZO: step needs a closure that returns the loss, got None; the loss is evaluated at shifted "
+                "parameters, and existing gradients are not used"
             )
         before = generator_states()
         try:
@@ -177,7 +181,7 @@ class MeZO(Optimizer):
 
     @torch.no_grad()
     def replay(self, log: Iterable[tuple[int, list[float], list[float]]]) -> None:
-        """Take the steps of a log, from another run's ``log`` or a streamed one's, without a closure.
+        """Take the steps of a log, that of another run or of a ``BlockStreamer``, without a closure.
 
         Started where that run started, with the same settings, this ends where it ended, to the bit on the same
         kind of device; the rates are those of the log.
@@ -212,7 +216,7 @@ class MeZO(Optimizer):
                 p.add_(direction(seed, query, place, p), alpha=length)
 
     def _losses(self, closure: Callable[[], Any], seed: int) -> list[tuple[float, float]]:
-        """Of every query, ahead and behind; the parameters are put back."""
+        """The losses of every query, ahead and behind; the parameters are put back."""
         settings = self.param_groups[0]
         kept = [p.clone() for _, _, p in self._placed()] if settings["exact"] else None
         state = "parameters are as before" + (", to within rounding" if kept is None else "")
@@ -221,7 +225,7 @@ class MeZO(Optimizer):
             shifted, pair = 0.0, []
             try:
                 for side, name in ((1.0, "ahead"), (-1.0, "behind")):
-                    # Half a shift, left by an interrupt, is what only a copy brings back.
+                    # Without a copy, a shift that an interrupt leaves half done cannot be undone.
                     self._shift(seed, query, side - shifted)
                     shifted = side
                     set_generator_states(draws)
@@ -249,7 +253,7 @@ class MeZO(Optimizer):
         }
         for place, group, p in self._placed():
             rate = signed[id(group)]
-            # Decay pulls to 0 whichever way the loss is to go.
+            # Decay pulls to 0 also where the loss is maximised.
             decay = -group["weight_decay"] if group["maximize"] else group["weight_decay"]
             update_(p, place, seed, scalars, rate, decay)
         self.log.append((seed, scalars, rates))

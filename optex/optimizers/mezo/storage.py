@@ -1,4 +1,4 @@
-"""Where blocks wait for their turn: main memory, or files."""
+"""Where blocks are kept while they are not on the device: main memory, or files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["FileStore", "MemoryStore", "Store", "open_store"]
 
 
 class Store(ABC):
-    """Takes tensors in, and answers tensors of main memory that it keeps; what is written there stays."""
+    """Keeps tensors: answers CPU tensors, and what is written into these stays."""
 
     @abstractmethod
     def keep(
@@ -22,11 +22,11 @@ class Store(ABC):
         name: str,
         value: Tensor,  # [...]
     ) -> Tensor:  # [...], on the CPU
-        """A tensor of the same values, where they wait."""
+        """A tensor of the same values, in the store."""
 
 
 class MemoryStore(Store):
-    """Main memory; page-locked where copies to the device are to run beside its work."""
+    """Main memory; page-locked for CUDA, so that copies run beside the device's work."""
 
     def __init__(self, *, pinned: bool) -> None:
         self.pinned = pinned
@@ -37,7 +37,7 @@ class MemoryStore(Store):
 
 
 class FileStore(Store):
-    """A file a tensor, mapped into memory: the system writes and drops its pages as it needs memory.
+    """One file a tensor, mapped into memory: the system writes and drops its pages as it needs memory.
 
     Raises:
         FileExistsError: the folder is not empty.
@@ -55,7 +55,7 @@ class FileStore(Store):
         path = self.folder / (re.sub(r"[^\w.-]", "_", name) + ".bin")
         if not value.numel():
             return value.detach().to("cpu", copy=True)
-        # Written out first: a disk that is full is an error here, and a crash in a mapping.
+        # Written first: a full disk is an error here, but a crash in a mapping.
         flat = value.detach().to("cpu").contiguous().reshape(-1)
         flat.view(torch.uint8).numpy().tofile(path)
         mapped = torch.from_file(str(path), shared=True, size=flat.numel(), dtype=flat.dtype)
@@ -63,7 +63,7 @@ class FileStore(Store):
 
 
 def open_store(where: Any, device: torch.device) -> Store:
-    """``"cpu"`` or a folder.
+    """The store that an argument names: ``"cpu"`` or a folder.
 
     Raises:
         TypeError: it is neither.

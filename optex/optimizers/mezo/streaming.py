@@ -1,4 +1,4 @@
-"""ZO2: MeZO for models that do not fit on the device; blocks pass through it one at a time."""
+"""ZO2: MeZO for models that do not fit on the device; blocks are uploaded in turn."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _REMEDY = "no block was stepped along this direction. Check the batch, or lower 
 
 @dataclass
 class Traffic:
-    """What crossed to and from the device.
+    """What was copied to and from the device.
 
     Attributes:
-        uploads, offloads: of each block.
-        resident, peak_resident: blocks on the device now, and at most.
-        bytes_moved: both ways.
+        uploads, offloads: how often each block was copied to the device, and back.
+        resident, peak_resident: blocks on the device now, and at most so far.
+        bytes_moved: in both directions together.
     """
 
     uploads: list[int] = field(default_factory=list)
@@ -45,33 +45,35 @@ class Traffic:
 
 
 class BlockStreamer:
-    """MeZO's steps on a chain of blocks that wait in main memory or on disk, and visit the device in turn.
+    """MeZO's steps on a chain of blocks that are kept in main memory or on disk, and visit the device in turn.
 
     The iterates are MeZO's (``MeZO(exact=True)`` of the same parameters and seeds, to the bit in full
-    precision); the order of work is another one. Both shifted passes advance together, block by block. A block
-    that comes gets the last step's update before it is shifted, as the scalar of a step is known only when its
-    last block has gone: so it comes once a step. The updated block is sent back **before** it is shifted, and
-    what was shifted is thrown away: nothing drifts, and a step that fails has changed nothing. On CUDA a
-    block's upload, update and return run on a stream of their own while the block before it computes.
+    precision); the order of work differs. Both shifted passes advance together, block by block. The scalar of a
+    step is known only after its last block, so a block gets that step's update at its next visit, before it is
+    shifted: it is uploaded once a step. The updated block is copied back **before** it is shifted, and the
+    shifted values are dropped: nothing drifts, and a step that fails has changed nothing. On CUDA a block's
+    upload, update and return run on a stream of their own while the block before it computes.
 
-    The blocks' parameters are from here on those that wait: ``flush()`` brings them up to date, and then the
-    model can be saved or used as ever. Bring them up to date before the streamer goes.
+    From here on the blocks' parameters are those in the store. ``flush()`` brings them up to date; after that
+    the model can be saved or used as ever. Call it before the streamer is dropped.
 
     Args:
-        blocks: what is applied one after the other, ``nn.Sequential`` or a list; of a Hugging Face model
-            ``language_model_blocks(model)``. They may not share parameters.
-        device: that computes.
+        blocks: modules that are applied one after the other, ``nn.Sequential`` or a list; for a Hugging Face
+            model ``language_model_blocks(model)``. They may not share parameters.
+        device: the one that computes.
         store: ``"cpu"``, or a new folder for files mapped into memory.
-        lr: as of MeZO; may be set anew between steps.
-        epsilon: how far the loss is probed, positive.
+        lr: as of MeZO; may be set between steps.
+        epsilon: ε, the distance at which the loss is probed, positive.
         weight_decay: not negative.
-        transfer_dtype: of what waits and travels, ``torch.bfloat16`` say, for half the memory and traffic; the
-            device computes in the blocks' own dtype. Updates are then rounded to that: ones below 1/256 of a
-            weight are mostly lost.
+        transfer_dtype: of what is stored and copied, ``torch.bfloat16`` say, for half the memory and traffic;
+            the device computes in the blocks' own dtype. Updates are then rounded to this dtype: in bfloat16
+            those below 1/256 of a weight are mostly lost.
 
     Attributes:
-        log: of every step its seed, scalar and rate, as ``MeZO.log``.
-        traffic: uploads, offloads, blocks resident.
+        blocks: as a list.
+        device, lr, epsilon, weight_decay: as given.
+        log: for every step its seed, scalar and rate, as ``MeZO.log``.
+        traffic: what was copied to and from the device.
 
     Raises:
         ValueError: there are no blocks or parameters, or two blocks share a parameter, which the message names.
@@ -108,7 +110,7 @@ class BlockStreamer:
         if transfer_dtype is not None and not transfer_dtype.is_floating_point:
             raise TypeError(f"BlockStreamer: transfer_dtype must be a floating dtype, got {transfer_dtype}")
         self.device: torch.device = torch.device(device)
-        self.blocks = list(blocks)
+        self.blocks: list[nn.Module] = list(blocks)
         _check_blocks(self.blocks)
         self.log: list[tuple[int, list[float], list[float]]] = []
         self.traffic: Traffic = Traffic([0] * len(self.blocks), [0] * len(self.blocks))
@@ -121,7 +123,7 @@ class BlockStreamer:
 
         Args:
             inputs: of the first block; a tensor, or tuples, lists and dicts of them.
-            loss: of what the last block answers, a scalar; called twice.
+            loss: ``loss(output)`` of the last block's output returns a scalar; called twice.
             seed: of the step; None draws it from torch's global generator.
 
         Returns:
@@ -150,12 +152,12 @@ class BlockStreamer:
         return torch.tensor(values, dtype=torch.float64).mean()
 
     def forward(self, inputs: Any) -> Any:
-        """What the last block answers, at the parameters after all steps; blocks pass through the device."""
+        """The last block's output at the parameters after all steps; blocks visit the device in turn."""
         with torch.no_grad():
             return self._pass([self._placed(inputs)], None)[0]
 
     def flush(self) -> None:
-        """Bring every block up to date: the last step's update visits those that have not had it."""
+        """Bring every block up to date: apply the last step's update where it is missing."""
         with torch.no_grad():
             for number, waiting in enumerate(self._waiting):
                 if any(w.behind(len(self.log)) for w in waiting):
@@ -174,14 +176,14 @@ class BlockStreamer:
                 waiting.append(_Waiting(name, place, kept, p.dtype, p.requires_grad))
                 p.data = kept
                 place += 1
-            for owner in block.modules():  # masks and the like, small: they stay on the device
+            for owner in block.modules():  # masks and the like are small: they stay on the device
                 for name, buffer in list(owner._buffers.items()):
                     if buffer is not None:
                         owner._buffers[name] = buffer.to(self.device)
             self._waiting.append(waiting)
 
     def _pass(self, states: list[Any], seed: int | None) -> list[Any]:
-        """All states through all blocks, side by side; the next block comes while one computes."""
+        """All states through all blocks, side by side; the next block is uploaded while one computes."""
         done: list[Any] = []
         here, last = self._fetch(0), len(self.blocks) - 1
         for number in range(len(self.blocks)):
@@ -189,7 +191,7 @@ class BlockStreamer:
             try:
                 if number < last:
                     if len(done) > 1:
-                        done[-2].synchronize()  # or uploads run ahead of the device, and fill it
+                        done[-2].synchronize()  # otherwise uploads run ahead of the device, and fill it
                     ahead = self._fetch(number + 1)
                 states = self._advance(here, states, seed)
             except BaseException:
@@ -220,7 +222,7 @@ class BlockStreamer:
         return ends
 
     def _fetch(self, number: int) -> _Visit:
-        """Upload a block, take the steps that it has not had, and send what changed back."""
+        """Upload a block, apply the steps that it lacks, and copy what changed back."""
         traffic, waiting = self.traffic, self._waiting[number]
         visit = _Visit(number, {})
         returned = False
@@ -236,7 +238,7 @@ class BlockStreamer:
                 narrow = p.to(w.kept.dtype)
                 w.kept.copy_(narrow, non_blocking=True)
                 if narrow is not p:
-                    p.copy_(narrow)  # the point that is probed is the one that waits
+                    p.copy_(narrow)  # the point that is probed is the one in the store
                 w.steps, returned = len(self.log), True
                 traffic.bytes_moved += w.kept.nbytes
             if self._stream is not None:
@@ -270,7 +272,7 @@ class BlockStreamer:
 
 @dataclass
 class _Waiting:
-    """A parameter where it waits, and how many of the log's steps it has had."""
+    """A parameter in the store, and how many of the log's steps it has had."""
 
     name: str
     place: int

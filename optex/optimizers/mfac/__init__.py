@@ -2,7 +2,7 @@
 
 Source: Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations of Second-Order Information",
 NeurIPS 2021, arXiv 2107.03356. ``dynamic.py`` steps with the Fisher matrix of the last gradients, ``static.py``
-prunes with that of gradients given once; ``fisher.py`` has the algebra that both need.
+prunes with that of a fixed set of gradients; ``fisher.py`` has the algebra that both need.
 """
 
 from optex.optimizers.mfac.dynamic import MFAC

@@ -33,34 +33,36 @@ class MFAC(FreezingStepRule):
 
         F = λ I + (1/k) GᵀG          u = F⁻¹ g          θ ← θ - lr · u
 
-    As g is row j of G, u = k Gᵀ (k λ I + GGᵀ)⁻¹ e_j, with a k × k system and without a difference. GGᵀ is kept
+    As g is row j of G, u = k Gᵀ (k λ I + GGᵀ)⁻¹ e_j, with a k × k system and without cancellation. GGᵀ is kept
     up to date: a step reads the window once for the products with the new row, and once for u. There is one
     matrix for the parameters of all groups; a parameter without a gradient in a step counts as zeros there, and
     stays where it is.
 
-    gᵀu < k always: the step along a gradient does not exceed lr · m, however small λ is. A rate that was good
-    for one ``window_size`` is divided by what another is larger.
+    gᵀu < k always: to first order a step changes the loss by less than lr · m, however small λ is. If
+    ``window_size`` grows by a factor, divide the rate by that factor.
 
     Memory, in numbers: m · d for the window (in ``window_dtype``), m² in float64 for GGᵀ, 2 · d within a step,
     d for momentum. Under ``OptEx`` the window once more, so that a round can be taken back.
 
     Args:
-        params: parameters, or groups of them; frozen ones take room in the window as well.
+        params: parameters, or groups of them; frozen ones take space in the window as well.
         lr: learning rate, at least 0.
-        window_size: m, how many gradients the Fisher matrix is of; one for all groups. A published 1024.
-        damping: λ, above 0; one for all groups. Gradients of full batches, which differ by little, want 1e-2 or
-            so: the published 1e-5 lets steps run away along what they differ by.
+        window_size: m, how many gradients the Fisher matrix is made of; one for all groups. 1024 as published.
+        damping: λ, above 0; one for all groups. Gradients of full batches, which differ by little, need about
+            1e-2: with the published 1e-5 steps along their differences become far too long.
         momentum: μ of v ← μ v + (1 - μ) u, which then takes u's place; in [0, 1).
         weight_decay: at least 0; added to the gradient before it enters the window, as the released code does.
-        decoupled_weight_decay: take θ ← (1 - lr · weight_decay) θ instead, beside the Fisher matrix.
+        decoupled_weight_decay: take θ ← (1 - lr · weight_decay) θ instead, which the Fisher matrix does not
+            scale.
         window_dtype: of the window; None is the parameters'. ``torch.bfloat16`` halves the memory of float32
-            and rounds all gradients to three digits.
-        maximize: ascend instead.
+            and rounds all gradients to about three digits.
+        maximize: maximise instead.
 
     Raises:
         ValueError: a setting is out of range, or differs among groups where there is one for all.
+        TypeError: a parameter is complex, or, in ``step``, a gradient sparse.
         NonFiniteError: in a step, before anything moves: a gradient is not finite, or its square overflows.
-        NotPositiveDefiniteError: likewise, where λ is so far beneath the rounding of GGᵀ that jitter (with a
+        NotPositiveDefiniteError: likewise, where λ is so far below the rounding of GGᵀ that jitter (with a
             ``JitterWarning``) does not help.
 
     >>> import torch
@@ -74,7 +76,7 @@ class MFAC(FreezingStepRule):
     Source: arXiv 2107.03356. Defaults are those of the authors' code.
     """
 
-    # torch pickles state and groups alone: what is of a moment has its resting value in the class.
+    # torch pickles state and groups alone: what a step needs for a moment has its empty value in the class.
     _directions: tuple[list[Tensor], ...] = ()
 
     def __init__(
@@ -103,7 +105,7 @@ class MFAC(FreezingStepRule):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group. The window starts anew, as nothing is known of the new parameters' past gradients.
+        """Add a group. The window starts afresh, as the new parameters' past gradients are not known.
 
         Zeros in their place would say that the loss does not depend on them, and the next step would be up to
         1/λ times the gradient.
@@ -152,7 +154,7 @@ class MFAC(FreezingStepRule):
         groups: list[Group],
         window: Tensor,  # [m, d]
     ) -> Tensor:  # [d], as the window holds it
-        """The gradients of all parameters one after the other."""
+        """The gradients of all parameters, one after the other, with weight decay if it is not decoupled."""
         row = window.new_zeros(window.shape[1])
         pieces = dict(zip(self._parameters(), row.split(self._sizes()), strict=True))
         for group, parameters, gradients in groups:
@@ -168,19 +170,19 @@ class MFAC(FreezingStepRule):
     ) -> Tensor:  # [d], float32 at least
         """F⁻¹ g with g in the row of the oldest gradient, where it stays unless steps are drafted.
 
-        A drafted step is the one that its gradient would cause were it true. A draft's F is
-        that of the frozen window with g in it, for this step alone. F₀, the other rows' part of
-        it, would give the same direction, F⁻¹ g = F₀⁻¹ g / (1 + gᵀF₀⁻¹g / k) (Sherman and Morrison), but its
-        length would not be bounded: what of g lies outside those rows would come out 1/λ times as long.
+        A drafted step is the one that its gradient would cause if it were measured: g is in F for this step,
+        and the window stays as it is. F₀, without g, would give the same direction, as F⁻¹ g = F₀⁻¹ g /
+        (1 + gᵀF₀⁻¹g / k) (Sherman and Morrison), but the length would not be bounded: the part of g outside
+        the other rows' span would be 1/λ times as long.
         """
         window, group = memory["window"], self.param_groups[0]
         seen = int(memory["step"])
         place, filled = seen % len(window), min(seen + 1, len(window))
         with linalg.threads_for(window.shape[1]):
-            # All with the old row in its place, so that a system that cannot be solved leaves no trace.
+            # The window keeps its old row until the system is solved: a failure then leaves no trace.
             products = linalg.inner_products(window[:filled], row[None])[:, 0]
             products[place] = linalg.inner_products(row[None], row[None])[0, 0]
-            if not bool(products.isfinite().all()):  # LAPACK factorises infinities without a word
+            if not bool(products.isfinite().all()):  # LAPACK factorises infinities without an error
                 raise NonFiniteError(
                     f"{type(self).__name__}: squares of the gradients overflow; parameters and state are those "
                     "of before the step. Scale the loss down, or clip the gradients"
@@ -220,7 +222,7 @@ class MFAC(FreezingStepRule):
         return [p.numel() for p in self._parameters()]
 
     def _memory(self) -> dict[str, Tensor]:
-        """Window, Gram matrix and how many gradients came, kept as state of the first parameter."""
+        """Window, Gram matrix and number of gradients so far, kept as state of the first parameter."""
         parameters, settings = self._parameters(), self.param_groups[0]
         memory = self.state[parameters[0]]
         if "window" not in memory:
@@ -235,7 +237,7 @@ class MFAC(FreezingStepRule):
         """Take over a saved state, the window with it.
 
         Raises:
-            ValueError: it is of other groups or parameters, or its window of another size.
+            ValueError: it is of other groups or parameters, or its window has another size.
         """
         saved = {}
         for entries in state_dict["state"].values():

@@ -1,12 +1,12 @@
-"""The empirical Fisher matrix F = λI + (1/m) Gᵀ G of m gradients, through systems of m or of d, never both.
+"""The empirical Fisher matrix F = λI + (1/m) Gᵀ G of m gradients, by systems of size m or d.
 
-Two identities carry all of it, for any G of m rows and any λ > 0:
+All of it rests on two identities, for any G of m rows and any λ > 0:
 
     (m λI + GᵀG)⁻¹ Gᵀ = Gᵀ (m λI + GGᵀ)⁻¹                             push-through
     F⁻¹ = m (m λI + GᵀG)⁻¹ = (1/λ) (I - Gᵀ (m λI + GGᵀ)⁻¹ G)          Woodbury
 
-The second is a difference of numbers that are nearly equal where GᵀG is large beside m λ: at the published
-λ = 1e-5 float32 loses all digits in it. What can be written with the first is.
+The second is a difference of nearly equal numbers where GᵀG is large beside m λ: at the published λ = 1e-5
+float32 loses all digits in it. The first is used wherever it can be.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _REMEDY = "damping"
 
 
 def slabs(width: int) -> list[slice]:
-    """Pieces of so many columns, which bound the scratch memory."""
+    """Slices of the columns, each narrow enough to bound the scratch memory."""
     return [slice(start, start + _SLAB) for start in range(0, width, _SLAB)]
 
 
 def gram(
     rows: Tensor,  # [m, d]
 ) -> Tensor:  # [m, m] float64
-    """All inner products, every term in float64."""
+    """GGᵀ, every product in float64."""
     total = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=rows.device)
     for slab in slabs(rows.shape[1]):
         piece = rows[:, slab].to(torch.float64)
@@ -43,12 +43,12 @@ def row_coefficients(
     place: int,
     damping: float,
 ) -> Tensor:  # [k] float64
-    """What the rows of G are combined with to F⁻¹ g, where g is row ``place`` of G.
+    """The coefficients of the rows of G in F⁻¹ g, where g is row ``place`` of G.
 
     g = Gᵀ e_j, so F⁻¹ g = k (k λI + GᵀG)⁻¹ Gᵀ e_j = Gᵀ [k (k λI + GGᵀ)⁻¹ e_j]: no difference is taken.
 
     Raises:
-        NotPositiveDefiniteError: the rows are not finite, or λ is beneath the rounding of their products.
+        NotPositiveDefiniteError: the rows are not finite, or λ is below the rounding of their products.
     """
     count = len(products)
     unit = torch.zeros(count, dtype=torch.float64, device=products.device)
@@ -62,7 +62,7 @@ def solve(
     damping: float,
     count: int | None = None,
 ) -> Tensor:  # [k] float64
-    """(m λI + GGᵀ)⁻¹ r; m is ``count``, or k where that is None."""
+    """(m λI + GGᵀ)⁻¹ r, with m = ``count``, or k where that is None."""
     factor = factorised(products, damping, count)
     return small.tensor(small.cholesky_solve(small.array(right), factor))
 

@@ -1,14 +1,14 @@
-"""M-FAC, the static algorithm: pruning with the inverse Fisher matrix of gradients given once.
+"""M-FAC, the static algorithm: pruning with the inverse Fisher matrix of a fixed set of gradients.
 
 Source: Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations of Second-Order Information",
 NeurIPS 2021, arXiv 2107.03356; the saliency and the update of one weight are those of Hassibi and Stork,
 "Second order derivatives for network pruning: Optimal Brain Surgeon", NIPS 1992.
 
-The paper finds vectors h_i = F_{i-1}⁻¹ g_i one after the other, and from them
+The paper computes vectors h_i = F_{i-1}⁻¹ g_i one after the other, and from them
 F⁻¹ = (1/λ) I - Σ h_i h_iᵀ / (m + g_iᵀ h_i). Up to their lengths they are the rows of L⁻¹ G, with L the Cholesky
-factor of m λI + GGᵀ: the recursion is that factorisation, a row at a time. Here the factor comes first, and of
-the h_i only what is needed is made from it, a slab of columns at a time, in float64. So they take no m × d
-numbers, and G may be of lower precision.
+factor of m λI + GGᵀ: the recursion is that factorisation, a row at a time. Here the factor comes first, and the
+h_i are computed from it in float64, a slab of columns at a time and only where needed. So they never take m × d
+numbers, and G may have a lower precision.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ def gradient_rows(
     *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:  # [m, d]
-    """The gradient of every batch as a row, parameters one after the other; their ``.grad`` stays as it is.
+    """The gradient of every batch as a row, parameters one after the other; ``.grad`` is left alone.
 
     Args:
         parameters: in the order of ``torch.nn.utils.parameters_to_vector``.
-        objective: of a batch, the loss.
-        batches: a row each; batches of one sample give the empirical Fisher matrix of the literature, larger
-            ones what the released code takes (32 samples each).
+        objective: ``objective(batch)`` returns the loss.
+        batches: one row each; batches of one sample give the empirical Fisher matrix of the literature; the
+            released code takes 32 samples each.
         dtype: of the rows; None is the gradients'.
 
     Raises:
         ValueError: there is no batch, or no parameter.
-        NonFiniteError: a gradient is NaN or infinite; the message says of which batch.
+        NonFiniteError: a gradient is NaN or infinite; the message names the batch.
 
     >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
     >>> gradient_rows([weight], lambda x: (weight * x).sum(), [torch.tensor([3.0, 4.0])])
@@ -78,14 +78,14 @@ def inverse_diagonal(
 ) -> Tensor:  # [d] float64
     """The diagonal of F⁻¹, F = λI + (1/m) GᵀG, without a d × d matrix.
 
-    [F⁻¹]_ii = (1 - ‖L⁻¹ G e_i‖²) / λ with L Lᵀ = m λI + GGᵀ. Blocks that are not wider than m go by their own
-    matrix instead, which takes no difference.
+    [F⁻¹]_ii = (1 - ‖L⁻¹ G e_i‖²) / λ with L Lᵀ = m λI + GGᵀ. For blocks that are not wider than m their own
+    matrix is inverted instead, without cancellation.
 
     Args:
-        rows: G, a gradient a row.
+        rows: G, one gradient a row.
         damping: λ, above 0.
-        block_size: F is cut to blocks of so many coordinates on its diagonal; None is no cut. The released
-            pruning takes 128.
+        block_size: F is replaced by its diagonal blocks of as many coordinates; None takes all of F. The
+            released pruning takes 128.
 
     Raises:
         ValueError: rows are no matrix of finite numbers, or another argument is out of range.
@@ -128,7 +128,7 @@ def inverse_product(
     """F⁻¹ x, all in float64.
 
     Args:
-        rows: G, a gradient a row.
+        rows: G, one gradient a row.
         vector: x.
         damping: λ, above 0.
         block_size: as in ``inverse_diagonal``.
@@ -155,8 +155,8 @@ def obs_mask(
 ) -> Tensor:  # [d] bool
     """Which weights to keep: all but those of the least saliency w_i² / (2 [F⁻¹]_ii).
 
-    That is how much the loss grows, to second order, if weight i alone is set to zero and all others make up
-    for it as well as they can.
+    The saliency is how much the loss grows, to second order, if weight i alone is set to zero and all others
+    are moved to compensate for it.
 
     Args:
         weights: of the trained network, as one vector.
@@ -190,9 +190,9 @@ def obs_update(
     block_size: int | None = None,
     together: bool = True,
 ) -> Tensor:  # [d], as weights
-    """The weights with those that are not kept at zero, and the others moved to make up for it.
+    """The weights with those that are not kept at zero, and the others moved to compensate.
 
-    Let K be kept and Q dropped. The least of ½ δᵀFδ with δ_Q = -w_Q is at δ_K = F_KK⁻¹ F_KQ w_Q, and with
+    Let K be kept and Q dropped. The minimum of ½ δᵀFδ with δ_Q = -w_Q is at δ_K = F_KK⁻¹ F_KQ w_Q, and with
     F_KK = λI + (1/m) G_KᵀG_K and F_KQ = (1/m) G_KᵀG_Q this is, by the push-through identity,
 
         δ_K = G_Kᵀ (m λI + G_K G_Kᵀ)⁻¹ G_Q w_Q.
@@ -200,11 +200,11 @@ def obs_update(
     Args:
         weights: of the trained network, as one vector.
         rows: gradients there, one a row.
-        keep: which weights stay, as ``obs_mask`` says or any other rule.
+        keep: which weights stay, by ``obs_mask`` or any other rule.
         damping: λ, above 0.
         block_size: as in ``inverse_diagonal``.
-        together: False adds up what each dropped weight alone would ask for, -F⁻¹ e_i w_i / [F⁻¹]_ii, and then
-            sets the dropped ones to zero, as the released code does: right for one weight, not for many.
+        together: False adds up the changes for each dropped weight alone, -F⁻¹ e_i w_i / [F⁻¹]_ii, and then
+            sets the dropped ones to zero, as the released code does: exact for one weight, not for several.
 
     Raises:
         ValueError: shapes do not fit, or an argument is out of range.

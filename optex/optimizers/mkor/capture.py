@@ -1,4 +1,4 @@
-"""What the factors need of an evaluation: the mean of a layer's inputs, and of the gradients of its outputs."""
+"""What the factors need of an evaluation: the means of a layer's inputs and of its outputs' gradients."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from torch.utils.hooks import RemovableHandle
 
 __all__ = ["Capture", "Vectors", "layers_of"]
 
-Vectors = dict[
-    str, tuple[Tensor, Tensor]
-]  # per layer: its mean input [in (+ 1)], its mean output gradient [out]
+# By layer: its mean input [in (+ 1)], its mean output gradient [out].
+Vectors = dict[str, tuple[Tensor, Tensor]]
 
 
 def layers_of(model: nn.Module, trained: Iterable[Tensor]) -> dict[str, nn.Linear | nn.Conv2d]:
     """The layers that have factors, by name: linear ones and convolutions without groups.
 
-    Their weights are trained, real, and no other module's.
+    Only layers whose weights are trained, real, and shared with no other module.
 
     Raises:
         ValueError: a layer has no weights yet.
@@ -49,22 +48,22 @@ def layers_of(model: nn.Module, trained: Iterable[Tensor]) -> dict[str, nn.Linea
 
 
 class Capture:
-    """Adds up what passes through the layers, while it is armed. The layers' hooks call it.
+    """Sums inputs and output gradients of the layers, while it is armed. The layers' hooks call it.
 
-    A layer's output gets a probe added, a vector of zeros, whose gradient is the sum over all rows of the
-    output's gradient. There is no hook in the backward pass then, and nothing that ``torch.compile`` or a
-    checkpoint could run at another time, or twice. Sums of inputs are kept with the number of their rows: a
+    A vector of zeros, the probe, is added to a layer's output: its gradient is the sum over all rows of the
+    output's gradient. So no hook is needed in the backward pass, which ``torch.compile`` or activation
+    checkpointing could run at another time, or twice. Sums of inputs are kept with the number of their rows: a
     forward pass that runs twice leaves their mean as it is.
 
     Attributes:
-        armed: evaluations are recorded.
-        observed: evaluations are read one by one, before the steps that say which of them are due.
-        loss: the last one heard of; None where there was none.
+        armed: whether evaluations are recorded.
+        observed: whether evaluations are read one by one, before it is known in which steps they are used.
+        loss: the last loss seen; None where there was none.
     """
 
     def __init__(self) -> None:
-        self.armed = True
-        self.observed = False
+        self.armed: bool = True
+        self.observed: bool = False
         self.loss: Tensor | None = None
         self._sums: dict[str, Tensor] = {}  # [in + 2]: the inputs', the number of rows, and of samples
         self._probes: dict[str, Tensor] = {}  # [out]
@@ -72,7 +71,7 @@ class Capture:
         self._handles: dict[str | None, RemovableHandle] = {}  # None: the whole model's
 
     def attach(self, name: str, module: nn.Linear | nn.Conv2d) -> None:
-        """Listen to a layer; nothing new for one that is listened to."""
+        """Record a layer from now on; without effect for one that is recorded already."""
         if name in self._handles:
             return
         self._probes[name] = _probe(module.weight)
@@ -80,7 +79,7 @@ class Capture:
         self._handles[name] = module.register_forward_hook(_Hook(self, name), with_kwargs=True)
 
     def listen(self, model: nn.Module) -> None:
-        """Hear the losses of a model that returns them: outputs of one number with a gradient."""
+        """Record the losses of a model that returns them: scalar outputs that require a gradient."""
         self._handles[None] = model.register_forward_hook(_Hook(self, None), with_kwargs=True)
 
     def detach(self) -> None:
@@ -112,7 +111,7 @@ class Capture:
         return output + (probe[:, None, None] if isinstance(module, nn.Conv2d) else probe)
 
     def take(self) -> Vectors:
-        """The vectors of the layers that were recorded since the last time, taken away."""
+        """Return the vectors recorded since the last call, and forget them."""
         vectors: Vectors = {}
         for name, total in self._sums.items():
             gradient = self._probes[name].grad
@@ -127,7 +126,7 @@ class Capture:
         return vectors
 
     def __getstate__(self) -> dict[str, Any]:
-        # Pickling leaves a tensor's gradient behind.
+        # Pickling drops a tensor's gradient.
         gradients = {name: probe.grad for name, probe in self._probes.items()}
         return {**vars(self), "_gradients": gradients}
 
@@ -146,7 +145,7 @@ class Capture:
 
 
 class _Hook:
-    """A layer's forward hook. It holds its capture weakly: a copy of the model alone listens to nothing.
+    """A layer's forward hook. It holds its capture weakly: in a copy of the model alone it records nothing.
 
     Copied or pickled together with the optimizer, which holds the capture, it finds the optimizer's copy.
     """
@@ -174,7 +173,7 @@ def _nothing() -> None:
 
 
 def _is_foreign(module: nn.Module, output: Any) -> bool:
-    """Whether a pass is none of a step to come: with weights of another's (``functional_call``), or vmapped."""
+    """Whether a pass belongs to no step: with other weights (``functional_call``), or under vmap."""
     if not (isinstance(output, Tensor) and isinstance(module.weight, nn.Parameter)):
         return True
     functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
@@ -191,7 +190,7 @@ def _summed(
     inputs: Tensor,  # [..., in], or [(n,) channels, height, width]
     output: Tensor,  # [..., out], or [(n,) out, height', width']
 ) -> Tensor:  # [in + 2], or [channels * kernel height * kernel width + 2]
-    """The sum over all rows of what they are multiplied with, the number of rows, and that of samples."""
+    """The sum of the rows that the weight multiplies, their number, and the number of samples."""
     wide = torch.promote_types(module.weight.dtype, torch.float32)
     if isinstance(module, nn.Linear):
         rows = inputs.reshape(-1, inputs.shape[-1])
@@ -199,7 +198,7 @@ def _summed(
     else:
         images = inputs.reshape(-1, *inputs.shape[-3:])
         samples, positions = images.shape[0], output.shape[-2] * output.shape[-1]
-        # Patches of the sum are the sum of the patches, and a batch of them needs no memory.
+        # The patches of the sum are the sum of the patches, without the memory for a batch of them.
         padded = _padded(module, images.sum(0, keepdim=True, dtype=wide))
         patches = functional.unfold(padded, module.kernel_size, module.dilation, 0, module.stride)
         total, count = patches[0].sum(1), samples * positions
@@ -207,7 +206,7 @@ def _summed(
 
 
 def _padded(module: nn.Conv2d, images: Tensor) -> Tensor:
-    """Images with the borders that the convolution gives them."""
+    """Images with the padding of the convolution."""
     sides: list[int] = []
     for i in (1, 0):  # the last dimension comes first
         if isinstance(module.padding, str):

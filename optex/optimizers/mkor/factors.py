@@ -1,4 +1,4 @@
-"""Inverse factors of a layer, kept by rank-1 updates, and a gradient between them."""
+"""Inverse factors of a layer, kept by rank-1 updates, and their product with a gradient."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-_CACHED: Final = 1 << 16  # numbers
+_CACHED: Final = 1 << 16  # numbers that stay in a CPU's cache
 
 __all__ = ["UPDATES", "exact_update", "preconditioned", "released_update", "stabilised"]
 
@@ -20,7 +20,8 @@ def released_update(
 ) -> None:
     """P <- Q - Q v (Q v)' / (1 + v' Q v) with Q = decay P + (1 - decay) I, as in the authors' code.
 
-    It is the inverse of inv(Q) + v v'. P never exceeds I: Q <= I where P <= I, and what goes off is positive.
+    It is the inverse of inv(Q) + v v'. P never exceeds I: Q <= I where P <= I, and the term subtracted is
+    positive semidefinite.
 
     >>> P = torch.eye(2)
     >>> released_update(P, torch.tensor([1.0, 0.0]), 0.95)
@@ -51,9 +52,9 @@ def exact_update(
     product = factor @ vector
     share = (1 - decay) / decay / (decay + (1 - decay) * (vector @ product).clamp_min(0))
     product *= share.sqrt()
-    # Not addr_, whose kernel may round an entry and its mirror image differently: what is not symmetric grows
-    # by 1 / decay in every update, and nothing takes it off again. On CPUs some rows at a time, which stay in
-    # the cache; elsewhere a launch costs more than a pass.
+    # Not addr_, whose kernel may round an entry and its mirror image differently: an asymmetry grows by
+    # 1 / decay in every update and never decays. On CPUs a few rows at a time, which stay in the cache;
+    # elsewhere a launch costs more than a pass.
     rows = max(1, _CACHED // len(product)) if factor.device.type == "cpu" else len(product)
     for part, piece in zip(factor.split(rows), product.split(rows), strict=True):
         part.div_(decay).sub_(piece[:, None] * product)

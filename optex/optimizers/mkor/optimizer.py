@@ -24,7 +24,7 @@ _STATE_KEY = "mkor"
 
 
 class MKOR(OptimizerWrapper):
-    """Every layer's gradient between two inverse factors, ``U = P_L [g_W | g_b] P_R``, for a first-order step.
+    """A first-order step with every layer's gradient between two inverse factors, ``U = P_L [g_W | g_b] P_R``.
 
     Every ``interval`` steps the factors take in one vector each, at a cost of d² and not d³: the right one the
     mean a of the layer's inputs (and a 1 for the bias), the left one the mean g over samples of the gradient of
@@ -33,28 +33,27 @@ class MKOR(OptimizerWrapper):
         released:  Q = decay P + (1 - decay) I,   P <- Q - Q v (Q v)' / (1 + v' Q v)
         exact:     P <- [P - (1 - decay) P v (P v)' / (decay + (1 - decay) v' P v)] / decay
 
-    A factor whose largest entry is above ``threshold`` is pulled to the identity. U is as long as the gradient
-    was; the base optimizer steps with it, and the parameters' ``.grad`` are the gradients again afterwards.
-    Linear layers and convolutions (``Conv2d``, one group) have factors; all other parameters, and layers that
-    share theirs, are the base optimizer's alone.
+    A factor whose largest entry is above ``threshold`` is pulled to the identity. U is scaled to the length of
+    the gradient; the base optimizer steps with it, and afterwards the parameters' ``.grad`` are the gradients
+    again. Linear layers and convolutions (``Conv2d``, one group) have factors; all other parameters, and layers
+    that share theirs, are stepped by the base optimizer alone.
 
     Hooks record the vectors in evaluations with autograd on, in training and evaluation mode alike; run what
     is not for training under ``torch.no_grad()``. Several backward passes before a step count as one batch.
-    Losses have to be means over the batch. ``with MKOR(...) as optimizer`` takes the hooks off at its end.
+    Losses have to be means over the batch. ``with MKOR(...) as optimizer`` removes the hooks at its end.
 
     Args:
-        model: the module whose layers are listened to.
-        base_optimizer: any ``torch.optim.Optimizer`` of its parameters that steps with ``.grad``; groups and
-            state are its own, live.
+        model: the module whose layers get factors.
+        base_optimizer: any ``torch.optim.Optimizer`` of its parameters that steps with ``.grad``; its groups
+            and state are shared live.
         variant: ``"released"``, as in the authors' code, or ``"exact"``, the inverse of a running mean of v v'.
         interval: steps between two updates of the factors.
         decay: of the factors, above 0 and below 1.
         threshold: above 1; None never pulls.
         reset: how far towards the identity, above 0 and at most 1; by default 1 for released and 0.1 for exact.
-        hybrid: MKOR-H: after every ``period`` steps compare how much the running mean of losses fell with the
-            most it ever did; from the second period in a row below a tenth of that, go on with the base
-            optimizer alone. The losses are those that the closure returns, that ``note_loss`` was told, or that
-            ``model`` itself returns, one that computes its own.
+        hybrid: MKOR-H: after every ``period`` steps compare the relative decrease of the running mean of losses
+            with the largest so far; after two periods in a row below a tenth of that, use the base optimizer
+            alone. Losses come from the closure, from ``note_loss``, or from ``model`` if it returns its loss.
         period: steps, at least 1.
         average: called at every update of the factors with one flat tensor of all vectors, to average it in
             place over data-parallel ranks.
@@ -110,20 +109,20 @@ class MKOR(OptimizerWrapper):
             )
         if not isinstance(variant, str) or variant not in UPDATES:
             raise ValueError(f"MKOR: variant must be one of {', '.join(UPDATES)}, got {variant!r}")
-        self.model = model
-        self.variant = variant
+        self.model: nn.Module = model
+        self.variant: Literal["released", "exact"] = variant
         self.interval: int = check_integer("MKOR", "interval", interval)
         self.decay: float = check_number("MKOR", "decay", decay, most=1, open_below=True, open_above=True)
-        self.threshold = (
+        self.threshold: float | None = (
             None
             if threshold is None
             else check_number("MKOR", "threshold", threshold, least=1, open_below=True)
         )
         reset = (1.0 if variant == "released" else 0.1) if reset is None else reset
         self.reset: float = check_number("MKOR", "reset", reset, most=1, open_below=True)
-        self.hybrid = check_flag("MKOR", "hybrid", hybrid)
+        self.hybrid: bool = check_flag("MKOR", "hybrid", hybrid)
         self.period: int = check_integer("MKOR", "period", period)
-        self.average = average
+        self.average: Callable[[Tensor], Any] | None = average
         self.factors: dict[str, dict[str, Tensor]] = {}
         self._switch = watch()
         self._recalled: tuple[Vectors, Tensor | None] | None = None
@@ -178,7 +177,7 @@ class MKOR(OptimizerWrapper):
             self._attach()
 
     def remove(self) -> None:
-        """Take the hooks off the model; further steps use the factors as they are."""
+        """Remove the hooks from the model; further steps use the factors as they are."""
         self._capture.detach()
 
     def __enter__(self) -> MKOR:
@@ -189,23 +188,23 @@ class MKOR(OptimizerWrapper):
 
     @property
     def switched(self) -> bool:
-        """Whether MKOR-H has gone over to the base optimizer alone."""
+        """Whether MKOR-H has switched to the base optimizer alone."""
         return self._switch["switched"]
 
     @property
     def steps(self) -> int:
-        """Taken so far; those on predictions do not count."""
+        """Steps taken so far, without those on predictions."""
         return self.__dict__["steps"]
 
     @steps.setter
     def steps(self, count: int) -> None:
-        # Set where a step ends, a state is loaded, or steps are taken back: what is recorded is of the past.
+        # Set where a step ends, a state is loaded, or steps are taken back: what was recorded is then outdated.
         self.__dict__["steps"] = count
         self._capture.clear()
         self._arm()
 
     def _arm(self) -> None:
-        """Record evaluations only where a step will use what they leave."""
+        """Record evaluations only if the next step uses them."""
         due = self._capture.observed or self.steps % self.interval == 0
         self._capture.armed = due and not self.switched
 
@@ -289,7 +288,7 @@ class MKOR(OptimizerWrapper):
 
     @contextmanager
     def _transformed(self) -> Iterator[None]:
-        """The parameters' ``.grad`` are the transformed gradients inside, and the gradients again behind."""
+        """The parameters' ``.grad`` are the transformed gradients inside, and the gradients again after."""
         before: list[tuple[Tensor, Tensor]] = []
         try:
             for name, pair in self.factors.items():
@@ -312,9 +311,12 @@ class MKOR(OptimizerWrapper):
     # ------------------------------------------------------------------ MKOR-H
 
     def note_loss(self, loss: Any) -> None:
-        """Tell MKOR-H the loss of the step to come, where neither closure nor model returns it.
+        """Tell MKOR-H the loss of the next step, where neither closure nor model returns it.
 
-        Under ``OptEx`` it is called in the objective.
+        Args:
+            loss: a number, or a tensor [].
+
+        Under ``OptEx`` call it in the objective.
         """
         if self.hybrid:
             self._capture.loss = torch.as_tensor(loss).detach()
@@ -338,7 +340,7 @@ class MKOR(OptimizerWrapper):
     def drafting(self) -> Iterator[None]:
         """Steps inside are on predictions: they use the factors as they are, and are not counted."""
         before, self._drafting = self._drafting, True
-        self._capture.clear()  # of an evaluation that came to no end
+        self._capture.clear()  # left by an evaluation that failed
         self._arm()
         try:
             yield
@@ -346,7 +348,7 @@ class MKOR(OptimizerWrapper):
             self._drafting = before
 
     def observe(self) -> tuple[Vectors, Tensor | None]:
-        """The vectors and the loss of the evaluation that just ended, taken away."""
+        """Return the vectors and the loss of the evaluation that just ended, and forget them."""
         loss = self._capture.loss
         vectors = self._capture.take()
         self._capture.observed = True
@@ -354,7 +356,7 @@ class MKOR(OptimizerWrapper):
         return vectors, loss
 
     def recall(self, observation: tuple[Vectors, Tensor | None]) -> None:
-        """The next step uses the gradient of the evaluation that this was observed in."""
+        """Give the next step what was observed in the evaluation whose gradient it uses."""
         self._recalled = observation
 
     # ------------------------------------------------------------------ torch.optim.Optimizer
@@ -375,7 +377,7 @@ class MKOR(OptimizerWrapper):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a saved state; from one of the base optimizer alone, with no factors yet.
+        """Resume from a saved state; from one of the base optimizer alone without factors.
 
         Raises:
             ValueError: it is of other layers or parameters; the optimizer is as it was.
@@ -425,7 +427,7 @@ def _identity(like: Tensor) -> Tensor:  # [d] to [d, d]
 
 
 def _averaged(vectors: Vectors, average: Callable[[Tensor], Any]) -> Vectors:
-    """The vectors after ``average`` changed them in place, all in one."""
+    """The vectors after ``average`` changed them in place, as one tensor."""
     pieces = [piece for pair in vectors.values() for piece in pair]
     flat = torch.cat([piece.to(pieces[0]) for piece in pieces])
     average(flat)

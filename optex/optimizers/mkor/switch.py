@@ -1,4 +1,4 @@
-"""MKOR-H's rule: when the loss falls much more slowly than it once did, go on with the base optimizer alone."""
+"""MKOR-H's rule: once the loss falls much more slowly than at its fastest, use the base optimizer alone."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 
 __all__ = ["MEMORY", "SLOW", "judged", "noted", "watch"]
 
-MEMORY: Final = 0.95  # of the running mean of losses
-SLOW: Final = 0.1  # of the fastest decrease
+MEMORY: Final = 0.95  # decay of the running mean of losses
+SLOW: Final = 0.1  # share of the fastest decrease below which a period is slow
 
 
 def watch() -> dict[str, Any]:
@@ -19,7 +19,7 @@ def watch() -> dict[str, Any]:
 
 
 def noted(state: dict[str, Any], loss: Tensor) -> dict[str, Any]:
-    """The state with one more loss in the running mean; one that is not finite is passed over.
+    """The state with one more loss in the running mean; one that is not finite is ignored.
 
     >>> float(noted(noted(watch(), torch.tensor(1.0)), torch.tensor(3.0))["mean"])
     1.1
