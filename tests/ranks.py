@@ -1,12 +1,16 @@
 """Runs a function of a module on several gloo ranks of this machine, each in a process of its own."""
 
+from __future__ import annotations
+
 import contextlib
 import multiprocessing
 import queue
 import socket
 import time
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +20,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch.distributed.tensor", "torch.distributed.checkpoint", "optex"])
 
 
-def run_ranks(function, size, *args, timeout=120):
+def run_ranks(function: Callable[..., Any], size: int, *args: Any, timeout: float = 120) -> list[Any]:
     """What ``function(rank, *args)`` returned on each rank; fails with the traceback of one that failed."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -45,7 +49,7 @@ def run_ranks(function, size, *args, timeout=120):
             process.join(max(deadline - time.monotonic(), 0) if len(results) == size else 0)
             process.kill()
     assert time.monotonic() < deadline, f"only ranks {sorted(results)} ended within {timeout} s"
-    return [results.get(rank) for rank in range(size)]
+    return [results.get(rank) for rank in range(size)]  # None of a rank that was made to die
 
 
 def _run(function, rank, size, port, answers, args):
