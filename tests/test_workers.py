@@ -69,7 +69,7 @@ class SquaredError:
 
 
 def processes_of(evaluator: WorkersEvaluator) -> list[BaseProcess]:
-    """Those that compute for this evaluator; several evaluators may run, and nothing public tells them apart."""
+    """Those that compute for this evaluator; several may run, and nothing public tells them apart."""
     pool = evaluator._pool
     assert isinstance(pool, process_pool.ProcessPool)
     return [worker.process for worker in pool._workers]
