@@ -42,6 +42,12 @@ def request(source, vector, points, batches, **options):
     return EvaluationRequest(source, vector, points, batches, [RandomDraws() for _ in points], **options)
 
 
+def weight_of(layer: nn.Module) -> torch.Tensor:
+    """That of a linear layer; what ``model[0]`` is, only the caller knows."""
+    assert isinstance(layer, nn.Linear)
+    return layer.weight
+
+
 def snapshot(model):
     return [p.detach().clone() for p in model.parameters()]
 

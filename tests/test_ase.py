@@ -24,6 +24,7 @@ from ase.cluster import Icosahedron, Octahedron
 from ase.constraints import FixAtoms, FixCartesian, FixedPlane
 from ase.filters import FrechetCellFilter, StrainFilter, UnitCellFilter
 from ase.io import Trajectory
+from ase.io.trajectory import TrajectoryReader
 from ase.mep import NEB
 from ase.optimize import BFGS
 from ase.optimize.optimize import RestartError
@@ -97,6 +98,7 @@ class Pairs(Calculator):
 
     def calculate(self, *args: Any, **options: Any) -> None:
         super().calculate(*args, **options)
+        assert self.atoms is not None
         gaps = self.atoms.positions[:, None] - self.atoms.positions  # [n, n, 3]
         squares = (gaps**2).sum(2)
         np.fill_diagonal(squares, np.inf)
@@ -315,7 +317,7 @@ def test_forces_of_fixed_atoms_reach_observers_whole() -> None:
 def test_cells_relax(kind: Any) -> None:
     def strained() -> Atoms:
         atoms = bulk("Cu", cubic=True)
-        atoms.set_cell(atoms.cell * 1.04, scale_atoms=True)
+        atoms.set_cell(atoms.cell.array * 1.04, scale_atoms=True)
         atoms.rattle(0.03, seed=1)
         atoms.calc = EMT()
         return atoms
@@ -331,7 +333,7 @@ def test_cells_relax(kind: Any) -> None:
 
 def test_strain_alone_relaxes() -> None:
     atoms = bulk("Cu", cubic=True)
-    atoms.set_cell(atoms.cell * 1.03, scale_atoms=True)
+    atoms.set_cell(atoms.cell.array * 1.03, scale_atoms=True)
     atoms.calc = EMT()
     assert relaxer(StrainFilter(atoms), lr=0.002).run(fmax=0.01, steps=200)
     assert np.abs(atoms.get_stress()).max() < 1e-3
@@ -356,30 +358,49 @@ def test_workers_change_nothing(make: Callable[[], Atoms], workers: Any) -> None
 
 
 def test_a_lost_image_costs_nothing_but_itself() -> None:
-    atoms = rattled(calculator=Counting(fail_at=(4, 9)))
+    atoms, lost = rattled(calculator=Counting(fail_at=(4, 5, 6))), []  # once more than it is tried again
     with ThreadPoolExecutor(1) as threads:
-        assert relaxer(atoms, workers=threads).run(fmax=0.02, steps=100)
+        optimizer = relaxer(atoms, workers=threads)
+        optimizer.attach(lambda: lost.extend(optimizer.last_report.lost if optimizer.last_report else ()))
+        assert optimizer.run(fmax=0.02, steps=100)
+    assert len(lost) == 1
+    assert largest_force(atoms) < 0.02
 
 
 def test_a_calculator_that_cannot_be_copied_is_named() -> None:
-    atoms = rattled(calculator=Pairs())
-    atoms.calc.lock = threading.Lock()
+    calculator = Pairs()
+    calculator.lock = threading.Lock()  # pyright: ignore[reportAttributeAccessIssue]
+    atoms = rattled(calculator=calculator)
     with pytest.raises(TypeError, match="cannot pickle") as caught:
         relaxer(atoms, workers=lambda *task: list(map(*task))).run()
     assert caught.value.__notes__[-1].endswith("sent to workers, is the calculator, Pairs")
 
 
 def test_a_calculator_that_fails_leaves_the_atoms_at_the_start_of_the_round() -> None:
+    whole, starts = rattled(), []
+    undisturbed = relaxer(whole)
+    undisturbed.attach(lambda: starts.append(whole.get_positions()))
+    undisturbed.run(fmax=0.01, steps=100)
     atoms = rattled(calculator=Counting(fail_at=(10,)))
     optimizer, seen = relaxer(atoms), []
     optimizer.attach(lambda: seen.append(atoms.get_positions()))
     with pytest.raises(RuntimeError, match="cluster is down"):
         optimizer.run(fmax=0.01, steps=100)
+    assert len(seen) > 1
+    # A start is shown once it is measured: the failed round's is the next that would have been.
+    np.testing.assert_allclose(atoms.get_positions(), starts[len(seen)], rtol=0, atol=1e-9)
     assert isinstance(atoms.calc, Counting)
     assert optimizer.run(fmax=0.01, steps=100)  # the next try works
 
 
 # ---------------------------------------------------------------------- what ASE users expect
+
+
+def written_to(path: Path) -> list[Any]:
+    """All images of a trajectory."""
+    with Trajectory(str(path)) as reader:
+        assert isinstance(reader, TrajectoryReader)
+        return list(reader)
 
 
 def test_trajectory_has_what_was_measured(tmp_path: Path) -> None:
@@ -389,8 +410,7 @@ def test_trajectory_has_what_was_measured(tmp_path: Path) -> None:
     with relaxer(atoms, trajectory=str(path)) as optimizer:
         assert optimizer.run(fmax=0.02, steps=100)
     assert calculator.calls == optimizer.force_calls
-    with Trajectory(str(path)) as written:
-        images = list(written)
+    images = written_to(path)
     assert len(images) == optimizer.nsteps + 1
     for image in images:
         fresh = image.copy()
@@ -406,8 +426,7 @@ def test_trajectory_of_a_cell_has_stress(tmp_path: Path) -> None:
     atoms.calc = EMT()
     path = tmp_path / "cell.traj"
     relaxer(FrechetCellFilter(atoms), trajectory=str(path), lr=0.005).run(fmax=0.05, steps=30)
-    with Trajectory(str(path)) as written:
-        first = written[0]
+    first = written_to(path)[0]
     fresh = first.copy()
     fresh.calc = EMT()
     np.testing.assert_allclose(first.get_stress(), fresh.get_stress(), atol=1e-12)
@@ -455,9 +474,9 @@ def test_restart_is_the_same_run_bit_for_bit(tmp_path: Path, optimizer: str) -> 
 
 
 def test_restart_of_a_cell_goes_on_in_the_same_coordinates(tmp_path: Path) -> None:
-    def cell(cells: Any = None) -> Atoms:
+    def cell() -> Atoms:
         atoms = bulk("Cu", cubic=True)
-        atoms.set_cell(atoms.cell * 1.04 if cells is None else cells, scale_atoms=True)
+        atoms.set_cell(atoms.cell.array * 1.04, scale_atoms=True)
         atoms.calc = EMT()
         return atoms
 

@@ -11,6 +11,7 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,6 +49,12 @@ def flat(model):
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()]).clone()
 
 
+def newest_in(directory):
+    folder = checkpoint.latest(directory)
+    assert folder is not None
+    return folder
+
+
 def names(directory):
     return sorted(path.name for path in directory.iterdir())
 
@@ -80,13 +87,11 @@ def test_a_run_goes_on_as_if_nothing_had_happened(tmp_path):
     assert len(optimizer.state_dict()["optex"]["window"]) > 0
     assert folder == tmp_path / f"step-{optimizer.steps_taken:08d}" == checkpoint.latest(tmp_path)
     assert names(folder) == ["manifest.json", "rest-0.pt"]
-    extra, found, other = loaded(tmp_path)
-    assert extra == {"epoch": 3}
-    assert torch.equal(found, flat(model))
     twin = network(seed=1)
     base, rule = torch.optim.Adam(twin.parameters()), WithinTolerance(0.05, adaptive=False)
-    other = OptEx(base, parallelism=4, acceptance=rule)
-    checkpoint.load(tmp_path, other)
+    other = OptEx(base, parallelism=4, acceptance=rule)  # at torch's own rate: the run's has to come along
+    assert checkpoint.load(tmp_path, other) == {"epoch": 3}
+    assert torch.equal(flat(twin), flat(model))
     walk(model, optimizer, 5)
     walk(twin, other, 5)
     assert torch.equal(flat(twin), flat(model))
@@ -110,10 +115,10 @@ def test_the_newest_stay_by_number_not_by_name(tmp_path):
         checkpoint.save(tmp_path, optimizer, keep=3)
         steps.append(optimizer.steps_taken)
     assert names(tmp_path) == [f"step-{step:08d}" for step in steps[-3:]]
-    shutil.copytree(checkpoint.latest(tmp_path), tmp_path / "step-100000000")
-    assert checkpoint.latest(tmp_path).name == "step-100000000"  # comes before step-99999999 by name
-    shutil.copytree(checkpoint.latest(tmp_path), tmp_path / "step-99999999")
-    assert checkpoint.latest(tmp_path).name == "step-100000000"
+    shutil.copytree(newest_in(tmp_path), tmp_path / "step-100000000")
+    assert newest_in(tmp_path).name == "step-100000000"  # comes before step-99999999 by name
+    shutil.copytree(newest_in(tmp_path), tmp_path / "step-99999999")
+    assert newest_in(tmp_path).name == "step-100000000"
 
 
 def test_what_is_not_a_checkpoint_is_left_alone(tmp_path):
@@ -285,7 +290,7 @@ FAILING = [(torch, "save"), (os, "fsync"), (Path, "mkdir"), (Path, "open"), (Pat
 )
 def test_a_full_disk_leaves_what_is_complete(saved, tmp_path, monkeypatch, owner, name, failure):
     directory, model, optimizer = saved
-    original = getattr(owner, name)
+    original, stopped = getattr(owner, name), []
     for last in itertools.count():
         here = tmp_path / f"{last}"
         shutil.copytree(directory, here)
@@ -300,23 +305,24 @@ def test_a_full_disk_leaves_what_is_complete(saved, tmp_path, monkeypatch, owner
             patch.setattr(owner, name, failing)
             try:
                 checkpoint.save(here, optimizer, "new")
-            except type(failure) as error:
+            except (OSError, KeyboardInterrupt) as error:
                 assert error is failure  # noqa: PT017
+                stopped.append(last)
         if next(counter) <= last:
             break
         extra, point, _ = loaded_anyway(here)
-        assert extra in ("old", "new")
+        assert extra == "new" or (extra == "old" and last in stopped)
         assert torch.equal(point, flat(model))
         checkpoint.save(here, optimizer, "after")
         assert loaded(here)[0] == "after"
-    assert last > 0
+    assert stopped
 
 
 class Filling:
     """A file on a disk that has little room left."""
 
-    def __init__(self, file, room):
-        self.file, self.room = file, room
+    def __init__(self, file, room, failure):
+        self.file, self.room, self.failure = file, room, failure
 
     def write(self, content):
         self.room -= len(content)
@@ -341,11 +347,10 @@ def test_a_write_that_fails_half_way_comes_through(saved, monkeypatch, failure):
     # torch's writer of archives covers the first error up with one of its own.
     directory, _, optimizer = saved
     opened = Path.open
-    monkeypatch.setattr(Filling, "failure", failure, raising=False)
 
     def filling(path, mode="r", **options):
         file = opened(path, mode, **options)
-        return Filling(file, 3000) if path.suffix == ".pt" and mode == "wb" else file
+        return Filling(file, 3000, failure) if path.suffix == ".pt" and mode == "wb" else file
 
     monkeypatch.setattr(Path, "open", filling)
     with pytest.raises(type(failure)) as caught:
@@ -472,6 +477,8 @@ def test_an_interrupt_before_the_parameters_move_comes_after_they_did(two, monke
 
 
 class Evil:
+    """What harms whoever unpickles it."""
+
     ran = False
 
     def __reduce__(self):
@@ -531,7 +538,7 @@ FAILING_RANKS = [
 
 def on_two_ranks(rank, directory):
     """Save, save again, fail in every phase, be stopped, be damaged; what was found on this rank."""
-    said = {}
+    said: dict[str, Any] = {}
     model, optimizer = walked(2, DistributedEvaluator())
     folder = checkpoint.save(directory, optimizer, PLAIN)
     said["files"] = names(folder)
@@ -599,24 +606,20 @@ def test_two_ranks(tmp_path):
 
 
 def save_split(rank, directory):
-    _, optimizer = walked(2, DistributedEvaluator())
+    model, optimizer = walked(2, DistributedEvaluator())
     checkpoint.save(directory, optimizer, PLAIN)
-
-
-class Running:
-    def __reduce__(self):
-        return (setattr, (Evil, "ran", True))
+    return flat(model).numpy()
 
 
 def test_slices_are_read_without_running_code(tmp_path):
-    run_ranks(save_split, 2, tmp_path)
+    first, _ = run_ranks(save_split, 2, tmp_path)
     extra, point, _ = loaded(tmp_path)
     assert extra["epoch"] == 3
-    assert torch.equal(point, loaded(tmp_path)[1])
-    folder = checkpoint.latest(tmp_path)
+    np.testing.assert_array_equal(point, first)
+    folder = newest_in(tmp_path)
     # Whoever means harm writes the manifest, too.
     metadata = dcp.FileSystemReader(folder).read_metadata()
-    metadata.planner_data = Running()
+    metadata.planner_data = Evil()
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     files = [name for name in names(folder) if name != "manifest.json"]
     folders.write_manifest(folder, folders.checked_in(folder, files))

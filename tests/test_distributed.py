@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -35,7 +36,7 @@ from optex.distributed.sharding import ShardedSpace
 from optex.stepping.bases import ELEMENTWISE
 from optex.vector_space import VectorSpace
 from tests.bases import BASES
-from tests.models import network, regression_batches, squared_error
+from tests.models import network, regression_batches, squared_error, weight_of
 from tests.ranks import run_ranks
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "train_distributed.py"
@@ -204,7 +205,7 @@ def _backward(loss):
     return loss
 
 
-def test_unusual_slices():
+def test_slices_of_low_precision_and_fewer_numbers_than_ranks_go_the_sequential_way():
     answers = run_ranks(unusual_cases, 3)
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
         model = network(dtype=dtype)
@@ -238,8 +239,10 @@ def check_deal_and_collect(d, n):
     assert slices.shape == (n, space.width)
     assert torch.equal(space.deal(slices), mine)
     assert torch.equal(space.collect(mine, n), slices)
-    assert torch.equal(space.whole(slices).full_tensor(), rows)
-    assert torch.equal(space.local(space.whole(slices)), slices)
+    joined = space.whole(slices)
+    assert isinstance(joined, DTensor)
+    assert torch.equal(joined.full_tensor(), rows)
+    assert torch.equal(space.local(joined), slices)
     assert torch.equal(space.gathered(slices[0]), rows[0])
     torch.testing.assert_close(space.inner_products(slices, slices), whole.inner_products(rows, rows))
     torch.testing.assert_close(space.norms(slices), whole.norms(rows))
@@ -268,8 +271,8 @@ def run_data(evaluator, shard, clipped, batches):
 
 def data_cases(rank, cases):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("proxies", "data"))
-    batches = halves(regression_batches(8), mesh.get_coordinate()[1])
-    return [run_data(DistributedEvaluator(mesh), *case, batches) for case in cases]
+    batches = halves(regression_batches(8), mesh.get_local_rank("data"))
+    return [run_data(DistributedEvaluator(mesh), shard, clipped, batches) for shard, clipped in cases]
 
 
 def test_parts_of_batches_are_averaged():
@@ -327,10 +330,12 @@ def count_numbers(d, n, shard):
     rounds = optimizer.rounds(range(1, 6 * n), lambda i: (theta - i / 100).square().sum())
     next(rounds)
     traffic = evaluator.traffic
+    assert traffic is not None
     before = (traffic.sent, traffic.received, traffic.small)
     for _ in range(3):
         next(rounds)
-    return [(now - then) / 3 / 4 for now, then in zip(vars(traffic).values(), before, strict=False)]
+    after = (traffic.sent, traffic.received, traffic.small)
+    return [(now - then) / 3 / 4 for now, then in zip(after, before, strict=True)]
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -388,7 +393,7 @@ def mistakes(rank):
     optimizer, _ = adam_run(model, batches)
     next(optimizer.rounds(batches, squared_error(model)))
     with torch.no_grad():
-        model[0].weight.zero_()
+        weight_of(model[0]).zero_()
     said["stale"] = said_by(lambda: next(optimizer.rounds(batches, squared_error(model))))
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("ranks",))
     said["mesh"] = said_by(lambda: adam_run(network(), batches, evaluator=DistributedEvaluator(mesh)))
@@ -419,11 +424,9 @@ def leave_early(rank):
     next(rounds)
     if rank == 1:
         os._exit(1)
-    try:
+    with pytest.raises(RankLostError) as caught:
         list(rounds)
-    except RankLostError as error:
-        sys.stdout.flush()
-        return str(error)
+    return str(caught.value)
 
 
 def test_a_rank_that_dies_is_missed():
@@ -444,7 +447,7 @@ def changes(rank):
     for _ in optimizer.rounds(batches[:6], error):
         pass
     with torch.no_grad():  # whole after the last round
-        model[0].weight.mul_(0.9)
+        weight_of(model[0]).mul_(0.9)
     optimizer.param_groups[0]["lr"] = 0.01
     list(optimizer.rounds(batches[6:12], error))
     optimizer.add_param_group({"params": model[2].parameters(), "lr": 0.005})
@@ -488,15 +491,17 @@ def save_cases(rank, cases):
 
 
 def save_in_between(rank, directory, shard=True):
+    """Save after each of three rounds; the last folder."""
     alone = rank is None
     model, optimizer = checkpointed(None if alone else DistributedEvaluator(), shard=None if alone else shard)
-    for report in optimizer.rounds(regression_batches(24), squared_error(model)):
-        if report.number < 3:
-            folder = checkpoint.save(directory, optimizer, {"round": report.number})
-        if report.number == 2:
-            break
+    rounds = optimizer.rounds(regression_batches(24), squared_error(model))
+    folders = [
+        checkpoint.save(directory, optimizer, {"round": report.number})
+        for report in itertools.islice(rounds, 3)
+    ]
+    assert len(folders) == 3
     assert len(optimizer.state_dict()["optex"]["window"]) > 0
-    return str(folder)
+    return str(folders[-1])
 
 
 def go_on_cases(rank, cases):
@@ -552,10 +557,14 @@ def test_a_checkpoint_keeps_every_part_of_the_batches(tmp_path):
         assert re.search("another number of ranks along 'data'.*Load it with as many", said)
 
 
-def test_checkpoint_mistakes(tmp_path):
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     _, optimizer = checkpointed(None)
     with pytest.raises(FileNotFoundError, match="no complete checkpoint in"):
         checkpoint.load(tmp_path, optimizer)
+
+
+def test_to_keep_no_checkpoint_is_refused(tmp_path):
+    _, optimizer = checkpointed(None)
     with pytest.raises(ValueError, match="keep must be an integer of at least 1, got 0"):
         checkpoint.save(tmp_path, optimizer, keep=0)
 
@@ -629,6 +638,8 @@ def test_splitting_needs_ranks():
 
 def train_example(rank, options):
     spec = importlib.util.spec_from_file_location("train_distributed", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     return example.train(argparse.Namespace(**options))

@@ -58,6 +58,7 @@ def test_no_object_is_left_behind_by_a_round(settings, early, late):
     for _ in itertools.islice(rounds, late - early):
         pass
     after = census()
+    assert optimizer.last_report is not None
     assert optimizer.last_report.number == late - 1
     # A window, a queue and a history hold a few more or less at any moment; a leak would be hundreds.
     assert not {kind: count - kinds[kind] for kind, count in after[0].items() if count > kinds[kind] + 30}

@@ -1,3 +1,5 @@
+"""Evaluators in this process: the vectorized one as the twin of the sequential one, and the draws of both."""
+
 import pytest
 import torch
 from torch import nn
@@ -42,7 +44,7 @@ def test_vectorized_gives_the_sequential_answer(kind, chunk_size):
     assert same(snapshot(model), before)
 
 
-def test_frozen_and_tied_parameters():
+def test_vectorized_gradients_of_tied_parameters_beside_frozen_ones_are_the_sequential_ones():
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
@@ -118,29 +120,36 @@ def test_batch_norm_is_refused_with_the_remedy():
     next(optimizer.rounds(regression_batches(4), squared_error(model)))
 
 
-def test_closures_and_strangers_are_refused():
+def test_a_closure_cannot_be_vectorized():
     model = network()
     optimizer = OptEx(torch.optim.Adam(model.parameters()), evaluator=VectorizedEvaluator(model))
     with pytest.raises(TypeError, match="cannot be vectorized; use rounds"):
         optimizer.step(lambda: 0.0)
-    optimizer.evaluator = VectorizedEvaluator(network())
+
+
+def test_a_model_without_the_optimizers_parameters_is_refused():
+    optimizer = OptEx(torch.optim.Adam(network().parameters()), evaluator=VectorizedEvaluator(network()))
     with pytest.raises(
         ValueError, match=r"4 of the optimizer's parameters .first: number 0. are not parameters of"
     ):
-        next(optimizer.rounds(regression_batches(4), squared_error(model)))
+        next(optimizer.rounds(regression_batches(4), squared_error(network())))
 
 
 @pytest.mark.parametrize(
     ("make", "kind", "message"),
     [
-        (lambda: VectorizedEvaluator(lambda x: x), TypeError, "model must be a torch.nn.Module, got function"),
+        (
+            lambda: VectorizedEvaluator(lambda x: x),  # pyright: ignore[reportArgumentType]
+            TypeError,
+            "model must be a torch.nn.Module, got function",
+        ),
         (
             lambda: VectorizedEvaluator(network(), chunk_size=0),
             ValueError,
             "chunk_size must be an integer of at least 1, got 0",
         ),
         (
-            lambda: VectorizedEvaluator(network(), randomness="no"),
+            lambda: VectorizedEvaluator(network(), randomness="no"),  # pyright: ignore[reportArgumentType]
             ValueError,
             "randomness must be 'error', 'diff",
         ),

@@ -54,15 +54,17 @@ def test_an_answer_depends_on_point_batch_and_seed_alone(name):
 
 
 @every
-def test_a_deterministic_source_draws_nothing(name):
+def test_answers_are_the_same_for_any_batch_and_seed_where_that_is_declared_and_only_there(name):
     source, parameters, batches = SOURCES[name].make()
-    one, two = (gradient_of(source, parameters, batches(1)[0], seed) for seed in (0, 1))
-    assert same(one[2], two[2]) or not source.deterministic
+    first, *others = (gradient_of(source, parameters, batch, seed) for seed, batch in enumerate(batches(4)))
+    alike = all(torch.equal(first[0], other[0]) and same(first[2], other[2]) for other in others)
+    assert alike == source.deterministic
 
 
 @pytest.mark.parametrize("name", [name for name, row in SOURCES.items() if row.exact is not None])
 def test_the_mean_answer_is_the_gradient(name):
     row = SOURCES[name]
+    assert row.exact is not None
     source, parameters, batches = row.make()
     answers = [
         gradient_of(source, parameters, batch, seed)[2] for seed, batch in enumerate(batches(row.answers))
@@ -145,7 +147,7 @@ def test_parameters_that_are_not_finite_lose_nothing(name):
         parameters[0].view(-1)[0] = torch.nan
     before = points(parameters)
     optimizer = OptEx(torch.optim.SGD(parameters, lr=0.1), parallelism=2)
-    with pytest.raises((NonFiniteError, ValueError, ArithmeticError)):
+    with pytest.raises(NonFiniteError):
         next(optimizer.rounds(iter(batches(4)), source))
     assert all(
         torch.equal(p.nan_to_num(7.0), b.nan_to_num(7.0))

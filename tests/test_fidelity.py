@@ -1,9 +1,11 @@
 """What a training loop does beside stepping: with tolerance 0 all of it is the plain loop's, bit for bit."""
 
 import itertools
+import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,12 +53,6 @@ def adam(model):
 
 def state_of(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def assert_same_model(left, right):
-    left, right = left.state_dict(), right.state_dict()
-    for name in left:
-        assert torch.equal(left[name], right[name]), name
 
 
 def run_plain(model, base, batches, objective=None, scheduler=None, after_backward=None):
@@ -110,14 +106,14 @@ def test_batchnorm_counts_steps_when_several_are_kept():
         assert state["norm.num_batches_tracked"] == steps
 
 
-def test_batchnorm_under_the_papers_rules():
+@pytest.mark.parametrize(("evaluate", "passes"), [("all", 3), ("last", 1)])
+def test_batchnorm_under_the_papers_rules(evaluate, passes):
     # A selection keeps the statistics of the proxies up to the one it goes on from.
-    for acceptance, passes in ((Last(), 3), (Last("last"), 1)):
-        model = Normed()
-        optimizer = OptEx(adam(model), parallelism=3, acceptance=acceptance, model=model)
-        reports = list(itertools.islice(optimizer.rounds(batches_of(30), squared_error(model)), 5))
-        assert [report.accepted for report in reports] == [3] * 5
-        assert model.norm.num_batches_tracked == 5 * passes
+    model = Normed()
+    optimizer = OptEx(adam(model), parallelism=3, acceptance=Last(evaluate), model=model)
+    reports = list(itertools.islice(optimizer.rounds(batches_of(30), squared_error(model)), 5))
+    assert [report.accepted for report in reports] == [3] * 5
+    assert model.norm.num_batches_tracked == 5 * passes
 
 
 def test_a_module_as_objective_brings_its_buffers():
@@ -257,10 +253,15 @@ def test_accumulation_is_the_plain_loops():
         base.step()
         expected.append(state_of(plain))
     source = AccumulatingSource(squared_error(model))
-    optimizer, states = run_optex(model, adam(model), micro_batches(9), source)
+    _, states = run_optex(model, adam(model), micro_batches(9), source)
     assert_same_states(states, expected)
+
+
+def test_a_batch_without_micro_batches_is_refused():
+    model = network(dtype=torch.float32)
+    source = AccumulatingSource(squared_error(model))
     with pytest.raises(ValueError, match="AccumulatingSource: a batch has no micro-batches"):
-        next(optimizer.rounds([[], []], source))
+        next(OptEx(adam(model)).rounds([[], []], source))
 
 
 def test_accumulation_in_a_closure_is_the_plain_loops():
@@ -439,7 +440,7 @@ def test_a_bad_batch_is_named_and_the_last_good_iterate_kept():
         next(rounds)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     # Going on: the bad batch is gone, the others come in their order.
-    plain, expected = Normed(), None
+    plain = Normed()
     expected = run_plain(plain, adam(plain), [b for i, b in enumerate(batches_of(8)) if i != 4])
     for _ in optimizer.rounds(
         itertools.islice(poisoned(8, [4]), optimizer.batches_drawn, None), squared_error(model)
@@ -478,6 +479,7 @@ def test_a_closure_may_skip_too():
     with pytest.warns(NonFiniteWarning, match=r"\(Step 0, counted from 0.\)"):
         loss = optimizer.step(closure)
     assert loss.isinf()
+    assert optimizer.last_report is not None
     assert optimizer.last_report.accepted == 0
     assert torch.equal(theta, torch.ones(2))
 
@@ -537,9 +539,6 @@ def test_a_checkpoint_continues_bit_for_bit_in_a_new_process(tmp_path):
 
 
 def _environment():
-    import os
-    from pathlib import Path
-
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
 
 

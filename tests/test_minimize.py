@@ -150,9 +150,12 @@ def test_vectorized_calls_fun_once_a_round() -> None:
     assert len(recorded.points) == 37  # nothing to predict from in the first round: one point, not four
 
 
-def test_evaluator_of_ones_own() -> None:
+def test_an_evaluator_of_ones_own_is_used() -> None:
+    calls: list[int] = []
+
     class Backwards(Evaluator):
         def evaluate(self, request: EvaluationRequest) -> Evaluation:
+            calls.append(len(request))
             flipped = SequentialEvaluator().evaluate(replace(request, points=request.points.flip(0)))
             return Evaluation(flipped.losses.flip(0), flipped.gradients.flip(0), flipped.masks)
 
@@ -162,6 +165,7 @@ def test_evaluator_of_ones_own() -> None:
             for evaluator in (Backwards(), None)
         )
         np.testing.assert_array_equal(ours.x, theirs.x)
+    assert calls
 
 
 # ---------------------------------------------------------------------- convergence and what is returned
@@ -235,7 +239,7 @@ def test_tensors_in_tensors_out(dtype: torch.dtype, shape: tuple[int, ...], way:
     assert not result.x.requires_grad
 
 
-@pytest.mark.parametrize("start", [3, [1, 2], (1.0, 2.0), np.array([1, 2]), np.float32([1, 2])])
+@pytest.mark.parametrize("start", [3, [1, 2], (1.0, 2.0), np.array([1, 2]), np.array([1, 2], np.float32)])
 def test_arrays_in_arrays_out(start: Any) -> None:
     recorded = Recorded(sphere)
     result = optex.minimize(recorded, start, jac=sphere_gradient, lr=0.1, maxiter=3)
@@ -321,13 +325,13 @@ def test_autograd_leaves_other_parameters_alone() -> None:
 # ---------------------------------------------------------------------- how a run ends
 
 
-def test_out_of_rounds() -> None:
+def test_a_run_out_of_rounds_is_no_success() -> None:
     result = optex.minimize(rosen, START, jac=rosen_der, maxiter=3)
     assert (result.status, result.success, result.nit) == (1, False, 3)
     assert result.message == "Maximum number of iterations has been exceeded."
 
 
-def test_stationary_start() -> None:
+def test_a_stationary_start_ends_the_run_at_once() -> None:
     result = optex.minimize(sphere, [0.0, 0.0], jac=sphere_gradient, gtol=0)
     assert (result.status, result.nit, result.nfev, result.fun) == (0, 1, 1, 0.0)
 
@@ -343,13 +347,12 @@ def test_plateau_above_the_rounds_start_is_not_a_solution() -> None:
     def hill(x: Tensor) -> Tensor:
         return torch.where(x < 1, -x, torch.ones_like(x) * 5.0).sum()
 
-    result = optex.minimize(hill, [0.0], optimizer="sgd", lr=20.0, maxiter=1)
-    assert result.status == 1
-    result = optex.minimize(hill, [0.0], optimizer="sgd", lr=20.0, maxiter=2)
-    assert result.status == 0  # now the round began there
+    one, two = (optex.minimize(hill, [0.0], optimizer="sgd", lr=20.0, maxiter=rounds) for rounds in (1, 2))
+    assert one.status == 1
+    assert two.status == 0  # now the round began there
 
 
-def test_ftol() -> None:
+def test_ftol_ends_a_run_whose_loss_changes_no_more() -> None:
     starts = []
 
     def fun(x: np.ndarray) -> float:
@@ -378,7 +381,7 @@ def test_run_that_leaves_the_finite_numbers_keeps_the_best_point(parallelism: in
     assert 30 - parallelism - 1 <= result.x[0] < 30
 
 
-def test_overflowing_step() -> None:
+def test_a_step_that_overflows_keeps_x0() -> None:
     result = optex.minimize(sphere, [1.0], jac=sphere_gradient, optimizer="sgd", lr=1e308, parallelism=1)
     assert (result.status, result.nit, result.fun) == (2, 0, 1.0)
 
@@ -478,7 +481,7 @@ def test_disp_of_an_optimizer_without_a_rate(capsys: pytest.CaptureFixture[str])
         def __init__(self, parameters: Any) -> None:
             super().__init__(parameters, {})
 
-        def step(self, closure: Any = None) -> None:
+        def step(self, closure: Any = None) -> Any:
             with torch.no_grad():
                 for p in self.param_groups[0]["params"]:
                     p.sub_(0.01 * p.grad.sign())

@@ -196,10 +196,9 @@ def test_a_scheduler_rules_the_default_rate() -> None:
     def halved(base: torch.optim.Optimizer) -> Any:
         return torch.optim.lr_scheduler.StepLR(base, 10, 0.5)
 
-    implicit, explicit = (
-        optex.minimize(rosen, START, jac=rosen_der, scheduler=halved, maxiter=12, **settings)
-        for settings in ({}, {"lr": default_rate("adam")})
-    )
+    options: dict[str, Any] = {"jac": rosen_der, "scheduler": halved, "maxiter": 12}
+    implicit = optex.minimize(rosen, START, **options)
+    explicit = optex.minimize(rosen, START, lr=default_rate("adam"), **options)
     np.testing.assert_array_equal(implicit.x, explicit.x)
     assert implicit.lr == 0.01
     assert implicit.lr_final < 0.01
@@ -212,7 +211,7 @@ def test_a_function_builds_the_optimizer_with_its_own_rate() -> None:
     assert implicit.lr == implicit.lr_final == 2e-3
 
 
-def test_vectorized_and_workers_choose_the_same() -> None:
+def test_vectorized_chooses_the_same() -> None:
     def fun(x: Tensor) -> Tensor:
         return (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()
 
@@ -220,13 +219,17 @@ def test_vectorized_and_workers_choose_the_same() -> None:
     assert one.lr == other.lr
     assert (one.nit, one.nfev) == (other.nit, other.nfev)
     np.testing.assert_allclose(other.x, one.x, rtol=1e-7)
-    threads = optex.minimize(rosen, START, jac=rosen_der, maxiter=8, workers=map)
+
+
+def test_workers_choose_the_same() -> None:
+    there = optex.minimize(rosen, START, jac=rosen_der, maxiter=8, workers=map)
     here = optex.minimize(rosen, START, jac=rosen_der, maxiter=8)
-    np.testing.assert_array_equal(threads.x, here.x)
+    np.testing.assert_array_equal(there.x, here.x)
+    assert there.lr == here.lr
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_low_precision(dtype: torch.dtype) -> None:
+def test_low_precision_gets_a_rate_that_descends(dtype: torch.dtype) -> None:
     start = torch.tensor([1.5, -2.0], dtype=dtype)
     result = optex.minimize(bowl, start, maxiter=60)
     assert result.x.dtype == dtype

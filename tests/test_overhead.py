@@ -1,10 +1,11 @@
 """What benchmarks/overhead.py counts, against rounds whose torch calls are watched one by one."""
 
+import importlib
 import math
 import re
 import shutil
 import sys
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,9 @@ class Watch(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.part, self.rows, self.calls = None, Counter(), Counter()
+        self.part: str | None = None
+        self.rows: dict[str, float] = defaultdict(float)
+        self.calls: dict[str, int] = defaultdict(int)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -120,12 +123,11 @@ def watched_round(mode, reports):
 
 
 def rounds_of(method, optimizer, parallelism, stride):
-    from rounds_timed import Bowl, make_optimizer
-
+    timed = importlib.import_module("rounds_timed")
     torch.manual_seed(0)
     theta = torch.nn.Parameter(torch.rand(DIMENSION) * 4 - 2)
-    wrapped = make_optimizer(method, optimizer, theta, parallelism, HISTORY, stride)
-    return wrapped, iter(wrapped.rounds(iter(lambda: 0, None), Bowl(theta)))
+    wrapped = timed.make_optimizer(method, optimizer, theta, parallelism, HISTORY, stride)
+    return wrapped, iter(wrapped.rounds(iter(lambda: 0, None), timed.Bowl(theta)))
 
 
 @pytest.mark.parametrize(
@@ -144,8 +146,7 @@ def rounds_of(method, optimizer, parallelism, stride):
     ],
 )
 def test_the_counts_are_what_torch_calls_touch(monkeypatch, watch, method, optimizer, parallelism, stride):
-    from traffic import STATES, Setting, round_work
-
+    traffic = importlib.import_module("traffic")
     monkeypatch.setattr(linear, "SHORTEST", 1 << 40)  # what is counted is walking
     wrapped, reports = rounds_of(method, optimizer, parallelism, stride)
     for _ in range(HISTORY // parallelism + 3):
@@ -158,10 +159,9 @@ def test_the_counts_are_what_torch_calls_touch(monkeypatch, watch, method, optim
         moved = wrapped.history.anchor is not anchor
         judged = getattr(estimator, "_judged", 0) > before
         assert report.accepted == report.drafted == parallelism * stride, "the round was not kept whole"
-        setting = Setting(
-            method, HISTORY, parallelism, parallelism * stride, STATES[optimizer], float(moved), float(judged)
-        )
-        work = round_work(setting)
+        state, drafted = traffic.STATES[optimizer], parallelism * stride
+        setting = traffic.Setting(method, HISTORY, parallelism, drafted, state, float(moved), float(judged))
+        work = traffic.round_work(setting)
         assert {part: w.rows for part, w in work.items()} == {part: rows[part] for part in work}
         assert {part: w.calls for part, w in work.items()} == {part: calls[part] for part in work}
         assert not rows.get("keep")
@@ -190,8 +190,7 @@ def python_of(cell):
 @pytest.mark.parametrize("method", ["optex-paper", "separable", "curl-free", "default", "hold-last"])
 @pytest.mark.parametrize(("n", "k", "t0", "state"), [(4, 4, 16, 2), (3, 3, 8, 0), (2, 8, 32, 1)])
 def test_the_page_has_the_same_formulas(method, n, k, t0, state):
-    from traffic import Setting, round_work
-
+    traffic = importlib.import_module("traffic")
     if method == "optex-paper":
         k = n
     name = "published" if method == "optex-paper" else method
@@ -210,7 +209,7 @@ def test_the_page_has_the_same_formulas(method, n, k, t0, state):
         "replay": page["replay"][0] + (n - 1) * page["replay"][1] + (k - n) * replayed,
     }
     for moves in (0.0, 1.0):
-        work = round_work(Setting(method, t0, n, k, state, moves))
+        work = traffic.round_work(traffic.Setting(method, t0, n, k, state, moves))
         found = {part: work[part].rows for part in work}
         moved = sum(found.values()) - sum(expected.values())
         assert moved == moves * page["remember"][2]
@@ -218,8 +217,7 @@ def test_the_page_has_the_same_formulas(method, n, k, t0, state):
 
 
 def test_the_report_fills_the_pages_from_the_json(tmp_path):
-    import overhead_report
-
+    overhead_report = importlib.import_module("overhead_report")
     pages = ["README.md", "docs/cost.md", "results/overhead/README.md"]
     for page in pages:
         (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
@@ -238,22 +236,23 @@ def test_the_report_fills_the_pages_from_the_json(tmp_path):
 
 
 def test_an_exponent_is_a_slope():
-    from overhead_report import exponent
-
+    exponent = importlib.import_module("overhead_report").exponent
     assert exponent([8, 16, 32], [5, 20, 80]) == pytest.approx(2)
     assert math.isnan(exponent([1], [1]))
 
 
-def test_what_is_measured():
-    from overhead import BASE, points
-    from rounds_timed import counted
-
-    chosen = points()
+def test_points_are_different_and_vary_at_most_two_settings_of_the_base():
+    overhead = importlib.import_module("overhead")
+    chosen, base = overhead.points(), overhead.BASE
     assert len({tuple(point.items()) for point in chosen}) == len(chosen)
-    assert all(sum(point[key] != BASE[key] for key in BASE) <= 2 for point in chosen)
-    assert max(point["dimension"] for point in chosen) < max(
-        point["dimension"] for point in points(largest=True)
-    )
+    assert all(sum(point[key] != base[key] for key in base) <= 2 for point in chosen)
+    largest = overhead.points(largest=True)
+    assert max(point["dimension"] for point in chosen) < max(point["dimension"] for point in largest)
+
+
+def test_bytes_are_counted_at_every_point_but_the_plain_optimizers():
+    chosen = importlib.import_module("overhead").points()
+    counted = importlib.import_module("rounds_timed").counted
     plain = [point for point in chosen if point["parallelism"] * point["stride"] == 1]
     assert plain
     for point in chosen:
@@ -262,8 +261,7 @@ def test_what_is_measured():
 
 
 def test_a_point_is_measured_in_processes_of_its_own():
-    from rounds_timed import measure_point
-
+    measure_point = importlib.import_module("rounds_timed").measure_point
     point = {"method": "hold-last", "optimizer": "sgd", "dimension": 500, "parallelism": 2, "history": 2}
     found = measure_point(point | {"stride": 1}, rounds=2, threads=1)
     assert found["median"] >= found["minimum"] > 0
@@ -272,8 +270,7 @@ def test_a_point_is_measured_in_processes_of_its_own():
 
 
 def test_one_point_is_printed(monkeypatch, capsys):
-    import overhead
-
+    overhead = importlib.import_module("overhead")
     monkeypatch.setattr(overhead, "MODELS", ["curl-free"])
     monkeypatch.setattr("sys.argv", ["overhead.py", "--dim", "300", "--history", "4", "--rounds", "2"])
     overhead.main()

@@ -5,6 +5,7 @@ with a TypeError, a ValueError, or an error of ``optex.errors``, whose message n
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def arguments(good):
     return st.tuples(some, st.none() | odd).map(lambda both: both[0] | (dict([both[1]]) if both[1] else {}))
 
 
-def refused(call, given_arguments, *others):
+def refused(call, given_arguments, *others) -> tuple[bool, Any]:
     """Whether the call was refused, by an error that names one of its arguments; else what it answers."""
     try:
         return False, call()
@@ -405,15 +406,18 @@ def test_minimize_refuses_an_option_of_the_optimizer_that_is_no_number_by_name(v
 
 @pytest.mark.parametrize("name", ["tol", "gtol", "ftol", "weight_decay"])
 def test_minimize_takes_integers_of_any_size_that_a_float_holds(name):
-    assert np.isfinite(optex.minimize(bowl, [1.0, 2.0], lr=1e-9, maxiter=2, **{name: 10**20}).x).all()
+    held: dict[str, Any] = {name: 10**20}
+    assert np.isfinite(optex.minimize(bowl, [1.0, 2.0], lr=1e-9, maxiter=2, **held).x).all()
+    beyond: dict[str, Any] = {name: 10**400}
     with pytest.raises(ValueError, match=name):
-        optex.minimize(bowl, [1.0, 2.0], maxiter=2, **{name: 10**400})
+        optex.minimize(bowl, [1.0, 2.0], maxiter=2, **beyond)
 
 
 @pytest.mark.parametrize("name", ["shuffle", "drop_last", "growth"])
 def test_adaptive_batches_refuse_tensors_where_they_take_none(name):
+    setting: dict[str, Any] = {name: torch.ones(2)}
     with pytest.raises((TypeError, ValueError), match=name):
-        AdaptiveBatches(20, 2, **{name: torch.ones(2)})
+        AdaptiveBatches(20, 2, **setting)
 
 
 @pytest.mark.filterwarnings("ignore:cbo_minimize. isotropic noise:RuntimeWarning")

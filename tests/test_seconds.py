@@ -1,5 +1,6 @@
 """The benchmark of seconds to a loss: that it runs, what its tables say, and its own problem."""
 
+import importlib
 import itertools
 import json
 import sys
@@ -7,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from optex.sources import LossModule
+from optex.stepping import ParameterVector
 
 ROOT = Path(__file__).parents[1]
 MODULES = ("burgers", "made_up", "workloads", "cuda_evaluators", "measuring", "seconds_to_loss")
@@ -23,8 +27,7 @@ def scripts():
 
 
 def test_a_quick_run_measures_every_method_at_both_rates(tmp_path, capsys, monkeypatch):
-    import seconds_to_loss
-
+    seconds_to_loss = importlib.import_module("seconds_to_loss")
     file = tmp_path / "quick.json"
     options = [
         "--workloads",
@@ -47,11 +50,10 @@ def test_a_quick_run_measures_every_method_at_both_rates(tmp_path, capsys, monke
         assert methods["vanilla, tuned"]["reached"]
         for method in expected:
             assert methods[method]["lr"] == 1e-3
+            if method == "vanilla":
+                continue  # the run that sets the goal is not among those it is tuned over
             best, own = methods[f"{method}, tuned"], methods[method]
-            assert (best["reached"], -best["seconds"]) >= (
-                own["reached"],
-                -own["seconds"],
-            ) or method == "vanilla"
+            assert (best["reached"], -best["seconds"]) >= (own["reached"], -own["seconds"])
     page = tmp_path / "results" / "README.md"
     page.parent.mkdir()
     page.write_text("<!-- table:seconds-quick -->\n<!-- end -->\n")
@@ -63,8 +65,7 @@ def test_a_quick_run_measures_every_method_at_both_rates(tmp_path, capsys, monke
 
 
 def test_tables_of_earlier_runs_can_still_be_written():
-    import seconds_to_loss
-
+    seconds_to_loss = importlib.import_module("seconds_to_loss")
     document = json.loads((ROOT / "results" / "gpu" / "cpu.json").read_text())
     assert document["workloads"]
     for name, result in document["workloads"].items():
@@ -74,16 +75,14 @@ def test_tables_of_earlier_runs_can_still_be_written():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("option", [["--graphs"], ["--streams"], ["--device", "cuda"]])
 def test_without_a_gpu_what_needs_one_is_refused(option, capsys):
-    import seconds_to_loss
-
+    seconds_to_loss = importlib.import_module("seconds_to_loss")
     with pytest.raises(SystemExit):
         seconds_to_loss.main(option)
     assert f"{' '.join(option)} needs a CUDA device" in capsys.readouterr().err
 
 
 def test_every_quick_workload_starts_with_made_up_data(monkeypatch):
-    import workloads
-
+    workloads = importlib.import_module("workloads")
     monkeypatch.setattr(workloads, "find", lambda name: None)
     assert workloads.QUICK.keys() == workloads.WORKLOADS.keys()
     for name, workload in workloads.QUICK.items():
@@ -97,26 +96,20 @@ def test_every_quick_workload_starts_with_made_up_data(monkeypatch):
 
 
 def test_residuals_of_burgers_are_those_of_differences():
-    from burgers import VISCOSITY, Burgers
-
-    problem = Burgers(width=5, depth=2).double()
+    burgers = importlib.import_module("burgers")
+    problem = burgers.Burgers(width=5, depth=2).double()
     points, step = torch.tensor([[0.3, -0.4], [0.8, 0.9]], dtype=torch.float64), 1e-4
     t, x = torch.eye(2, dtype=torch.float64) * step
     u = lambda at: problem.network(at)[:, 0]  # noqa: E731
     u_t, u_x = ((u(points + d) - u(points - d)) / (2 * step) for d in (t, x))
     u_xx = (u(points + x) - 2 * u(points) + u(points - x)) / step**2
-    expected = u_t + u(points) * u_x - VISCOSITY * u_xx
+    expected = u_t + u(points) * u_x - burgers.VISCOSITY * u_xx
     torch.testing.assert_close(problem._residual(points), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_one_gradient_is_that_of_backward():
-    from burgers import Burgers
-    from cuda_evaluators import one_gradient
-
-    from optex.sources import LossModule
-    from optex.stepping import ParameterVector
-
-    problem = Burgers(width=4, depth=1)
+    one_gradient = importlib.import_module("cuda_evaluators").one_gradient
+    problem = importlib.import_module("burgers").Burgers(width=4, depth=1)
     (batch,) = itertools.islice(problem.batches(), 1)
     vector = ParameterVector(list(problem.parameters()))
     names = [f"model.{name}" for name, _ in problem.named_parameters()]

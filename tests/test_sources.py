@@ -46,8 +46,12 @@ def test_told_noise_is_in_the_history():
     assert not optimizer.history.is_sampled
     assert optimizer.history.tells_noise
     torch.testing.assert_close(optimizer.history.noise_variance, torch.full((16,), 0.09, dtype=torch.float64))
+
+
+def test_gradients_whose_noise_is_not_told_count_as_sampled():
     optimizer, _ = bowl(0.3, tells=False, estimator=SeparableEstimator())
     assert optimizer.history.is_sampled
+    assert not optimizer.history.tells_noise
     assert optimizer.history.noise_variance.isnan().all()
 
 
@@ -116,22 +120,28 @@ def test_merged_pairs_average_their_noise():
 # ---------------------------------------------------------------- accumulation
 
 
-def micro_batches(model, count):
+def gradients_of(parameters):
+    """Copies of them, of parameters that all have one."""
+    assert all(p.grad is not None for p in parameters)
+    return [p.grad.clone() for p in parameters]
+
+
+def micro_batches(count):
     return [list(zip(x.split(1), y.split(1), strict=True)) for x, y in regression_batches(count, size=8)]
 
 
 def test_accumulation_tells_the_noise_of_the_mean():
     model = network()
     parameters = list(model.parameters())
-    error, batch = squared_error(model), micro_batches(network(), 1)[0]
+    error, batch = squared_error(model), micro_batches(1)[0]
     loss, variance = AccumulatingSource(error, parameters).gradient(batch)
-    accumulated = [p.grad.clone() for p in parameters]
+    accumulated = gradients_of(parameters)
     rows = []
     for micro_batch in batch:
         for p in parameters:
             p.grad = None
         error(micro_batch).backward()
-        rows.append(torch.cat([p.grad.reshape(-1) for p in parameters]))
+        rows.append(torch.cat([gradient.reshape(-1) for gradient in gradients_of(parameters)]))
     rows = torch.stack(rows)
     torch.testing.assert_close(torch.cat([g.reshape(-1) for g in accumulated]), rows.mean(0))
     torch.testing.assert_close(variance, rows.var(0).mean() / len(rows))
@@ -140,7 +150,7 @@ def test_accumulation_tells_the_noise_of_the_mean():
     plain, unknown = AccumulatingSource(error).gradient(batch)
     assert unknown is None
     assert torch.equal(plain, loss)
-    assert all(torch.equal(p.grad, g) for p, g in zip(parameters, accumulated, strict=True))  # to the bit
+    assert same(gradients_of(parameters), accumulated)  # to the bit
 
 
 def test_accumulation_trains_with_what_it_tells():
@@ -149,7 +159,7 @@ def test_accumulation_trains_with_what_it_tells():
         model = network()
         source = AccumulatingSource(squared_error(model), list(model.parameters()) if tells else None)
         optimizer = OptEx(torch.optim.Adam(model.parameters(), lr=0.02))
-        list(optimizer.rounds(micro_batches(model, 60), source))
+        list(optimizer.rounds(micro_batches(60), source))
         assert optimizer.history.tells_noise == tells
         held = regression_batches(1, seed=9, size=200)[0]
         ends[tells] = squared_error(model)(held).item()
@@ -170,28 +180,28 @@ def test_noise_comes_through(make):
     found = make().evaluate(request(source, vector, torch.ones(2, 3, dtype=torch.float64), [0, 1]))
     assert found.noise_variance.tolist() == [0.25, 0.25]
     source.tells = False
-    assert (
-        make().evaluate(request(source, vector, torch.ones(1, 3, dtype=torch.float64), [0])).noise_variance
-        is None
-    )
+    found = make().evaluate(request(source, vector, torch.ones(2, 3, dtype=torch.float64), [0, 1]))
+    assert found.noise_variance is None
 
 
 def test_evaluators_wrap_evaluators():
     class Counting(WrappingEvaluator):
         points = 0
 
-        def evaluate(self, asked):
-            self.points += len(asked)
-            return self.inner.evaluate(asked)
+        def evaluate(self, request):
+            self.points += len(request)
+            return self.inner.evaluate(request)
 
-    batches, ends = regression_batches(20), []
-    for evaluator in (SequentialEvaluator(), Counting(Counting(SequentialEvaluator()))):
+    inner = Counting(SequentialEvaluator())
+    outer = Counting(inner)
+    batches, ends, evaluated = regression_batches(20), [], 0
+    for evaluator in (SequentialEvaluator(), outer):
         model = network()
         optimizer = OptEx(torch.optim.Adam(model.parameters(), lr=0.02), evaluator=evaluator)
         evaluated = sum(report.evaluated for report in optimizer.rounds(batches, squared_error(model)))
         ends.append(snapshot(model))
     assert same(*ends)
-    assert evaluator.points == evaluator.inner.points == evaluated
+    assert outer.points == inner.points == evaluated
 
 
 @pytest.mark.parametrize("make", [lambda m: SequentialEvaluator(), optex.VectorizedEvaluator])
@@ -202,6 +212,7 @@ def test_the_hook_runs_at_every_point_of_every_evaluator(make):
     def hook():
         seen.append(vector.read())
         for p in model.parameters():
+            assert p.grad is not None
             p.grad.mul_(0.5)
 
     points = vector.read() + torch.arange(3, dtype=torch.float64)[:, None]
@@ -239,9 +250,9 @@ def test_short_rounds_are_on_one_thread_and_gradients_on_the_users(size, threads
     theta, seen = nn.Parameter(torch.ones(size)), []
 
     class Noting(Evaluator):
-        def evaluate(self, asked):
+        def evaluate(self, request):
             seen.append(torch.get_num_threads())
-            return SequentialEvaluator().evaluate(asked)
+            return SequentialEvaluator().evaluate(request)
 
     optimizer = OptEx(torch.optim.SGD([theta], lr=0.1), estimator=Watching(), evaluator=Noting())
     list(optimizer.rounds(range(6), lambda _: theta.square().sum()))

@@ -1,5 +1,6 @@
 """Blocks that wait elsewhere: the same iterates as MeZO's, and what is on the device meanwhile."""
 
+import copy
 import math
 import weakref
 from types import SimpleNamespace
@@ -219,37 +220,38 @@ class TestFailures:
         streamer = optex.optimizers.BlockStreamer(streamed, lr=0.02)
         other = optex.optimizers.MeZO(plain.parameters(), lr=0.02, exact=True)
         (x, y), (u, v) = batches(2)
-        for own, net in ((streamer, None), (other, plain)):
-            if net is None:
-                own.step(x, loss_to(y), seed=0)
-                handle = streamed[2].register_forward_hook(lambda *_: 1 / 0)
-                with pytest.raises(ZeroDivisionError):
-                    own.step(u, loss_to(v), seed=1)
-                handle.remove()
-                assert own.traffic.resident == 0
-                own.step(u, loss_to(v), seed=1)
-                own.flush()
-            else:
-                own.step(lambda: loss_to(y)(plain(x)), seed=0)
-                own.step(lambda: loss_to(v)(plain(u)), seed=1)
+        streamer.step(x, loss_to(y), seed=0)
+        handle = streamed[2].register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            streamer.step(u, loss_to(v), seed=1)
+        handle.remove()
+        assert streamer.traffic.resident == 0
+        streamer.step(u, loss_to(v), seed=1)
+        streamer.flush()
+        other.step(lambda: loss_to(y)(plain(x)), seed=0)
+        other.step(lambda: loss_to(v)(plain(u)), seed=1)
         assert same(snapshot(streamed), snapshot(plain))
 
     def test_tied_weights_are_named(self):
-        blocks = chain(3)
-        blocks[2][0].weight = blocks[0][0].weight
+        first, last = (nn.Sequential(nn.Linear(5, 5)) for _ in range(2))
+        first[0].weight = last[0].weight
         with pytest.raises(ValueError, match=r"'0\.weight' of block 0 and '0\.weight' of block 2 are tied"):
-            optex.optimizers.BlockStreamer(blocks)
+            optex.optimizers.BlockStreamer([first, nn.Tanh(), last])
         with pytest.raises(ValueError, match=r"are tied"):
-            optex.optimizers.BlockStreamer([blocks[1], blocks[1]])
+            optex.optimizers.BlockStreamer([first, first])
 
-    def test_ties_within_a_block_are_welcome(self):
+    def test_ties_within_a_block_are_kept_and_stepped_as_mezo_does(self):
         block = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5)).double()
         block[2].weight = block[0].weight
+        plain = copy.deepcopy(block)
         (x, y) = batches(1)[0]
         streamer = optex.optimizers.BlockStreamer([block], lr=0.1)
-        streamer.step(x, loss_to(y))
+        streamer.step(x, loss_to(y), seed=0)
         streamer.flush()
         assert block[2].weight is block[0].weight
+        other = optex.optimizers.MeZO(plain.parameters(), lr=0.1, exact=True)
+        other.step(lambda: loss_to(y)(plain(x)), seed=0)
+        assert same(snapshot(block), snapshot(plain))
 
     @pytest.mark.parametrize(
         ("options", "error", "match"),
@@ -266,13 +268,16 @@ class TestFailures:
         with pytest.raises(error, match=match):
             optex.optimizers.BlockStreamer(chain(1), **options)
 
-    def test_refuses_blocks_that_are_none(self):
+    @pytest.mark.parametrize("blocks", [[], [nn.Tanh()]], ids=["none", "none with a parameter"])
+    def test_refuses_blocks_without_a_parameter(self, blocks):
         with pytest.raises(ValueError, match="no block has a parameter"):
-            optex.optimizers.BlockStreamer([])
-        with pytest.raises(ValueError, match="no block has a parameter"):
-            optex.optimizers.BlockStreamer([nn.Tanh()])
+            optex.optimizers.BlockStreamer(blocks)
+
+    def test_refuses_what_is_no_block(self):
         with pytest.raises(TypeError, match=r"block 0 must be a torch.nn.Module, got str"):
-            optex.optimizers.BlockStreamer(["layer"])
+            optex.optimizers.BlockStreamer(["layer"])  # pyright: ignore[reportArgumentType]
+
+    def test_refuses_complex_parameters(self):
         with pytest.raises(TypeError, match="'weight' of block 0 is complex"):
             optex.optimizers.BlockStreamer([nn.Linear(2, 2, dtype=torch.complex64)])
 
@@ -286,7 +291,7 @@ class TestFailures:
         streamer = optex.optimizers.BlockStreamer(chain(1))
         streamer.lr = -1.0
         with pytest.raises(ValueError, match="lr must be"):
-            streamer.step(*[torch.ones(1, 5, dtype=torch.float64), loss_to(0.0)])
+            streamer.step(torch.ones(1, 5, dtype=torch.float64), loss_to(0.0))
         assert streamer.traffic.uploads == [0]
 
 
@@ -306,7 +311,7 @@ class _LlamaLayer(nn.Module):
         super().__init__()
         self.inner = nn.Linear(width, width)
 
-    def forward(self, hidden, position_ids=None, position_embeddings=None):
+    def forward(self, hidden, *, position_ids, position_embeddings):
         cosine, _ = position_embeddings
         assert position_ids.shape == (1, hidden.shape[1])
         return hidden + cosine * self.inner(hidden)
@@ -322,38 +327,39 @@ class _Rotary(nn.Module):
         return angles.cos(), angles.sin()
 
 
-def gpt(width=4):
-    model = nn.Module()
-    model.config = SimpleNamespace(_attn_implementation="sdpa")
-    model.transformer = nn.ModuleDict(
-        {
-            "wte": nn.Embedding(7, width),
-            "wpe": nn.Embedding(9, width),
-            "drop": nn.Dropout(0.0),
-            "h": nn.ModuleList([_GPTLayer(width) for _ in range(3)]),
-            "ln_f": nn.LayerNorm(width),
-        }
-    )
-    model.lm_head = nn.Linear(width, 7, bias=False)
-    return model
+class _GPT(nn.Module):
+    def __init__(self, width=4):
+        super().__init__()
+        self.config = SimpleNamespace(_attn_implementation="sdpa")
+        self.tokens = nn.Embedding(7, width)
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": self.tokens,
+                "wpe": nn.Embedding(9, width),
+                "drop": nn.Dropout(0.0),
+                "h": nn.ModuleList([_GPTLayer(width) for _ in range(3)]),
+                "ln_f": nn.LayerNorm(width),
+            }
+        )
+        self.lm_head = nn.Linear(width, 7, bias=False)
 
 
-def llama(width=4):
-    model = nn.Module()
-    model.model = nn.ModuleDict(
-        {
-            "embed_tokens": nn.Embedding(7, width),
-            "layers": nn.ModuleList([_LlamaLayer(width) for _ in range(3)]),
-            "norm": nn.LayerNorm(width),
-            "rotary_emb": _Rotary(),
-        }
-    )
-    model.lm_head = nn.Linear(width, 7, bias=False)
-    return model
+class _Llama(nn.Module):
+    def __init__(self, width=4):
+        super().__init__()
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(7, width),
+                "layers": nn.ModuleList([_LlamaLayer(width) for _ in range(3)]),
+                "norm": nn.LayerNorm(width),
+                "rotary_emb": _Rotary(),
+            }
+        )
+        self.lm_head = nn.Linear(width, 7, bias=False)
 
 
 class TestLanguageModels:
-    @pytest.mark.parametrize("make", [gpt, llama])
+    @pytest.mark.parametrize("make", [_GPT, _Llama])
     def test_entry_layers_and_exit_make_the_chain(self, make):
         torch.manual_seed(0)
         model = make()
@@ -367,20 +373,22 @@ class TestLanguageModels:
         before = snapshot(model)
         streamer.step(codes, lambda out: nn.functional.cross_entropy(out.flatten(0, 1), codes.flatten()))
         streamer.flush()
-        assert not any(torch.equal(a, b) for a, b in zip(before[:1], snapshot(model)[:1], strict=True))
+        assert not any(torch.equal(a, b) for a, b in zip(before, snapshot(model), strict=True))
 
     def test_tied_embeddings_are_refused_by_name(self):
-        model = gpt()
-        model.lm_head.weight = model.transformer["wte"].weight
+        model = _GPT()
+        model.lm_head.weight = model.tokens.weight
         with pytest.raises(
             ValueError, match=r"'tokens\.weight' of block 0 and 'head\.weight' of block 4 are tied"
         ):
             optex.optimizers.BlockStreamer(optex.optimizers.language_model_blocks(model))
 
-    def test_other_shapes_are_refused(self):
+    def test_other_models_are_refused(self):
         with pytest.raises(ValueError, match=r"Sequential has neither model\.layers"):
             optex.optimizers.language_model_blocks(chain(1))
-        model = gpt()
+
+    def test_attention_that_needs_a_mask_is_refused(self):
+        model = _GPT()
         model.config._attn_implementation = "eager"
         with pytest.raises(ValueError, match="attention 'eager' needs a mask"):
             optex.optimizers.language_model_blocks(model)

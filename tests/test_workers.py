@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing.pool import ThreadPool
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from optex.evaluators.workers import foresight, process_pool
 from optex.evaluators.workers import objective as objectives
 from optex.sources import ObjectiveSource
 from optex.stepping.parameters import ParameterVector
-from tests.models import network, regression_batches, request, same, snapshot
+from tests.models import network, regression_batches, request, same, snapshot, weight_of
 
 START = [-1.2, 1.0, 0.7]
 forkserver = multiprocessing.get_context("forkserver")
@@ -65,6 +66,13 @@ class SquaredError:
 
     def __call__(self, batch: Any) -> Tensor:
         return (self.model(batch[0]) - batch[1]).square().mean()
+
+
+def processes_of(evaluator: WorkersEvaluator) -> list[BaseProcess]:
+    """Those that compute for this evaluator; several may run, and nothing public tells them apart."""
+    pool = evaluator._pool
+    assert isinstance(pool, process_pool.ProcessPool)
+    return [worker.process for worker in pool._workers]
 
 
 def same_result(ours: Any, theirs: Any) -> None:
@@ -245,7 +253,7 @@ def same_run(ours: Any, theirs: Any) -> None:
     assert torch.equal(ours[2], theirs[2])
 
 
-def dropout_network() -> nn.Module:
+def dropout_network() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 5), nn.Dropout(0.5), nn.Linear(5, 3)).double()
 
@@ -382,7 +390,8 @@ def test_objective_is_sent_again_when_it_has_changed(
 
     def run(evaluator: Any) -> list[Tensor]:
         model = dropout_network()
-        model[2].weight.requires_grad_(False)
+        weight = weight_of(model[2])
+        weight.requires_grad_(False)
         optimizer = OptEx(
             torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02), evaluator=evaluator
         )
@@ -393,7 +402,7 @@ def test_objective_is_sent_again_when_it_has_changed(
                 model.eval()
             if number == 3:
                 with torch.no_grad():
-                    model[2].weight.mul_(2)
+                    weight.mul_(2)
         return snapshot(model)
 
     assert same(run(processes), run(None))
@@ -471,18 +480,19 @@ def test_closing_waits_for_the_evaluation_under_way() -> None:
 def test_a_copy_has_processes_of_its_own(processes: WorkersEvaluator, copied: Any) -> None:
     options: dict[str, Any] = {"jac": rosen_der, "lr": 0.01, "maxiter": 3}
     optex.minimize(rosen, START, evaluator=processes, **options)  # so that there is something not to be copied
-    others = {worker.process.pid for worker in processes._pool._workers}
+    others = {process.pid for process in processes_of(processes)}
     with copied(processes) as evaluator:
         same_result(
             optex.minimize(rosen, START, evaluator=evaluator, **options),
             optex.minimize(rosen, START, **options),
         )
-        running = [worker.process for worker in evaluator._pool._workers]
+        running = processes_of(evaluator)
         assert len(running) == 2
         assert not others & {process.pid for process in running}
         evaluator.close()
         assert not any(process.is_alive() for process in running)
-    assert all(worker.process.is_alive() for worker in processes._pool._workers)
+    assert len(processes_of(processes)) == 2
+    assert all(process.is_alive() for process in processes_of(processes))
 
 
 def test_a_generator_that_nothing_draws_from_is_left_alone(processes: WorkersEvaluator) -> None:
@@ -491,9 +501,9 @@ def test_a_generator_that_nothing_draws_from_is_left_alone(processes: WorkersEva
     batches = regression_batches(2)
 
     class Meanwhile(WorkersEvaluator):  # another thread draws while the workers evaluate
-        def _run(self, *args: Any) -> Any:
+        def _run(self, *args: Any, **options: Any) -> Any:
             torch.rand(3)
-            return super()._run(*args)
+            return super()._run(*args, **options)
 
     evaluator = Meanwhile(in_turn)
     torch.manual_seed(5)
@@ -629,6 +639,7 @@ def test_minimize_keeps_what_it_has_when_workers_are_lost() -> None:
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
     """End pytest, with a traceback, where the block hangs."""
+    assert sys.__stderr__ is not None
     faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
     try:
         yield
@@ -655,8 +666,9 @@ def test_stopped_workers_are_replaced(
     expected = large_round(optex.SequentialEvaluator())
     with WorkersEvaluator(2, timeout=4) as evaluator:
         large_round(evaluator)
-        for worker in evaluator._pool._workers[:stopped]:
-            os.kill(worker.process.pid, signal.SIGSTOP)
+        for process in processes_of(evaluator)[:stopped]:
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGSTOP)
         start = time.monotonic()
         with within(60):
             found = large_round(evaluator)
@@ -934,7 +946,7 @@ def test_closed_evaluator_starts_anew() -> None:
     evaluator, seen = WorkersEvaluator(2), set()
     for _ in range(2):
         same_result(optex.minimize(rosen, START, evaluator=evaluator, **options), theirs)
-        running = [worker.process for worker in evaluator._pool._workers]
+        running = processes_of(evaluator)
         assert [process.is_alive() for process in running] == [True, True]
         seen |= {process.pid for process in running}
         evaluator.close()
@@ -989,7 +1001,7 @@ def test_heat_example_runs(
 # ---------------------------------------------------------------------- what cannot work
 
 
-def test_what_cannot_be_sent_is_named_with_the_remedy() -> None:
+def test_a_function_that_cannot_be_sent_is_named_with_the_remedy() -> None:
     lock = threading.Lock()
 
     def locked(x: Tensor) -> Tensor:
@@ -1000,10 +1012,17 @@ def test_what_cannot_be_sent_is_named_with_the_remedy() -> None:
         TypeError, match=r"fun cannot be sent to other processes .*top level.*ThreadPoolExecutor"
     ):
         optex.minimize(locked, START, workers=2)
-    model = network()
+
+
+def test_an_objective_that_cannot_be_sent_is_named() -> None:
+    lock, model = threading.Lock(), network()
     optimizer = OptEx(torch.optim.Adam(model.parameters()), evaluator=WorkersEvaluator(2))
     with pytest.raises(TypeError, match="objective cannot be sent"):
-        next(optimizer.rounds(regression_batches(4), lambda batch: SquaredError(model)(batch) if lock else 0))
+        next(optimizer.rounds(regression_batches(4), lambda batch: SquaredError(model)(batch) * lock.locked()))
+
+
+def test_batches_that_cannot_be_sent_are_named() -> None:
+    lock, model = threading.Lock(), network()
     optimizer = OptEx(torch.optim.Adam(model.parameters()), evaluator=WorkersEvaluator(2))
     with pytest.raises(TypeError, match="a batch of type lock cannot be sent to workers"):
         next(optimizer.rounds([lock] * 4, SquaredError(model)))
@@ -1091,4 +1110,6 @@ def test_accelerators_are_sent_elsewhere() -> None:
 
 
 def test_workers_default_to_the_cores() -> None:
-    assert WorkersEvaluator()._pool._count == WorkersEvaluator(-1)._pool._count == len(os.sched_getaffinity(0))
+    for evaluator in (WorkersEvaluator(), WorkersEvaluator(-1)):
+        assert isinstance(evaluator._pool, process_pool.ProcessPool)  # which starts none before it is used
+        assert evaluator._pool._count == len(os.sched_getaffinity(0))

@@ -45,8 +45,9 @@ class Resumable(Protocol):
     """What is saved: an ``optex.OptEx``."""
 
     base: Optimizer
-    steps_taken: int
 
+    @property
+    def steps_taken(self) -> int: ...
     @property
     def stepper(self) -> Stepper: ...
     @property

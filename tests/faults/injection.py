@@ -5,6 +5,7 @@ import itertools
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,6 +61,7 @@ class Run:
             evaluator=evaluator,
         )
         self.batches = Batches()
+        self.ahead: dict[str, Any] = {}  # a state dict that an action may load
         torch.manual_seed(1)
         self.generator = torch.get_rng_state()
 

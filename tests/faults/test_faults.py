@@ -80,12 +80,15 @@ def test_the_last_lines_of_a_round_are_behind_its_commit():
 def test_a_broken_state_dict_is_refused_or_runs(seed):
     state = copy.deepcopy(prepared(5, tolerance=2.0).optimizer.state_dict())
     target = prepared(3, tolerance=2.0)
-    found = {load_mutated(copy.deepcopy(target), state, seed + i) for i in range(10)}
-    assert found <= {"refused", "accepted"}
+    found = [load_mutated(copy.deepcopy(target), state, seed + i) for i in range(10)]
+    assert "refused" in found
 
 
-@pytest.mark.parametrize("other", ["parameters", "acceptance", "committee"])
-def test_the_state_of_another_optimizer_is_refused_by_name(other):
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [("parameters", "parameter group"), ("acceptance", "tolerance"), ("committee", "scores")],
+)
+def test_the_state_of_another_optimizer_is_refused_by_name(other, named):
     run, target = prepared(3, tolerance=2.0), prepared(2, tolerance=2.0)
     state = copy.deepcopy(run.optimizer.state_dict())
     if other == "parameters":
@@ -95,7 +98,7 @@ def test_the_state_of_another_optimizer_is_refused_by_name(other):
     else:
         state["optex"]["estimator"]["scores"] = torch.zeros(2)
     before = target.state()
-    with pytest.raises(ValueError, match=r"parameter group|tolerance|scores"):
+    with pytest.raises(ValueError, match=named):
         target.optimizer.load_state_dict(state)
     assert_equal_trees(target.state(), before)
 
@@ -119,21 +122,21 @@ def alarm():
 
 
 @pytest.mark.parametrize(("make", "tries"), [(SequentialEvaluator, 40), (lambda: WorkersEvaluator(2), 12)])
-def test_signals_at_random_moments(alarm, make, tries):
+def test_signals_at_random_moments_leave_the_rounds_start_or_end(alarm, request, make, tries):
     moments, end = random.Random(1), plain_end(Plain())
     evaluator = make()
-    run = Run(model=Plain(), evaluator=evaluator)
-    run.round(), run.round()
+    if isinstance(evaluator, WorkersEvaluator):
+        request.addfinalizer(evaluator.close)
+    prepared(2, model=Plain(), evaluator=evaluator)  # starts what has to be started
     started = time.perf_counter()
-    whole = Run(model=Plain(), evaluator=evaluator)
-    whole.round(), whole.round(), whole.round()
+    prepared(3, model=Plain(), evaluator=evaluator)
     seconds = (time.perf_counter() - started) / 3
     broken = 0
     for _ in range(tries):
-        run = Run(model=Plain(), evaluator=evaluator)
-        run.round(), run.round()
-        start, twin = run.state(), Run(model=Plain(), evaluator=evaluator)
-        twin.round(), twin.round(), twin.state(), twin.round()  # saving brings Gram matrices up to date
+        run, twin = (prepared(2, model=Plain(), evaluator=evaluator) for _ in range(2))
+        start = run.state()
+        twin.state()  # saving brings Gram matrices up to date
+        twin.round()
         try:
             alarm(moments.uniform(1e-4, seconds))
             run.round()
@@ -144,8 +147,6 @@ def test_signals_at_random_moments(alarm, make, tries):
             assert_start_or_end(run, start, twin.state())
         assert_equal_trees(run.finish().model.state_dict(), end)
     assert broken > tries / 4
-    if isinstance(evaluator, WorkersEvaluator):
-        evaluator.close()
 
 
 # ---------------------------------------------------------------- threads
