@@ -10,12 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 
 __all__ = [
+    "as_float",
     "check_flag",
     "check_integer",
     "check_kind",
     "check_number",
     "check_parameters",
     "check_positive",
+    "check_real",
     "saved_entry",
     "saved_integer",
     "saved_number",
@@ -74,7 +76,7 @@ def check_number(
     """
     plain = isinstance(value, Real) and not isinstance(value, bool)
     scalar = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
-    number = _as_float(value) if plain or scalar else math.nan
+    number = as_float(value) if plain or scalar else math.nan
     inside = (number > least if open_below else number >= least) and (
         number < most if open_above else number <= most
     )
@@ -85,11 +87,26 @@ def check_number(
     return number
 
 
-def _as_float(value: Any) -> float:
+def as_float(value: Any) -> float:
+    """The value as a float; an integer too long for one is infinite."""
     try:
         return float(value)
-    except OverflowError:  # an integer of more than 308 digits
-        return math.inf
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def check_real(owner: str, name: str, value: Any) -> float:
+    """The value as a float: any real number passes that is no boolean; the range is the caller's to check.
+
+    Raises:
+        ValueError: it is no real number.
+
+    >>> check_real("WithinTolerance", "tolerance", 2)
+    2.0
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{owner}: {name} must be a number, got {value!r}")
+    return as_float(value)
 
 
 def check_positive(owner: str, name: str, value: Any, remedy: str = "") -> float:
@@ -98,7 +115,7 @@ def check_positive(owner: str, name: str, value: Any, remedy: str = "") -> float
     Raises:
         ValueError: it is not; ``remedy``, if any, ends the message.
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < _as_float(value) < math.inf:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < as_float(value) < math.inf:
         raise ValueError(
             f"{owner}: {name} must be positive and finite, got {value!r}" + f"; {remedy}" * bool(remedy)
         )

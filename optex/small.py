@@ -7,7 +7,6 @@ both.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
@@ -20,7 +19,7 @@ from scipy.linalg import get_lapack_funcs
 from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-from optex.errors import ConvergenceWarning, JitterWarning, NotPositiveDefiniteError
+from optex.errors import ConvergenceWarning, JitterWarning, NotPositiveDefiniteError, warn
 
 __all__ = [
     "TINY",
@@ -236,11 +235,10 @@ def jittered_cholesky(
         if done and _UNSAID.get():
             return factor
         if done:
-            warnings.warn(
+            warn(
                 f"kernel matrix of size {len(matrix)} is not positive definite; added {jitter:g} of its mean "
                 f"diagonal ({float(scale):.3g}). A larger {remedy} avoids this.",
                 JitterWarning,
-                stacklevel=2,
             )
             return factor
     raise NotPositiveDefiniteError(
@@ -321,10 +319,9 @@ def conjugate_gradients(
     left = right - product(solution)
     reached = float((left * left).sum() / (right * right).sum()) ** 0.5
     if reached > 1e-6:
-        warnings.warn(
+        warn(
             f"conjugate gradients stopped after {iterations} iterations at a relative residual of "
             f"{reached:.1e}; a larger noise_variance makes the system easier",
             ConvergenceWarning,
-            stacklevel=2,
         )
     return solution

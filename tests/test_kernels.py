@@ -53,7 +53,7 @@ def test_rational_quadratic_tends_to_the_rbf():
 def test_errors_name_the_argument():
     with pytest.raises(ValueError, match=r"kernel: 'gauss' is not one of rbf, matern-1/2"):
         kernel_named("gauss")
-    with pytest.raises(ValueError, match="RationalQuadratic: alpha must be positive, got 0"):
+    with pytest.raises(ValueError, match="RationalQuadratic: alpha must be positive and finite, got 0"):
         RationalQuadratic(0)
 
 

@@ -5,7 +5,7 @@ with a TypeError, a ValueError, or an error of ``optex.errors``, whose message n
 """
 
 import math
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pytest
@@ -424,3 +424,50 @@ def test_adaptive_batches_refuse_tensors_where_they_take_none(name):
 def test_a_sigma_whose_square_is_no_number_any_more_is_warned_of_and_not_an_overflow():
     result = optex.cbo_minimize(bowl, [1.0, 2.0, 3.0], sigma=1e300, maxiter=1, seed=0)
     assert np.isfinite(result.x).all()
+
+
+LONG: Final = 10**400  # an integer that no float can hold
+
+
+@pytest.mark.parametrize(
+    ("build", "named"),
+    [
+        (
+            lambda: optex.OptEx(torch.optim.SGD([torch.ones(2, requires_grad=True)], lr=0.1), stride=LONG),
+            "stride",
+        ),
+        (
+            lambda: optex.OptEx(torch.optim.SGD([torch.ones(2, requires_grad=True)], lr=0.1), stride=-LONG),
+            "stride",
+        ),
+        (lambda: optex.WorkersEvaluator(2, timeout=LONG), "timeout"),
+        (lambda: optex.SeparableEstimator(lengthscale=LONG), "lengthscale"),
+        (lambda: optex.SeparableEstimator(noise_variance=LONG), "noise_variance"),
+        (lambda: optex.minimize(lambda x: (x**2).sum(), [1.0], lr=LONG), "lr"),
+        (
+            lambda: optex.minimize(lambda x: (x**2).sum(), [1.0], optimizer="adam", weight_decay=LONG),
+            "weight_decay",
+        ),
+    ],
+)
+def test_an_integer_too_long_for_a_float_is_refused_by_name(build, named):
+    with pytest.raises(ValueError, match=named):
+        build()
+
+
+def test_a_setting_beyond_the_precision_of_the_start_is_refused_by_name():
+    start = torch.ones(2, dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"weight_decay=1e\+30 is beyond 65504.*float16.*x0 in float64"):
+        optex.minimize(lambda x: (x**2).sum(), start, optimizer="adam", lr=0.1, weight_decay=1e30)
+
+
+@pytest.mark.parametrize("name", ["tolerance", "error", "lowest", "highest", "absurd", "lookahead"])
+@pytest.mark.parametrize("value", [True, "2", [1.0]])
+def test_a_tolerance_that_is_no_number_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"WithinTolerance: {name} must be a number, got"):
+        optex.WithinTolerance(**{name: value})
+
+
+def test_whether_a_tolerance_adapts_is_a_flag():
+    with pytest.raises(TypeError, match="WithinTolerance: adaptive must be True or False, got 1"):
+        optex.WithinTolerance(adaptive=1)  # pyright: ignore[reportArgumentType]

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Final
 
+from optex.checks import check_positive
 from optex.small import Array, exp, sqrt
 
 __all__ = ["KERNELS", "RBF", "Kernel", "Matern12", "Matern32", "Matern52", "RationalQuadratic", "kernel_named"]
@@ -143,8 +144,7 @@ class RationalQuadratic(Kernel):
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.alpha > 0:
-            raise ValueError(f"RationalQuadratic: alpha must be positive, got {self.alpha}")
+        check_positive("RationalQuadratic", "alpha", self.alpha, "large ones are near the RBF")
 
     def _base(self, squared_distance: Array, lengthscale: float | Array) -> Array:
         return 1 + squared_distance / (2 * self.alpha * lengthscale**2)

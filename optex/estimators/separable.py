@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from optex import small
+from optex.checks import as_float
 from optex.estimators.history import GradientHistory, Locations
 from optex.estimators.interface import Coefficients, Estimator, Posterior
 from optex.estimators.kernels import Kernel, Matern52, kernel_named
@@ -146,8 +147,10 @@ def _check_setting(name: str, value: float | str, words: tuple[str, ...], *, zer
     if isinstance(value, str):
         if value in words:
             return
-    elif isinstance(value, Real) and (0 < value < math.inf or (zero_allowed and value == 0)):
-        return
+    else:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else as_float(value)
+        if 0 < number < math.inf or (zero_allowed and number == 0):
+            return
     bound = "not negative" if zero_allowed else "positive"
     raise ValueError(
         f"SeparableEstimator: {name} must be a number ({bound}) or one of {', '.join(map(repr, words))}, "

@@ -12,6 +12,7 @@ from functools import partial
 from numbers import Integral, Real
 from typing import Any, Final, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -78,9 +79,12 @@ class Settings:
         _check_options(options or {}, names, settings)
         _check_functions(given["bounds"], given["callback"], settings.scheduler)
         _check_limits(settings, given["tol"])
-        ftol = None if settings.ftol is None else float(settings.ftol)
         return replace(
-            settings, gtol=float(settings.gtol), ftol=ftol, optimizer_options=_numbers(settings.optimizer, rest)
+            settings,
+            lr=None if settings.lr is None else _number("lr", settings.lr),
+            gtol=float(settings.gtol),
+            ftol=None if settings.ftol is None else float(settings.ftol),
+            optimizer_options=_numbers(settings.optimizer, rest),
         )
 
 
@@ -239,4 +243,16 @@ def build_base(
         raise ValueError(f"{owner}: optimizer must be built over the list that it is handed, and nothing else")
     if any(group.get("maximize") for group in base.param_groups):
         raise ValueError(f"{owner}: optimizer has maximize=True; minimise -fun instead")
+    _check_sizes(owner, base, x)
     return base
+
+
+def _check_sizes(owner: str, base: Optimizer, x: nn.Parameter) -> None:
+    """Refuse settings that torch could not turn into numbers of x's kind in a step."""
+    largest = torch.finfo(x.dtype).max
+    for name, value in ((name, value) for group in base.param_groups for name, value in group.items()):
+        if isinstance(value, int | float) and abs(value) > largest:
+            raise ValueError(
+                f"{owner}: {name}={value:g} is beyond {largest:g}, the largest number of {x.dtype}; pass a "
+                "smaller one, or x0 in float64"
+            )

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-from optex.checks import saved_entry, saved_integer, saved_number
+from optex.checks import check_flag, check_real, saved_entry, saved_integer, saved_number
 from optex.round.linear import linear_replay
 from optex.round.record import RoundRecord
 from optex.round.replay import Replay, Vectors
@@ -190,6 +190,12 @@ class WithinTolerance(Acceptance):
         absurd: float = 20.0,
         lookahead: float | None = None,
     ) -> None:
+        tolerance = check_real("WithinTolerance", "tolerance", tolerance)
+        error = check_real("WithinTolerance", "error", error)
+        lowest = check_real("WithinTolerance", "lowest", lowest)
+        highest = check_real("WithinTolerance", "highest", highest)
+        absurd = check_real("WithinTolerance", "absurd", absurd)
+        lookahead = None if lookahead is None else check_real("WithinTolerance", "lookahead", lookahead)
         if not tolerance >= 0:
             raise ValueError(f"WithinTolerance: tolerance must not be negative, got {tolerance}")
         if not absurd >= 1:
@@ -204,7 +210,7 @@ class WithinTolerance(Acceptance):
         if lookahead is not None and not lookahead >= 1:
             raise ValueError(f"WithinTolerance: lookahead must be at least 1, or None, got {lookahead}")
         self.tolerance: float = tolerance
-        self.adaptive: bool = adaptive and tolerance > 0
+        self.adaptive: bool = check_flag("WithinTolerance", "adaptive", adaptive) and tolerance > 0
         self.error = error
         self.lowest = lowest
         self.highest = highest

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Final
 
-from optex.checks import saved_integer, saved_number
+from optex.checks import as_float, saved_integer, saved_number
 from optex.round.surprise import Surprises
 
 __all__ = ["LARGEST", "Stride", "read_stride"]
@@ -47,9 +47,10 @@ def read_stride(stride: Any) -> float:
             "stride must be 'auto', or how many steps a round drafts at most for each gradient that it "
             f"evaluates (1: none on predictions alone), got {stride!r}"
         )
-    if not 1 <= float(stride) < math.inf:
+    largest = as_float(stride)
+    if not 1 <= largest < math.inf:
         raise ValueError(f"stride must be 'auto' or a finite number of at least 1, got {stride}")
-    return float(stride)
+    return largest
 
 
 @dataclass(frozen=True)

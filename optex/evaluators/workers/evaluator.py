@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +15,7 @@ from weakref import finalize
 import torch
 from torch import Tensor
 
-from optex.checks import check_integer
+from optex.checks import as_float, check_integer
 from optex.errors import WorkerLostError
 from optex.evaluators.interface import Evaluation, EvaluationRequest, Evaluator, stack_noise, with_hook
 from optex.evaluators.workers.executor_pool import ExecutorPool
@@ -239,7 +240,7 @@ def _check_arguments(workers: Any, timeout: Any, threads: Any, rebuild: Any) -> 
         raise ValueError("WorkersEvaluator: rebuild is for an executor; processes are restarted without it")
     if threads is not None:
         check_integer("WorkersEvaluator", "threads", threads)
-    if timeout is not None and not (isinstance(timeout, Real) and float(timeout) > 0):
+    if timeout is not None and not (isinstance(timeout, Real) and 0 < as_float(timeout) < math.inf):
         raise ValueError(f"WorkersEvaluator: timeout must be a positive number of seconds, got {timeout!r}")
     if timeout is not None and callable(workers):
         raise ValueError(
