@@ -316,7 +316,7 @@ def logistic(seed: int, samples: int, d: int, *, sphere: bool) -> EqualityProble
     inside = random.standard_normal(d)
     inside /= np.linalg.norm(inside)
     X, y, A = (torch.from_numpy(array) for array in (rows, labels, equations))
-    b = A @ torch.from_numpy(inside)  # a random b has mostly no solution on the sphere
+    b = A @ torch.from_numpy(inside)  # a random b often has no solution on the sphere
 
     def f(x: Tensor) -> Tensor:
         return torch.nn.functional.softplus(-y * (X @ x)).mean()
