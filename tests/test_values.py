@@ -16,6 +16,9 @@ RECORD = {
     "checks": [
         {"name": "cosine", "measured": "0.99 and 1,200; −3.5e-2"},
         {"name": "coordinates", "measured": "5"},
+        {"name": "rounds", "measured": "33, 68, 1,204; 2"},
+        {"name": "twice", "measured": "1"},
+        {"name": "twice", "measured": "2"},
     ],
 }
 
@@ -30,6 +33,9 @@ RECORD = {
         ("checks/cos/measured/1", "1,200"),
         ("checks/cos/measured/2", "−3.5e-2"),
         ("checks/coordinates/measured", "5"),
+        ("checks/rounds/measured/0", "33"),
+        ("checks/rounds/measured/2", "1,204"),
+        ("checks/-1/measured", "2"),
     ],
 )
 def test_a_path_finds_its_value(path, value):
@@ -37,7 +43,8 @@ def test_a_path_finds_its_value(path, value):
 
 
 @pytest.mark.parametrize(
-    "path", ["missing", "seeds/2", "checks/co/measured", "checks/sine", "checks/cos/measured/3"]
+    "path",
+    ["missing", "seeds/2", "checks/co/measured", "checks/sine", "checks/cos/measured/3", "checks/twice/measured"],
 )
 def test_a_path_to_nothing_or_to_several_is_refused(path):
     with pytest.raises(LookupError, match="exactly one"):

@@ -12,7 +12,7 @@ _PLACE = re.compile(
     r"(?P<head><!-- value:(?P<record>[^#\s]+)#(?P<path>.+?)(?: \| (?P<form>\S+))? -->).*?<!-- end -->",
     re.DOTALL,
 )
-_NUMBER = re.compile(r"[-−]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
+_NUMBER = re.compile(r"[-−]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
 def read_value(record: object, path: str) -> object:
@@ -51,8 +51,9 @@ def _inside(here: object, part: str) -> list[object]:
         return []
     if re.fullmatch(r"-?\d+", part):
         return here[int(part) :][:1]
-    names = {str(each["name"]): each for each in here if isinstance(each, dict) and "name" in each}
-    return [names[part]] if part in names else [each for name, each in names.items() if name.startswith(part)]
+    named = [(str(each["name"]), each) for each in here if isinstance(each, dict) and "name" in each]
+    exact = [each for name, each in named if name == part]
+    return exact or [each for name, each in named if name.startswith(part)]
 
 
 def _written(value: object, form: str | None) -> str:
