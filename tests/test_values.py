@@ -44,7 +44,14 @@ def test_a_path_finds_its_value(path, value):
 
 @pytest.mark.parametrize(
     "path",
-    ["missing", "seeds/2", "checks/co/measured", "checks/sine", "checks/cos/measured/3", "checks/twice/measured"],
+    [
+        "missing",
+        "seeds/2",
+        "checks/co/measured",
+        "checks/sine",
+        "checks/cos/measured/3",
+        "checks/twice/measured",
+    ],
 )
 def test_a_path_to_nothing_or_to_several_is_refused(path):
     with pytest.raises(LookupError, match="exactly one"):

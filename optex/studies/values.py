@@ -52,7 +52,7 @@ def _inside(here: object, part: str) -> list[object]:
     if re.fullmatch(r"-?\d+", part):
         return here[int(part) :][:1]
     named = [(str(each["name"]), each) for each in here if isinstance(each, dict) and "name" in each]
-    exact = [each for name, each in named if name == part]
+    exact: list[object] = [each for name, each in named if name == part]
     return exact or [each for name, each in named if name.startswith(part)]
 
 
