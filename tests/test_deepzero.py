@@ -265,10 +265,13 @@ class TestCoordinateSource:
     def test_a_block_that_is_there_twice(self):
         layer = nn.Linear(6, 6)
         model = optex.BlockLoss([layer, nn.Tanh(), layer], lambda out, _: out.square().mean()).double()
-        (batch,), found = regression_batches(1), []
-        for options in ({"reuse": False}, {}, {"vectorized": True}):
-            source = optex.CoordinateSource(model, model.parameters(), **options)
-            found.append(answer(source, batch)[1])
+        (batch,) = regression_batches(1)
+        sources = (
+            optex.CoordinateSource(model, model.parameters(), reuse=False),
+            optex.CoordinateSource(model, model.parameters()),
+            optex.CoordinateSource(model, model.parameters(), vectorized=True),
+        )
+        found = [answer(source, batch)[1] for source in sources]
         close(found[0], found[1], 1e-12)
         close(found[0], found[2], 1e-9)
 

@@ -287,7 +287,7 @@ def test_descents_that_cannot_be(changes, words):
     with pytest.raises(ValueError, match=words):
         maid(levels(), **arguments)
     with pytest.raises(TypeError, match="callback must be callable or None, got int"):
-        maid(levels(), THETA, callback=3)
+        maid(levels(), THETA, callback=3)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(

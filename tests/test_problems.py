@@ -310,7 +310,10 @@ REFUSALS = {
         "no noise to choose; it takes nothing but the seed",
     ),
     "batches of a function": (lambda: make_problem("sphere", batch_size=3), "sphere has no batch_size"),
-    "half a dimension": (lambda: Sphere(dim=2.5), "Sphere: dim must be an integer of at least 1, got 2.5"),
+    "half a dimension": (
+        lambda: Sphere(dim=2.5),  # pyright: ignore[reportArgumentType]
+        "Sphere: dim must be an integer of at least 1, got 2.5",
+    ),
     "no dimension": (lambda: Sphere(dim=0), "Sphere: dim must be an integer of at least 1, got 0"),
     "one dimension": (lambda: Rosenbrock(dim=1), "Rosenbrock: dim must be an integer of at least 2, got 1"),
     "negative noise": (lambda: Ackley(dim=2, noise=-1), "Ackley: noise must be .* got -1"),

@@ -50,14 +50,17 @@ class DynamicMask:
     def __init__(
         self,
         parameters: Iterable[Tensor],
-        ratios: float | Sequence[float] = 0.1,
+        ratios: float | np.floating[Any] | Sequence[float] = 0.1,
         every: int = 5,
         seed: int = 0,
     ) -> None:
         self.shapes: list[tuple[int, ...]] = [tuple(p.shape) for p in parameters]
-        if isinstance(ratios, (int, float, np.number)):
-            ratios = [ratios if len(shape) > 1 else 1.0 for shape in self.shapes]
-        self.ratios: list[float] = [check_number(_OWNER, "ratios", ratio, most=1.0) for ratio in ratios]
+        each = (
+            [ratios if len(shape) > 1 else 1.0 for shape in self.shapes]
+            if isinstance(ratios, (int, float, np.number))
+            else ratios
+        )
+        self.ratios: list[float] = [check_number(_OWNER, "ratios", ratio, most=1.0) for ratio in each]
         if len(self.ratios) != len(self.shapes):
             raise ValueError(
                 f"{_OWNER}: ratios must be one a parameter, {len(self.shapes)}, got {len(self.ratios)}"
