@@ -2,6 +2,7 @@
 #   make demo    create .venv, install, run the main job: a table and a picture
 #   make test    create .venv, install, lint, type-check, test, run the examples of the docs
 #   make docs    create .venv, install, build the pages into out/docs; a warning is an error
+#   make coverage which lines of the package the tests run: a quarter of an hour
 #   make package build wheel and source distribution, install each into an environment of its own, try it
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test lint types tests docs package clean
+.PHONY: demo test lint types tests coverage docs package clean
 
 demo: $(VENV)/.runs
 	$(BIN)/optex compare ackley rosenbrock logistic-breast-cancer \
@@ -28,6 +29,12 @@ types: $(VENV)/.installed
 # By file: the examples of a page build on each other.
 tests: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+coverage: $(VENV)/.coverage
+	rm -f .coverage .coverage.*
+	$(BIN)/python -m coverage run -m pytest -n 2 --dist loadfile -q
+	$(BIN)/python -m coverage combine -q
+	$(BIN)/python benchmarks/line_coverage.py
 
 docs: $(VENV)/.docs
 	$(BIN)/sphinx-build -W --keep-going -q -c docs -b html . out/docs
@@ -60,6 +67,11 @@ $(VENV)/.runs: pyproject.toml constraints.txt
 $(VENV)/.installed: $(VENV)/.runs
 	@echo "installing into $(VENV): what tests and examples need"
 	@$(PIP) install -c constraints.txt -e ".[studies,test]"
+	@touch $@
+
+$(VENV)/.coverage: $(VENV)/.installed
+	@echo "installing into $(VENV): coverage.py"
+	@$(PIP) install -c constraints.txt -e ".[coverage]"
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.runs

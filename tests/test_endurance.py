@@ -63,4 +63,5 @@ def test_no_object_is_left_behind_by_a_round(settings, early, late):
     # A window, a queue and a history hold a few more or less at any moment; a leak would be hundreds.
     assert not {kind: count - kinds[kind] for kind, count in after[0].items() if count > kinds[kind] + 30}
     assert after[1] - tensors < 2_000
-    assert after[2] - blocks < 0.5 * (late - early)
+    if sys.gettrace() is None:  # who traces, as coverage does, keeps what it has seen
+        assert after[2] - blocks < 0.5 * (late - early)
