@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     stale = False
     for page in sorted(page for pattern in PAGES for page in ROOT.glob(pattern)):
-        text = page.read_text()
+        text = page.read_text(encoding="utf-8")
         try:
             filled = fill_values(text, ROOT / "results")
         except ValueError as error:
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stale = True
             print(page.relative_to(ROOT))
             if not options.check:
-                page.write_text(filled)
+                page.write_text(filled, encoding="utf-8")
     return int(stale and options.check)
 
 

@@ -89,7 +89,7 @@ def fill_values(text: str, records: Path) -> str:
         name = place["record"]
         try:
             if name not in known:
-                known[name] = json.loads((records / f"{name}.json").read_text())
+                known[name] = json.loads((records / f"{name}.json").read_text(encoding="utf-8"))
             new = _written(read_value(known[name], place["path"]), place["form"])
         except (OSError, LookupError, ValueError, TypeError) as error:
             raise ValueError(f"fill_values: {name}.json#{place['path']}: {error}") from error
