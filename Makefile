@@ -2,6 +2,7 @@
 #   make demo    create .venv, install, run the main job: a table and a picture
 #   make test    create .venv, install, lint, type-check, test, run the examples of the docs
 #   make docs    create .venv, install, build the pages into out/docs; a warning is an error
+#   make mutants change the numerical core a little, a place at a time, and see whether tests fail: an hour or two
 #   make package build wheel and source distribution, install each into an environment of its own, try it
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test lint types tests docs package clean
+.PHONY: demo test lint types tests mutants docs package clean
 
 demo: $(VENV)/.runs
 	$(BIN)/optex compare ackley rosenbrock logistic-breast-cancer \
@@ -28,6 +29,9 @@ types: $(VENV)/.installed
 # By file: the examples of a page build on each other.
 tests: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
+
+mutants: $(VENV)/.mutants
+	$(BIN)/python benchmarks/mutants.py
 
 docs: $(VENV)/.docs
 	$(BIN)/sphinx-build -W --keep-going -q -c docs -b html . out/docs
@@ -60,6 +64,11 @@ $(VENV)/.runs: pyproject.toml constraints.txt
 $(VENV)/.installed: $(VENV)/.runs
 	@echo "installing into $(VENV): what tests and examples need"
 	@$(PIP) install -c constraints.txt -e ".[studies,test]"
+	@touch $@
+
+$(VENV)/.mutants: $(VENV)/.installed
+	@echo "installing into $(VENV): mutmut"
+	@$(PIP) install -c constraints.txt -e ".[mutants]"
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.runs
