@@ -54,19 +54,36 @@ def test_no_noise_variances_are_numbers_again():
 
 
 BROKEN = [
-    ("displacements", torch.zeros(4, 2), "saved displacements are (4, 2) [T0, d], this history's (4, 3); build it "
-     "with the same history_size and parameters"),
-    ("gradients", torch.zeros(5, 3), "saved gradients are (5, 3) [T0, d], this history's (4, 3); build it with the "
-     "same history_size and parameters"),
+    (
+        "displacements",
+        torch.zeros(4, 2),
+        "saved displacements are (4, 2) [T0, d], this history's (4, 3); "
+        "build it with the same history_size and parameters",
+    ),
+    (
+        "gradients",
+        torch.zeros(5, 3),
+        "saved gradients are (5, 3) [T0, d], this history's (4, 3); "
+        "build it with the same history_size and parameters",
+    ),
     ("displacements", torch.full((4, 3), math.nan), "saved displacements holds numbers that are not finite"),
     ("gradients", torch.full((4, 3), math.inf), "saved gradients holds numbers that are not finite"),
     ("gradients", "none", "saved gradients must be a floating-point tensor (4, 3), got 'none'"),
-    ("displacements", torch.zeros(4, 3, dtype=torch.int64), "saved displacements must be a floating-point tensor "
-     "(4, 3), got torch.int64 (4, 3)"),
-    ("iterate_gram", torch.zeros(3, 3), "saved iterate_gram must be a floating-point tensor (4, 4), got "
-     "torch.float32 (3, 3)"),
-    ("gradient_gram", torch.zeros(4, 3), "saved gradient_gram must be a floating-point tensor (4, 4), got "
-     "torch.float32 (4, 3)"),
+    (
+        "displacements",
+        torch.zeros(4, 3, dtype=torch.int64),
+        "saved displacements must be a floating-point tensor (4, 3), got torch.int64 (4, 3)",
+    ),
+    (
+        "iterate_gram",
+        torch.zeros(3, 3),
+        "saved iterate_gram must be a floating-point tensor (4, 4), got torch.float32 (3, 3)",
+    ),
+    (
+        "gradient_gram",
+        torch.zeros(4, 3),
+        "saved gradient_gram must be a floating-point tensor (4, 4), got torch.float32 (4, 3)",
+    ),
     ("cross_gram", torch.full((4, 4), math.nan), "saved cross_gram holds numbers that are not finite"),
     ("appended", -1, "saved appended must be an integer of at least 0, got -1"),
     ("appended", 0, "saved anchor and appended (0) contradict each other"),
@@ -80,14 +97,21 @@ BROKEN = [
     ("groups", [0, True, 2, None], "saved groups do not fit 3 pairs, got True for slot 1"),
     ("groups", [0, 1, 2, "x"], "saved groups do not fit 3 pairs, got 'x' for slot 3"),
     ("noise", [0.0] * 5, "saved noise must be a list of 4, got [0.0, 0.0, 0.0, 0.0, 0.0]"),
-    ("noise", [0.123456789] * 6, "saved noise must be a list of 4, got "
-     "[0.123456789, 0.123456789, 0.123456789, 0.123456789, 0.12345"),
+    (
+        "noise",
+        [0.123456789] * 6,
+        "saved noise must be a list of 4, got [0.123456789, 0.123456789, 0.123456789, 0.123456789, 0.12345",
+    ),
     ("noise", [0.0, -1.0, 0.0, 0.0], "saved noise must be numbers that are not negative, or None, got -1.0"),
-    ("noise", [0.0, "much", 0.0, 0.0], "saved noise must be numbers that are not negative, or None, got 'much'"),
-]  # fmt: skip
+    (
+        "noise",
+        [0.0, "much", 0.0, 0.0],
+        "saved noise must be numbers that are not negative, or None, got 'much'",
+    ),
+]
 
 
-@pytest.mark.parametrize(("entry", "value", "message"), BROKEN, ids=[f"{b[0]}-{i}" for i, b in enumerate(BROKEN)])
+@pytest.mark.parametrize(("entry", "value", "message"), BROKEN)
 def test_a_broken_entry_is_refused_by_name(entry, value, message):
     state = saved()
     state[entry] = value

@@ -374,3 +374,10 @@ def test_the_newest_pair_stands_for_all_at_its_iterate(size, places):
 def test_pairs_that_come_together_all_join_the_old_ones_of_their_iterate():
     # The ring has gone round: of the two new pairs, the second has the lower slot.
     assert_newest_stand_for_their_iterates(3, [[0, 0], [0, 0]])
+
+
+def test_products_of_all_rows_are_gradients_first():
+    history = GradientHistory(4, 5)
+    history.append(rows(3, 5, 1), rows(3, 5, 2))
+    both = torch.cat([history.gradients, history.displacements])
+    torch.testing.assert_close(torch.as_tensor(history.row_gram), both @ both.T, rtol=1e-12, atol=1e-12)

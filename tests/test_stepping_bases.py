@@ -94,7 +94,7 @@ def test_keywords_from_elsewhere_get_a_remedy():
 
 
 def test_unknown_keywords_of_a_factory_are_refused():
-    with pytest.raises(TypeError, match="solve: there is no argument 'nesterov'; optimizer .*Adam.* takes betas"):
+    with pytest.raises(TypeError, match=r"solve: there is no argument 'nesterov'; .*Adam.* takes betas"):
         check_settings("solve", torch.optim.Adam, {"nesterov": True}, {})
 
 
