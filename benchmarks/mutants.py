@@ -104,9 +104,8 @@ class Judge:
         for item in items:
             test = getattr(item, "obj", None)
             drawn = getattr(test, "_hypothesis_internal_use_settings", None)
-            if (
-                drawn is not None
-            ):  # each decorated test has settings of its own, once however it is parametrized
+            # Each decorated test has settings of its own, one object however it is parametrized.
+            if test is not None and drawn is not None:
                 fewer = settings(drawn, max_examples=min(drawn.max_examples, EXAMPLES))
                 getattr(test, "__func__", test)._hypothesis_internal_use_settings = fewer
 

@@ -31,10 +31,9 @@ def test_what_was_saved_is_what_is_found(pairs):
     assert found.groups == state["groups"]
     assert [None if math.isnan(v) else v for v in found.noise] == state["noise"]
     assert found.appended == pairs
-    if pairs:
+    assert (found.anchor is not None) == bool(pairs)
+    if found.anchor is not None:
         assert torch.equal(found.anchor, state["anchor"])
-    else:
-        assert found.anchor is None
 
 
 def test_lists_are_not_shared_with_the_saved_state():

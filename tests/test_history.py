@@ -110,7 +110,7 @@ def test_dtype_is_apart_from_the_parameters():
     points, history = rows(4, 50), GradientHistory(4, 50, dtype=torch.bfloat16)
     history.append(points, points)
     assert history.displacements.dtype == history.gradients.dtype == torch.bfloat16
-    assert history.anchor.dtype == torch.float64
+    assert history.reference.dtype == torch.float64
     assert history.iterate_gram.dtype == torch.float64
     exact = torch.cdist(points, points)
     torch.testing.assert_close(torch.as_tensor(history.squared_distances).sqrt(), exact, rtol=0.02, atol=0.02)
@@ -266,7 +266,7 @@ def test_the_anchor_moves_beyond_eight_median_distances(last, anchor):
     history = GradientHistory(6, 1)
     for point in (0.0, 1.0, 2.0, last):
         history.append(torch.tensor([[point]], dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64))
-    assert history.anchor.item() == anchor
+    assert history.reference.item() == anchor
     expected = torch.tensor([0.0, 1.0, 2.0, last, anchor, anchor], dtype=torch.float64) - anchor
     torch.testing.assert_close(history.displacements[:, 0], expected)
 
@@ -293,7 +293,7 @@ def test_rows_are_rounded_once_while_a_run_stays_near():
     history, points = GradientHistory(40, 50, dtype=torch.bfloat16), rows(40, 50)
     for point in points:
         history.append(point[None], point[None])
-    assert torch.equal(history.anchor, points[0])
+    assert torch.equal(history.reference, points[0])
     assert torch.equal(history.displacements, (points - points[0]).bfloat16())
 
 

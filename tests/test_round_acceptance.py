@@ -60,7 +60,7 @@ def record_of(proxies, gradients, *, positions=None, steps=None, deterministic=F
     stepper = Stepper(Logged(theta), ParameterVector([theta]))
     positions = range(len(proxies)) if positions is None else positions
     steps = len(positions) if steps is None else steps
-    source = ObjectiveSource(print, deterministic=deterministic)
+    source = ObjectiveSource(torch.sum, deterministic=deterministic)
     record = RoundRecord(0, source, [], steps, positions, stepper, SPACE, None)
     record.proxies, record.gradients = column(proxies), column(gradients)
     record.usable = [True] * len(proxies) if usable is None else usable
@@ -189,6 +189,12 @@ def test_arguments_at_the_ends_of_their_range_are_taken(settings):
         assert getattr(rule, name) == value
 
 
+def test_any_tolerance_but_0_is_adapted():
+    assert WithinTolerance(0.25).adaptive
+    assert not WithinTolerance(0.25, adaptive=False).adaptive
+    assert not WithinTolerance(0.0).adaptive
+
+
 def test_states_go_round():
     rule = WithinTolerance(3.0)
     for state in ({"tolerance": 0.5, "kept": 4, "length": 0.25}, {"tolerance": 1, "kept": None, "length": 0}):
@@ -240,6 +246,7 @@ def test_a_fixed_tolerance_looks_ahead_at_all():
     [
         ([1.0, 19.0, -20.0, 20.5], [True, True, True, False]),
         ([0.5, 10.0, 10.5], [True, True, False]),
+        ([1.0, 25.0], [True, False]),
         ([0.0, 0.0, 1e-300], [True, True, False]),
         ([math.nan, 1.0, 1e9], [True, True, True]),  # nothing to measure by
         ([math.inf, 1.0, 1e9], [True, True, True]),
@@ -368,6 +375,13 @@ def test_steps_without_a_minibatch_take_predictions_of_the_usual_length(values, 
     assert log_of(record)[2 : 2 + len(predicted)] == predicted
 
 
+@pytest.mark.parametrize(("value", "accepted"), [(2.9, 2), (3.1, 1)])
+def test_the_usual_length_is_that_of_earlier_predictions(value, accepted):
+    # Proxies at 0 and -4: the steps behind a prediction of -2.9 are too far from the second one.
+    record = sampled_record(Predicting(value, math.nan), length=2.0)
+    assert kept(record) == accepted
+
+
 def test_where_nothing_predicts_the_round_ends_with_what_was_measured():
     assert kept(sampled_record(None)) == 1
 
@@ -400,6 +414,16 @@ def test_a_round_of_one_gradient_notes_how_long_its_steps_were():
     assert rule.state_dict()["length"] == 3.0
 
 
+def test_steps_are_measured_from_where_the_round_began():
+    record = record_of([5.0], [3.0], positions=[0], steps=2, deterministic=True)
+    record.stepper.move_to(torch.full((1,), 5.0, dtype=torch.float64))
+    record.stepper.mark()
+    record.predicted = [0]
+    rule = WithinTolerance(10.0, adaptive=False)
+    assert rule.replay(record) == 2
+    assert rule.state_dict()["length"] == 3.0
+
+
 def learned(record, **settings):
     rule = WithinTolerance(**settings)
     rule._learn(record)
@@ -423,6 +447,20 @@ def test_steps_between_evaluated_ones_are_a_part_of_the_way():
     assert learned(record, tolerance=4.0) == 4.0
     record.positions = [0, 2]
     assert learned(record, tolerance=4.0) == 2.0
+
+
+def test_each_step_of_the_draft_has_a_length_of_its_own():
+    # Behind row 0 the proxies are 4 apart, two steps a gap; behind row 1 they are 3, with one step.
+    record = measured_round([1.0, 1.0], [0.5, 0.5])
+    record.proxies, record.positions = column([0.0, 4.0, 7.0]), [0, 2, 3]
+    # Bearable are a half and a third of a step; the median is between them.
+    assert learned(record) == pytest.approx((1 / 2 + 1 / 3) / 2)
+
+
+def test_errors_are_relative_to_the_gradients():
+    record = measured_round([1.0], [0.5])
+    record.gradients, record.drafted = 4 * record.gradients, 4 * record.drafted
+    assert learned(record) == 1.0
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,11 @@ def test_sampled_strides(value, kept, squared_error, noise, expected):
     assert after.value == pytest.approx(expected, rel=1e-12)
 
 
+def test_sampled_strides_of_several_gradients_fall_to_what_was_kept_for_each():
+    after = Stride(value=4.0).after(2, 6, Surprises(0.1, 0.0), deterministic=False)
+    assert after.value == 3.0
+
+
 # ---------------------------------------------------------------------- rests
 
 

@@ -59,7 +59,11 @@ def relative(result, expected, gradients):
 )
 def test_matches_scikit_learn(kind, size, dimension, dtype, name, lengthscale, noise, seed):
     points, gradients, queries = sample(kind, size, dimension, seed, dtype)
-    reference = GaussianProcessRegressor(REFERENCE_KERNELS[name](lengthscale), alpha=noise, optimizer=None)
+    reference = GaussianProcessRegressor(
+        REFERENCE_KERNELS[name](lengthscale),
+        alpha=noise,
+        optimizer=None,  # pyright: ignore[reportArgumentType]  # its documentation has None
+    )
     mean, deviation = reference.fit(points, gradients).predict(queries, return_std=True)
     # The history is float64; the parameters that it is fed need not be.
     history = history_of(points, gradients, torch.float32 if dtype is np.float32 else torch.float64)
@@ -120,7 +124,7 @@ def test_leave_one_out_picks_the_best_of_its_grid():
         for factor in LENGTHSCALE_FACTORS
         for noise in NOISE_VARIANCES
     }
-    best = min(errors, key=errors.get)
+    best = min(errors, key=errors.__getitem__)
     assert (posterior.lengthscale.item(), posterior.noise_variance) == pytest.approx(best)
     assert posterior.noise_variance > 1e-3  # the data are noisy, and it is seen
 

@@ -2,6 +2,7 @@
 
 import re
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -33,8 +34,9 @@ def layers():
 def test_optimizers_are_made_by_name_of_a_module_or_its_parameters(name, as_module):
     model = layers() if name != "muon" else nn.Linear(4, 3, bias=False)
     base = base_optimizer(name, model if as_module else model.parameters(), lr=0.03)
-    wanted = OPTIMIZERS[name]
-    assert isinstance(base, wanted.func if isinstance(wanted, partial) else wanted)
+    wanted: Any = OPTIMIZERS[name]
+    kind: Any = wanted.func if isinstance(wanted, partial) else wanted
+    assert isinstance(base, kind)
     assert [id(p) for group in base.param_groups for p in group["params"]] == [
         id(p) for p in model.parameters()
     ]

@@ -109,6 +109,16 @@ def test_gradients_of_one_precision_are_copies_too():
     assert values.tolist() == [0, 1, 2]
 
 
+def test_a_mask_is_one_flag_a_parameter():
+    with pytest.raises(ValueError, match="argument 3 is shorter"):
+        ParameterVector(mixed()).write_gradients(torch.zeros(11), (True, True))
+
+
+def test_what_is_flattened_is_of_the_vectors_precision():
+    pieces = [torch.ones(2, 3), torch.ones(()), torch.ones(4, 1)]
+    assert ParameterVector(mixed()).flatten(pieces).dtype == torch.float64
+
+
 def test_gradients_lie_in_memory_as_their_parameters_do():
     parameter = nn.Parameter(torch.zeros(3, 2).t())
     ParameterVector([parameter]).write_gradients(torch.arange(6.0), (True,))

@@ -2,6 +2,7 @@
 
 import re
 from collections import deque
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,11 @@ class Own(torch.optim.SGD):
         vars(self).update(attributes)
 
 
+def own(**attributes) -> Any:
+    """Such an optimizer, whose attributes a type checker does not know."""
+    return Own(**attributes)
+
+
 # ---------------------------------------------------------------------- groups
 
 
@@ -59,7 +65,7 @@ def test_a_rate_that_is_a_tensor_is_put_back_in_place():
 
 
 def test_a_setting_of_another_kind_is_put_back_as_a_copy():
-    base = torch.optim.Adam(parameters(), lr=torch.tensor(0.1))
+    base: Any = torch.optim.Adam(parameters(), lr=torch.tensor(0.1))
     saved = Hyperparameters(base)
     for other in (0.5, torch.ones(3)):
         base.param_groups[0]["lr"] = other
@@ -114,7 +120,7 @@ def assert_attributes(base, expected):
 
 
 def test_plain_attributes_are_put_back():
-    base, mean = Own(**make_attributes()), torch.zeros(2)
+    base, mean = own(**make_attributes()), torch.zeros(2)
     base.mean = mean
     saved = Attributes(base)
     for _ in range(2):
@@ -132,7 +138,7 @@ def test_plain_attributes_are_put_back():
 
 
 def test_a_tensor_of_another_shape_is_put_back_as_a_copy():
-    base = Own(mean=torch.zeros(2))
+    base = own(mean=torch.zeros(2))
     saved = Attributes(base)
     for _ in range(2):
         base.mean = torch.ones(3)
@@ -142,7 +148,7 @@ def test_a_tensor_of_another_shape_is_put_back_as_a_copy():
 
 
 def test_attributes_that_came_since_are_taken_away():
-    base = Own(count=1)
+    base = own(count=1)
     saved = Attributes(base)
     base.later = 5
     del base.count
@@ -155,7 +161,7 @@ def test_attributes_that_came_since_are_taken_away():
 
 def test_objects_that_were_replaced_are_put_back():
     helper, other = {"a": object()}, {"b": object()}
-    base = Own(helper=helper)
+    base = own(helper=helper)
     saved = Attributes(base)
     base.helper = other
     saved.restore()
@@ -171,7 +177,7 @@ class Counter:
 
 
 def test_an_object_that_is_changed_in_place_is_refused_by_name():
-    base = Own(counter=Counter())
+    base = own(counter=Counter())
     saved = Attributes(base)
     saved.check()
     base.counter.calls += 1
@@ -188,14 +194,14 @@ def test_what_cannot_be_told_is_not_refused():
         def __reduce__(self):
             raise RuntimeError
 
-    base = Own(call=lambda: 1, silent=Silent())
+    base = own(call=lambda: 1, silent=Silent())
     saved = Attributes(base)
     saved.check()
     saved.restore()
 
 
 def test_a_parameter_among_attributes_stays_that_parameter():
-    base = Own()
+    base = own()
     base.first = base.param_groups[0]["params"][0]
     saved = Attributes(base)
     saved.restore()
@@ -209,13 +215,13 @@ class Around(torch.optim.Optimizer):
         super().__init__(inner.param_groups, {})
         self.inner, self.state, self.param_groups = inner, inner.state, inner.param_groups
 
-    def step(self, closure=None):
+    def step(self, closure=None) -> Any:
         self.inner.step()
 
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_wrapped_optimizer_is_looked_into(depth):
-    inner = Own(count=1, counter=Counter())
+    inner = own(count=1, counter=Counter())
     base = inner
     for _ in range(depth):
         base = Around(base)
@@ -275,7 +281,7 @@ def test_state_that_came_since_is_taken_away_and_what_went_comes_back():
 
 def test_a_state_that_is_no_dict_is_refused():
     base = torch.optim.SGD(parameters(), lr=0.1)
-    base.state[base.param_groups[0]["params"][0]] = [1]  # pyright: ignore[reportArgumentType]
+    base.state[base.param_groups[0]["params"][0]] = [1]
     message = (
         "OptEx: SGD keeps a list as the state of a parameter, where torch's optimizers keep a dict; wrap it in "
         "one, as state[p] = {'value': ...}"
@@ -311,7 +317,7 @@ def test_schedules_are_put_back(saving):
 
 @pytest.mark.parametrize("saving", [Settings, Snapshot])
 def test_steps_that_cannot_be_taken_back_are_refused_through_all(saving):
-    base = Own(counter=Counter(), count=1)
+    base = own(counter=Counter(), count=1)
     saved = saving(base, None)
     base.count = 3
     saved.restore()

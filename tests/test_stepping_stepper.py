@@ -1,6 +1,7 @@
 """The plain stepper: steps with gradients that are handed to it, and back again."""
 
 import contextlib
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ def parameters():
     return [nn.Parameter(torch.arange(3.0)), nn.Parameter(torch.ones(2, 2))]
 
 
-def stepper_of(make=torch.optim.Adam, *, scheduled=False):
+def stepper_of(make: Any = torch.optim.Adam, *, scheduled=False) -> tuple[Any, Stepper, Any]:
     """A base, its stepper and its scheduler, if any."""
     trained = parameters()
     base = make(trained, lr=0.1)
@@ -92,7 +93,6 @@ def test_steps_with_the_gradients_that_are_there_count_and_tick():
     for p in base.param_groups[0]["params"]:
         p.grad = torch.ones_like(p)
     stepper.step_with_current_gradients()
-    assert scheduler is not None
     assert scheduler.last_epoch == stepper.taken == 1
     assert torch.allclose(stepper.point, torch.tensor([-0.1, 0.9, 1.9, 0.9, 0.9, 0.9, 0.9]))
 
@@ -208,7 +208,6 @@ def test_a_load_is_put_back_with_groups_hooks_and_schedule():
     base._optimizer_step_pre_hooks = type(base._optimizer_step_pre_hooks)()
     base._optimizer_step_post_hooks = type(base._optimizer_step_post_hooks)()
     stepper.move_to(gradient(8))
-    assert scheduler is not None
     scheduler.last_epoch = 17
     put_back()
     assert base.param_groups is groups
@@ -233,7 +232,6 @@ def test_a_state_that_can_be_stepped_with_is_left_as_it_is():
     assert calls == []
     assert torch.equal(stepper.point, point)
     assert all(p.grad is g for p, g in zip(base.param_groups[0]["params"], gradients, strict=True))
-    assert scheduler is not None
     assert scheduler.last_epoch == 1
     assert stepper.taken == 0
     stepper.step(gradient())
