@@ -81,6 +81,12 @@ def test_one_of_several_points_takes_along_what_is_known(index, asked, counted):
     assert len(counted) == min((expected[name] for name in asked if name in expected), default=3)
 
 
+def test_one_of_several_points_shares_their_offsets():
+    locations = history_of().locate(rows(3, 7))
+    whole, one = locations.offsets, locations[1].offsets
+    assert one.data_ptr() == whole[1].data_ptr()
+
+
 @pytest.mark.parametrize("asked", [([], []), (KNOWN, KNOWN), (KNOWN, []), ([], KNOWN), (KNOWN[:1], [])])
 def test_parts_that_are_joined_bring_what_is_known_of_any(asked, counted):
     history, points = history_of(), rows(3, 7)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from optex import GradientHistory
+from optex import GradientHistory, small
 from optex.estimators.noise import LARGEST, relative_noise
 
 
@@ -36,14 +36,18 @@ def by_pairs(gradients, noise, correlations, assumed):
 
 
 @pytest.mark.parametrize("assumed", [1e-6, 0.05])
-@pytest.mark.parametrize("correlation", [0.0, 0.7])
+@pytest.mark.parametrize("correlation", [0.0, 0.7, 0.99])
 def test_noise_that_is_told_is_put_in_units_of_the_spread_of_the_gradients(correlation, assumed):
     generator = torch.Generator().manual_seed(0)
     gradients = 3 * torch.randn(4, 5, generator=generator, dtype=torch.float64)
     noise, correlations = [0.5, 0.0, 2.0, 0.1], correlations_of(4, correlation)
-    correlations[0, 1] = correlations[1, 0] = 0.2
-    ours = relative_noise(history_of(gradients, noise), [0, 1, 2, 3], correlations, assumed)
-    assert ours == pytest.approx(by_pairs(gradients, noise, correlations, assumed), rel=1e-12)
+    correlations[0, 1] = correlations[1, 0] = (0.2 + correlation) / 2
+    history, slots = history_of(gradients, noise), [0, 1, 2, 3]
+    expected = by_pairs(gradients, noise, correlations, assumed)
+    assert relative_noise(history, slots, correlations, assumed) == pytest.approx(expected, rel=1e-12)
+    with small.tensors():
+        found = relative_noise(history, slots, torch.from_numpy(correlations), assumed)
+    assert found.tolist() == pytest.approx(expected, rel=1e-12)
 
 
 def test_slots_of_several_pairs_have_the_noise_of_their_mean():

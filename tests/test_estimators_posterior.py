@@ -101,9 +101,27 @@ def test_predictions_come_in_the_points_precision(kind, count):
     assert posterior.differences(posterior.locate(points), posterior.locate(points)).dtype == torch.float32
 
 
-def test_the_prior_variance_is_the_sample_variance_of_a_component():
-    history = history_of(4)
-    expected = rows(4, 1).var(0).mean()  # with n - 1
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("as_on_accelerators", [False, True])
+def test_rows_of_fewer_digits_give_predictions_of_as_many(count, dtype, as_on_accelerators):
+    history = GradientHistory(4, 5, dtype=dtype)
+    history.append(rows(3, 0), rows(3, 1))
+    exact = GradientHistory(4, 5)
+    exact.append(rows(3, 0), rows(3, 1))
+    points = rows(count, 5)
+    with small.tensors() if as_on_accelerators else contextlib.nullcontext():
+        posterior, twin = Made(history), Made(exact)
+        found, expected = (each.means(each.locate(points)) for each in (posterior, twin))
+    assert found.dtype == torch.float64
+    rounding = 0.1 if dtype is torch.bfloat16 else 1e-4
+    torch.testing.assert_close(found, expected, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_prior_variance_is_the_sample_variance_of_a_component(count):
+    history = history_of(count)
+    expected = rows(count, 1).var(0).mean()  # with n - 1
     assert Made(history).prior_variance().item() == pytest.approx(expected.item(), rel=1e-12)
 
 
