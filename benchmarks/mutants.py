@@ -30,6 +30,7 @@ import json
 import os
 import platform
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -243,15 +244,41 @@ def write(modules: dict[str, Any]) -> None:
     RESULTS.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
 
+def kind(lines: Sequence[str]) -> str:
+    """What a mutant that is left changes, as far as that says why no test fails."""
+    words = {"-": Counter[str](), "+": Counter[str]()}
+    for line in lines:
+        if "def " not in line:
+            words[line[0]].update(re.findall(r"[\w.\"]+|\S", line[2:]))
+    gone, come = (words["-"] - words["+"]).keys(), (words["+"] - words["-"]).keys()
+    flags = {"None", "True", "False", ")"}
+    if "strict" in words["-"] and gone <= {"strict", "=", ",", *flags} and come <= flags:
+        return "strict"
+    where = {word for word in gone if word.split(".")[-1] == "device" or word == '"cpu"'}
+    if where and gone <= {*where, "=", ","} and come <= {"None", ")", '"XXcpuXX"', '"CPU"'}:
+        return "device"
+    return "other"
+
+
+def left(modules: dict[str, Any]) -> str:
+    """Of which kinds the mutants are that are left."""
+    kinds = Counter(kind(lines) for module in modules.values() for lines in module["alive"].values())
+    return (
+        f"Of the {kinds.total()} that are left, {kinds['strict']} ask `zip` less strictly of what is always of one "
+        f"length, and {kinds['device']} leave out a device, which a machine with one cannot tell: these cannot fail "
+        f"here. The other {kinds['other']} hold some more that are the same program in other words."
+    )
+
+
 def table(modules: dict[str, Any]) -> str:
-    """A row for each module, and one for all."""
+    """A row for each module, one for all, and what is left."""
     kinds = ("mutants", "tried", "killed", "timed out", "survived", "not reached")
     totals = {kind: sum(module[kind] for module in modules.values()) for kind in kinds}
     rows = []
     for path, counts in {**{f"`{path}`": module for path, module in modules.items()}, "all": totals}.items():
         share = (counts["killed"] + counts["timed out"]) / counts["tried"]
         rows.append((path, *(str(counts[kind]) for kind in kinds), f"{share:.1%}"))
-    return markdown_table(("module", *kinds, "killed of those tried"), rows)
+    return markdown_table(("module", *kinds, "killed of those tried"), rows) + f"\n\n{left(modules)}"
 
 
 def main() -> None:
