@@ -264,14 +264,11 @@ def left(modules: dict[str, Any]) -> str:
     """Of which kinds the mutants are that are left."""
     kinds = Counter(kind(lines) for module in modules.values() for lines in module["alive"].values())
     drawn = [path for path, module in modules.items() if module["tried"] < module["mutants"]]
-    said = (
-        f"Of {' and '.join(f'`{path}`' for path in drawn)} those tried were drawn by seed {SEED}. "
-        if drawn
-        else ""
-    )
+    named = " and ".join(f"`{path}`" for path in drawn)
+    said = f"Of {named} those tried were drawn by seed {SEED}. " if drawn else ""
     return (
-        f"{said}Of the {kinds.total()} that are left, {kinds['strict']} ask `zip` less strictly of what is always "
-        f"of one length, and {kinds['device']} leave out a device, which a machine with one cannot tell: these "
+        f"{said}Of the {kinds.total()} that are left, {kinds['strict']} ask `zip` less strictly of what is "
+        f"always of one length, and {kinds['device']} leave out a device, which a machine with one cannot tell: these "
         f"cannot fail here. Of the other {kinds['other']} some more are the same program in other words."
     )
 
