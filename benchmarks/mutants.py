@@ -267,9 +267,9 @@ def left(modules: dict[str, Any]) -> str:
     named = " and ".join(f"`{path}`" for path in drawn)
     said = f"Of {named} those tried were drawn by seed {SEED}. " if drawn else ""
     return (
-        f"{said}Of the {kinds.total()} that are left, {kinds['strict']} ask `zip` less strictly of what is "
-        f"always of one length, and {kinds['device']} leave out a device, which a machine with one cannot tell: these "
-        f"cannot fail here. Of the other {kinds['other']} some more are the same program in other words."
+        f"{said}Of the {kinds.total()} that are left, {kinds['strict']} ask `zip` less strictly of what is always "
+        f"as long, and {kinds['device']} leave out a device, which a machine with one cannot tell: these cannot "
+        f"fail here. Of the other {kinds['other']} some more are the same program in other words."
     )
 
 
