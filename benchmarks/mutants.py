@@ -266,10 +266,11 @@ def left(modules: dict[str, Any]) -> str:
     drawn = [path for path, module in modules.items() if module["tried"] < module["mutants"]]
     named = " and ".join(f"`{path}`" for path in drawn)
     said = f"Of {named} those tried were drawn by seed {SEED}. " if drawn else ""
+    strict, device, other = (kinds[name] for name in ("strict", "device", "other"))
     return (
-        f"{said}Of the {kinds.total()} that are left, {kinds['strict']} ask `zip` less strictly of what is always "
-        f"as long, and {kinds['device']} leave out a device, which a machine with one cannot tell: these cannot "
-        f"fail here. Of the other {kinds['other']} some more are the same program in other words."
+        f"{said}Of the {kinds.total()} that are left, {strict} ask `zip` less strictly of what is "
+        f"always as long, and {device} leave out a device, which a machine with one cannot tell: these cannot "
+        f"fail here. Of the other {other} some more are the same program in other words."
     )
 
 
