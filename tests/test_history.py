@@ -168,6 +168,29 @@ def test_a_history_is_of_float64_in_main_memory_unless_told_otherwise():
     assert history.displacements.device == torch.device("cpu")
 
 
+@pytest.mark.parametrize("far", [False, True])
+def test_the_anchor_is_a_copy(far):
+    # The first pair's iterate, and the one that it moves to.
+    history, points = GradientHistory(4, 3), rows(3, 3)
+    if far:
+        history.append(rows(2, 3, 1), rows(2, 3, 1))
+        points += 1e6
+    history.append(points, points)
+    expected = points[-1].clone()
+    points.zero_()
+    assert torch.equal(history.reference, expected)
+
+
+def test_gradients_are_exact_unless_told_otherwise():
+    history = GradientHistory(3, 2)
+    assert history.dimension == 2
+    assert history.state_dict()["noise"] == [0.0] * 3
+    history.append(rows(2, 2), rows(2, 2))
+    assert not history.is_sampled
+    assert not history.tells_noise
+    assert history.noise_variance.tolist() == [0.0] * 3
+
+
 def test_a_loaded_history_shares_nothing_with_the_saved_one():
     history, twin = GradientHistory(5, 3), GradientHistory(5, 3)
     history.append(rows(3, 3), rows(3, 3, 1), [0.5, math.nan, 0.0])
