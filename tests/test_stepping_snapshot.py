@@ -77,12 +77,13 @@ def test_a_setting_of_another_kind_is_put_back_as_a_copy():
 
 
 def test_containers_among_settings_are_copied():
-    base = torch.optim.SGD([{"params": parameters(), "mine": [1, 2]}], lr=0.1)
+    base = torch.optim.SGD([{"params": parameters(), "mine": [1, [2]]}], lr=0.1)
     saved = Hyperparameters(base)
     for _ in range(2):
         base.param_groups[0]["mine"].append(3)
+        base.param_groups[0]["mine"][1].append(4)
         saved.restore()
-        assert base.param_groups[0]["mine"] == [1, 2]
+        assert base.param_groups[0]["mine"] == [1, [2]]
 
 
 # ---------------------------------------------------------------------- attributes
@@ -174,6 +175,29 @@ class Counter:
 
     def __init__(self):
         self.calls = 0
+
+
+class Function(Counter):
+    """One that is called, whose content nobody looks into."""
+
+    def __call__(self):
+        self.calls += 1
+
+
+def test_what_is_called_may_change():
+    base = own(function=Function())
+    saved = Attributes(base)
+    base.function()
+    saved.check()
+
+
+def test_a_dict_by_objects_is_no_plain_one():
+    helper = {Function(): 1}
+    base = own(helper=helper)
+    saved = Attributes(base)
+    base.helper = None
+    saved.restore()
+    assert base.helper is helper
 
 
 def test_an_object_that_is_changed_in_place_is_refused_by_name():
