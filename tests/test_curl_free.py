@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from optex import CurlFreeEstimator, GradientHistory, small
 from optex.estimators.curl_free import NOISE_FLOOR, _directions
 from tests.references import dense_curl_free as dense
+from tests.test_estimators_noise import by_pairs
 from tests.test_separable import KINDS, history_of, sample
 
 PROFILES = {"rbf": dense.rbf, "matern-5/2": dense.matern52}
@@ -73,8 +74,10 @@ def test_large_systems_go_to_conjugate_gradients_and_small_ones_do_not(monkeypat
     points, gradients, _ = sample("random", 20, 50, 0)
     for limit, expected in ((20 * 19, 0), (20 * 19 - 1, 1)):
         monkeypatch.setattr(curl_free, "DENSE_LIMIT", limit)
-        CurlFreeEstimator(noise_variance=1e-2).fit(history_of(points, gradients))
-        assert len(calls) == expected
+        for solver, wanted in (("auto", expected), ("cg", 1), ("dense", 0)):
+            calls.clear()
+            CurlFreeEstimator(noise_variance=1e-2, solver=solver).fit(history_of(points, gradients))
+            assert len(calls) == wanted
 
 
 def test_sees_through_symmetry_what_the_separable_kernel_cannot():
@@ -208,6 +211,19 @@ def test_the_path_of_accelerators_predicts_alike(dimension, count, solver):
     expected = answers()
     with small.tensors():
         torch.testing.assert_close(answers(), expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("told", [0.02, 0.5])
+def test_noise_that_is_told_is_put_in_units_of_the_prior(told):
+    # A component's correlation differs by direction: what counts is its mean over the components.
+    points, gradients, queries = sample("random", 5, 3, 1)
+    history = GradientHistory(5, 3)
+    history.append(torch.from_numpy(points), torch.from_numpy(gradients), [told] * 5)
+    correlations = [[np.trace(dense.block(x, y, dense.rbf, 1.5)) / 3 for y in points] for x in points]
+    (noise, *_) = by_pairs(torch.from_numpy(gradients), [told] * 5, np.array(correlations), 1e-6)
+    expected, _ = dense.posterior(points, gradients, queries[0], dense.rbf, 1.5, noise, np.zeros(3))
+    posterior = CurlFreeEstimator("rbf", 1.5, prior_mean="zero").fit(history)
+    np.testing.assert_allclose(posterior.mean(torch.from_numpy(queries[0])).numpy(), expected, rtol=1e-8)
 
 
 @pytest.mark.parametrize("prior_mean", ["last", "gls"])
