@@ -159,6 +159,7 @@ def test_a_history_of_the_same_kind_is_empty():
     history.append(rows(2, 2), rows(2, 2))
     like = history.like()
     assert like.space is history.space
+    assert like.gradients.dtype == like.displacements.dtype == torch.bfloat16
     assert_equal_trees(everything(like), everything(GradientHistory(3, 2, dtype=torch.bfloat16)))
 
 
@@ -171,10 +172,10 @@ def test_a_history_is_of_float64_in_main_memory_unless_told_otherwise():
 @pytest.mark.parametrize("far", [False, True])
 def test_the_anchor_is_a_copy(far):
     # The first pair's iterate, and the one that it moves to.
-    history, points = GradientHistory(4, 3), rows(3, 3)
+    history, points = GradientHistory(6, 3), rows(3, 3)
     if far:
-        history.append(rows(2, 3, 1), rows(2, 3, 1))
-        points += 1e6
+        history.append(rows(4, 3, 1), rows(4, 3, 1))
+        points = 1e6 + points[:1]
     history.append(points, points)
     expected = points[-1].clone()
     points.zero_()
@@ -206,6 +207,9 @@ def test_a_loaded_history_shares_nothing_with_the_saved_one():
         use(each)
     assert_equal_trees(state, saved)
     assert_equal_trees(everything(twin), everything(history))
+    twin.load_state_dict(state)
+    state["anchor"].zero_()
+    assert torch.equal(twin.reference, saved["anchor"])
 
 
 @pytest.mark.parametrize("as_on_accelerators", [False, True])
@@ -246,6 +250,44 @@ def test_pairs_whose_products_are_known_are_remembered_alike(count, known):
     twin.append(arrivals.points, arrivals.gradients)
     for name in ("iterate_gram", "gradient_gram", "cross_gram", "displacements", "gradients", "averaging"):
         torch.testing.assert_close(getattr(history, name), getattr(twin, name), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_products_that_are_known_are_not_taken_again(count, monkeypatch):
+    history = GradientHistory(3, 4)
+    history.append(rows(3, 4), rows(3, 4, 1))
+    use(history)
+    arrivals = Arrivals(history, rows(count, 4, 2), rows(count, 4, 3))
+    for part, names in (
+        (arrivals.locations, ["on_gradients"]),
+        (arrivals, ["on_displacements", "on_gradients"]),
+    ):
+        for name in names:
+            _ = getattr(part, name)
+    _ = arrivals.offsets_among, arrivals.mixed_among, arrivals.gradients_among
+    calls, real = [], history.space.inner_products
+    monkeypatch.setattr(history.space, "inner_products", lambda *a: calls.append(1) or real(*a))
+    history.append(arrivals.points, arrivals.gradients, arrivals=arrivals)
+    use(history)
+    assert calls == []
+
+
+def test_the_anchor_keeps_its_precision_wherever_it_goes():
+    history = GradientHistory(6, 2, dtype=torch.float32)
+    history.append(rows(4, 2).float(), rows(4, 2))
+    history.append(1e6 + rows(1, 2), rows(1, 2))
+    assert history.reference.dtype == torch.float32
+    assert history.reference.min() > 1e5
+
+
+def test_an_empty_history_is_taken_over_by_a_filled_one():
+    history, empty = GradientHistory(3, 2), GradientHistory(3, 2)
+    history.append(rows(2, 2), rows(2, 2))
+    use(history)
+    history.load_state_dict(empty.state_dict())
+    assert history.anchor is None
+    assert_equal_trees(everything(history), everything(empty))
+    assert math.isnan(history.median_squared_distance)
 
 
 def test_rows_that_are_put_aside_use_the_same_memory_every_time():
