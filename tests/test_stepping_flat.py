@@ -293,3 +293,118 @@ def test_what_is_handed_over_is_the_base_optimizers_own():
     stepper.step(torch.ones(11, dtype=torch.float64))
     stepper.settle()
     assert base.state[trained[0]]["exp_avg"] is average  # in place
+
+
+def ones():
+    return torch.ones(11, dtype=torch.float64)
+
+
+def momentum(trained):
+    return torch.optim.SGD(trained, lr=0.1, momentum=0.9)
+
+
+def test_a_linear_rule_holds_from_the_mark_on_and_no_further():
+    trained = parameters()
+    stepper = flat_stepper(trained, momentum(trained))
+    stepper.mark()
+    rule = stepper.linear_rule()
+    assert rule is not None
+    assert (rule.lr, rule.momentum) == (0.1, 0.9)
+    stepper.step(ones())
+    assert stepper.linear_rule() is None
+    stepper.rewind()
+    assert stepper.linear_rule() is not None
+    stepper.mark(ahead=False)
+    assert stepper.linear_rule() is None
+
+
+def test_scheduled_steps_and_those_of_others_have_no_linear_rule():
+    trained = parameters()
+    base = momentum(trained)
+    scheduled: Any = FlatStepper(base, ParameterVector(trained), ExponentialLR(base, 0.9))
+    scheduled.mark()
+    assert scheduled._is_ahead
+    assert scheduled.linear_rule() is None
+    adam = flat_stepper(trained, torch.optim.Adam(trained))
+    adam.mark()
+    assert adam.linear_rule() is None
+
+
+def test_steps_worked_out_elsewhere_are_the_base_optimizers():
+    trained = parameters()
+    base = momentum(trained)
+    stepper = flat_stepper(trained, base)
+    stepper.mark()
+    start = stepper.point
+    stepper.arrive(2 * ones(), 3 * ones(), {"momentum_buffer": 4 * ones()}, 5)
+    assert not stepper._is_ahead
+    assert stepper.taken == 5
+    assert torch.equal(stepper.point, 2 * ones())
+    for p in trained:
+        assert (p == 2).all()
+        assert p.grad is not None
+        assert (p.grad == 3).all()
+        assert (base.state[p]["momentum_buffer"] == 4).all()
+    stepper.step(ones())
+    assert torch.allclose(trained[0].flatten(), torch.full((6,), 2 - 0.1 * 4.6).double())
+    stepper.rewind()
+    assert torch.equal(stepper.point, start)
+    assert stepper._is_ahead
+
+
+def test_schedules_come_back_to_the_mark():
+    trained = parameters()
+    base = momentum(trained)
+    scheduler = ExponentialLR(base, 0.9)
+    stepper: Any = FlatStepper(base, ParameterVector(trained), scheduler)
+    for way in (stepper.rewind, stepper.take_back):
+        stepper.mark()
+        for _ in range(2):
+            stepper.step(ones())
+        assert scheduler.last_epoch == 2
+        way()
+        assert scheduler.last_epoch == 0
+        assert base.param_groups[0]["lr"] == 0.1
+
+
+def test_groups_that_are_divided_anew_are_walked_as_they_are():
+    trained = parameters()
+    base = torch.optim.SGD([{"params": trained[:1]}, {"params": trained[1:]}], lr=0.1)
+    stepper = flat_stepper(trained, base)
+    stepper.mark()
+    flat = stepper._flat
+    stepper.mark()
+    assert stepper._flat is flat  # nothing is made anew where nothing has changed
+    first, second = base.param_groups
+    base.param_groups = [first | {"params": trained[:2], "lr": 0.5}, second | {"params": trained[2:]}]
+    stepper.mark()
+    before = stepper.point
+    stepper.step(ones())
+    stepper.settle()
+    assert torch.allclose(before - stepper.point, torch.tensor([0.5] * 10 + [0.1]).double())
+
+
+def test_long_groups_are_stepped_in_pieces(monkeypatch):
+    monkeypatch.setattr("optex.stepping.flat._LONGEST", 5)
+    trained = parameters()
+    stepper = flat_stepper(trained, torch.optim.Adam(trained))
+    stepper.mark()
+    (group,) = stepper._flat._groups
+    assert [tensor.numel() for tensor in group.tensors] == [5, 5, 1]
+
+
+def test_a_state_from_before_the_mark_comes_back_in_place():
+    trained = parameters()
+    base = torch.optim.Adam(trained)
+    stepper = flat_stepper(trained, base)
+    step(base)
+    averages = [base.state[p]["exp_avg"] for p in trained]
+    before = [average.clone() for average in averages]
+    stepper.mark()
+    stepper.step(2 * ones())
+    stepper.settle()
+    assert not torch.equal(averages[0], before[0])
+    stepper.take_back()
+    for p, average, value in zip(trained, averages, before, strict=True):
+        assert base.state[p]["exp_avg"] is average
+        assert torch.equal(average, value)
