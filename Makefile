@@ -2,7 +2,7 @@
 #   make demo    create .venv, install, run the main job: a table and a picture
 #   make test    create .venv, install, lint, type-check, test, run the examples of the docs
 #   make docs    create .venv, install, build the pages into out/docs; a warning is an error
-#   make mutants change the numerical core a little, a place at a time, and see whether tests fail: an hour or two
+#   make mutants change the numerical core a little, a place at a time, and see whether tests fail: an hour
 #   make package build wheel and source distribution, install each into an environment of its own, try it
 
 PYTHON ?= python3

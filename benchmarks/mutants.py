@@ -29,7 +29,6 @@ import importlib.util
 import json
 import os
 import platform
-import random
 import re
 import resource
 import signal
@@ -53,7 +52,6 @@ from optex.studies.tables import fill, markdown_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results" / "mutants.json"
-SEED = 0
 PATIENCE = 10.0  # times what the tests take without a mutant
 EXAMPLES = 20  # of a Hypothesis test, beside those that it names
 SPARE = 2  # seconds more
@@ -186,16 +184,15 @@ def settings() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mutants"]
 
 
-def judged(path: Path, sample: int, again: bool) -> dict[str, Any]:
-    """One module's mutants, or so many of them, put to its tests in this process."""
+def judged(path: Path, again: bool) -> dict[str, Any]:
+    """One module's mutants, put to its tests in this process."""
     source = (ROOT / path).read_text()
     mutated = mutate_file_contents(str(path), source)
     sys.meta_path.insert(0, Finder(path, mutated.code))
     names = {get_mutant_name(path, name): name for name in mutated.mutant_names}
-    drawn = sorted(random.Random(SEED).sample(list(names), min(sample, len(names))), key=list(names).index)
-    before, wanted = recorded().get(str(path), {}), drawn
-    if again and before.get("sha256") == _sha256(source) and before["tried"] == len(drawn):
-        wanted = [name for name in drawn if names[name] in before["alive"]]
+    before, wanted = recorded().get(str(path), {}), list(names)
+    if again and before.get("sha256") == _sha256(source):
+        wanted = [name for name in names if names[name] in before["alive"]]
     judge = Judge(wanted)
     left_out = [word for test in settings()["left_out"] for word in ("--deselect", test)]
     quiet = ("-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:terminal")
@@ -204,16 +201,16 @@ def judged(path: Path, sample: int, again: bool) -> dict[str, Any]:
     code = pytest.main([*quiet, *settings()["tests"][str(path)], *left_out], plugins=[judge])
     if code:
         raise SystemExit(f"{path}: pytest ended with {code}; without a mutant these fail: {judge.broken}")
-    verdicts = {name: judge.verdicts.get(name, "killed") for name in drawn}
+    verdicts = {name: judge.verdicts.get(name, "killed") for name in names}
     counts = Counter(verdicts.values())
-    if wanted != drawn:  # those that ran out of time before are among the killed now
+    if wanted != list(names):  # those that ran out of time before are among the killed now
         counts["killed"] -= before["timed out"]
         counts["timed out"] += before["timed out"]
-    left = [names[name] for name in drawn if verdicts[name] in ("survived", "not reached")]
+    left = [names[name] for name in names if verdicts[name] in ("survived", "not reached")]
     alive = {name: change(mutated, name) for name in left}
     print(f"{path}: {len(wanted)} mutants in {time.monotonic() - start:.0f} s, {len(alive)} alive", flush=True)
     kinds = ("killed", "timed out", "survived", "not reached")
-    numbers = {"mutants": len(names), "tried": len(drawn), **{kind: counts[kind] for kind in kinds}}
+    numbers = {"mutants": len(names), **{kind: counts[kind] for kind in kinds}}
     return {"sha256": _sha256(source), **numbers, "alive": alive}
 
 
@@ -263,12 +260,9 @@ def kind(lines: Sequence[str]) -> str:
 def left(modules: dict[str, Any]) -> str:
     """Of which kinds the mutants are that are left."""
     kinds = Counter(kind(lines) for module in modules.values() for lines in module["alive"].values())
-    drawn = [path for path, module in modules.items() if module["tried"] < module["mutants"]]
-    named = " and ".join(f"`{path}`" for path in drawn)
-    said = f"Of {named} those tried were drawn by seed {SEED}. " if drawn else ""
     strict, device, other = (kinds[name] for name in ("strict", "device", "other"))
     return (
-        f"{said}Of the {kinds.total()} that are left, {strict} ask `zip` less strictly of what is "
+        f"Of the {kinds.total()} that are left, {strict} ask `zip` less strictly of what is "
         f"always as long, and {device} leave out a device, which a machine with one cannot tell: these cannot "
         f"fail here. Of the other {other} some more are the same program in other words."
     )
@@ -276,13 +270,13 @@ def left(modules: dict[str, Any]) -> str:
 
 def table(modules: dict[str, Any]) -> str:
     """A row for each module, one for all, and what is left."""
-    kinds = ("mutants", "tried", "killed", "timed out", "survived", "not reached")
+    kinds = ("mutants", "killed", "timed out", "survived", "not reached")
     totals = {kind: sum(module[kind] for module in modules.values()) for kind in kinds}
     rows = []
     for path, counts in {**{f"`{path}`": module for path, module in modules.items()}, "all": totals}.items():
-        share = (counts["killed"] + counts["timed out"]) / counts["tried"]
+        share = (counts["killed"] + counts["timed out"]) / counts["mutants"]
         rows.append((path, *(str(counts[kind]) for kind in kinds), f"{share:.1%}"))
-    return markdown_table(("module", *kinds, "killed of those tried"), rows) + f"\n\n{left(modules)}"
+    return markdown_table(("module", *kinds, "killed of all"), rows) + f"\n\n{left(modules)}"
 
 
 def main() -> None:
@@ -290,15 +284,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("modules", nargs="*", help="all of the table by default")
     parser.add_argument("--again", action="store_true", help="those that survived last time alone")
-    parser.add_argument(
-        "--sample", type=int, default=sys.maxsize, help="at most so many mutants a module, by seed"
-    )
     parser.add_argument("--show", action="store_true", help="print the survivors")
     parser.add_argument("--report", action="store_true", help="fill the table, without a run")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        found = judged(Path(options.child), options.sample, options.again)
+        found = judged(Path(options.child), options.again)
         modules = {**recorded(), options.child: found}
         write(modules)
         return
