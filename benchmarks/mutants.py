@@ -300,15 +300,7 @@ def main() -> None:
                 print(path, name, *lines, sep="\n    ")
         return
     for path in () if options.report else chosen:
-        words = [
-            sys.executable,
-            __file__,
-            "--child",
-            path,
-            "--sample",
-            str(options.sample),
-            *(["--again"] if options.again else []),
-        ]
+        words = [sys.executable, __file__, "--child", path, *(["--again"] if options.again else [])]
         subprocess.run(words, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     fill(ROOT / "results" / "README.md", {"mutants": table(recorded())})
 
