@@ -3,6 +3,7 @@
 #   make test    create .venv, install, lint, type-check, test, run the examples of the docs
 #   make docs    create .venv, install, build the pages into out/docs; a warning is an error
 #   make coverage which lines of the package the tests run: a quarter of an hour
+#   make mutants change the numerical core a little, a place at a time, and see whether tests fail: an hour
 #   make package build wheel and source distribution, install each into an environment of its own, try it
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: demo test lint types tests coverage docs package clean
+.PHONY: demo test lint types tests coverage mutants docs package clean
 
 demo: $(VENV)/.runs
 	$(BIN)/optex compare ackley rosenbrock logistic-breast-cancer \
@@ -35,6 +36,9 @@ coverage: $(VENV)/.coverage
 	$(BIN)/python -m coverage run -m pytest -n 2 --dist loadfile -q
 	$(BIN)/python -m coverage combine -q
 	$(BIN)/python benchmarks/line_coverage.py
+
+mutants: $(VENV)/.mutants
+	$(BIN)/python benchmarks/mutants.py
 
 docs: $(VENV)/.docs
 	$(BIN)/sphinx-build -W --keep-going -q -c docs -b html . out/docs
@@ -72,6 +76,11 @@ $(VENV)/.installed: $(VENV)/.runs
 $(VENV)/.coverage: $(VENV)/.installed
 	@echo "installing into $(VENV): coverage.py"
 	@$(PIP) install -c constraints.txt -e ".[coverage]"
+	@touch $@
+
+$(VENV)/.mutants: $(VENV)/.installed
+	@echo "installing into $(VENV): mutmut"
+	@$(PIP) install -c constraints.txt -e ".[mutants]"
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.runs

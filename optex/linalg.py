@@ -79,8 +79,8 @@ def _in_blocks(
     count, rest = divmod(left.shape[1], _BLOCK)
     whole = left.shape[1] - rest
     blocks = torch.bmm(
-        left[:, :whole].view(-1, count, _BLOCK).transpose(0, 1),  # [blocks, n, _BLOCK]
-        right[:, :whole].view(-1, count, _BLOCK).permute(1, 2, 0),  # [blocks, _BLOCK, m]
+        left[:, :whole].view(len(left), count, _BLOCK).transpose(0, 1),  # [blocks, n, _BLOCK]
+        right[:, :whole].view(len(right), count, _BLOCK).permute(1, 2, 0),  # [blocks, _BLOCK, m]
     )
     total = blocks.sum(0, dtype=torch.float64)
     return total + left[:, whole:] @ right[:, whole:].mT if rest else total

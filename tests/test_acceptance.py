@@ -1,6 +1,7 @@
 """Tolerance 0 is the base optimizer's own run, whatever the evaluator, window and schedule do."""
 
 import itertools
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -115,6 +116,7 @@ def test_corrected_gradients_are_those_of_the_formula():
     for _ in range(3):
         next(rounds)
     start, held, posterior = theta.detach().clone(), optimizer.history, optimizer._rounds.predictor.posterior()
+    assert posterior is not None
     proxies = [start]
     for _ in range(2):
         proxies.append(proxies[-1] - 0.05 * posterior.mean(proxies[-1]))
@@ -126,12 +128,15 @@ def test_corrected_gradients_are_those_of_the_formula():
     torch.testing.assert_close(theta.detach(), y, rtol=1e-12, atol=1e-12)
 
 
+NOT_ASKED = ObjectiveSource(torch.sum)
+
+
 def record_of(steps, gaps, posterior=None):
     """A round whose exact steps are these, from 0, each proxy beside the point that they lead to."""
     theta = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
     base = torch.optim.SGD([theta], lr=1.0)
     stepper, positions = Stepper(base, ParameterVector([theta])), range(len(steps))
-    record = RoundRecord(0, ObjectiveSource(print), [], len(steps), positions, stepper, VectorSpace(1), None)
+    record = RoundRecord(0, NOT_ASKED, [], len(steps), positions, stepper, VectorSpace(1), None)
     steps = torch.tensor(steps, dtype=torch.float64)
     reached = torch.cat([steps.new_zeros(1), steps.cumsum(0)])[:-1]
     record.gradients = -steps[:, None]
@@ -169,9 +174,9 @@ class ConstantChange(_HeldGradient):
         return torch.full_like(locations.points, self.amount)
 
 
+@dataclass(frozen=True)
 class Changing(HoldLast):
-    def __init__(self, amount):
-        object.__setattr__(self, "amount", amount)
+    amount: float = 0.0
 
     def fit(self, history):
         posterior = ConstantChange(history)
@@ -183,11 +188,16 @@ class Changing(HoldLast):
 @pytest.mark.parametrize("parallelism", [2, 4])
 def test_corrections_that_are_not_finite_leave_the_exact_first_step(amount, parallelism):
     plain, model, batches = network(), network(), regression_batches(6)
-    settings = {"lr": 10.0, "momentum": 0.9}  # 10 times 1e308 is not finite either
     # Groups that differ: what is linear and of one kind asks for coefficients, not for differences.
-    first, second = ([{"params": [p]} for p in each.parameters()] for each in (plain, model))
-    first[0]["weight_decay"] = second[0]["weight_decay"] = 0.01
-    base, twin = (torch.optim.SGD(groups, **settings) for groups in (first, second))
+    decays = (0.01, 0.0, 0.0, 0.0)
+    base, twin = (
+        torch.optim.SGD(
+            [{"params": [p], "weight_decay": d} for p, d in zip(each.parameters(), decays, strict=True)],
+            lr=10.0,  # 10 times 1e308 is not finite either
+            momentum=0.9,
+        )
+        for each in (plain, model)
+    )
     optimizer = OptEx(
         twin,
         parallelism=parallelism,
@@ -279,7 +289,10 @@ def test_evaluators_give_one_trajectory(acceptance):
         (lambda: WithinTolerance(-1.0), "WithinTolerance: tolerance must not be negative, got -1.0"),
         (lambda: WithinTolerance(float("nan")), "WithinTolerance: tolerance must not be negative, got nan"),
         (lambda: WithinTolerance(absurd=0.5), "WithinTolerance: absurd must be at least 1, .*got 0.5"),
-        (lambda: Last("first"), "Last: evaluate must be 'all' or 'last', got 'first'"),
+        (
+            lambda: Last("first"),  # pyright: ignore[reportArgumentType]
+            "Last: evaluate must be 'all' or 'last', got 'first'",
+        ),
     ],
 )
 def test_errors_name_the_argument(make, message):
@@ -292,8 +305,10 @@ def measured_round(distances, wrong, *, usable=None):
     count = len(distances)
     proxies = torch.arange(count + 1.0, dtype=torch.float64)[:, None]
     gradients = torch.ones(count + 1, 1, dtype=torch.float64)
+    theta = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    stepper = Stepper(torch.optim.SGD([theta], lr=1.0), ParameterVector([theta]))
     record = RoundRecord(
-        0, ObjectiveSource(print), [], count + 1, range(count + 1), None, VectorSpace(gradients.shape[1]), None
+        0, NOT_ASKED, [], count + 1, range(count + 1), stepper, VectorSpace(gradients.shape[1]), None
     )
     record.proxies, record.gradients = proxies, gradients
     record.drafted = gradients[:-1] * (1 + torch.tensor(wrong, dtype=torch.float64)[:, None])

@@ -1,4 +1,5 @@
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -6,9 +7,12 @@ import pytest
 import torch
 
 from optex import CommitteeEstimator, CurlFreeEstimator, GradientHistory, HoldLast, SeparableEstimator
+from optex.errors import NotPositiveDefiniteError
 from optex.estimators.arrivals import Arrivals
 from optex.estimators.committee import HANDICAP, YOUNG, default_members
 from optex.estimators.interface import Coefficients
+from optex.estimators.kernels import kernel_named
+from tests.models import assert_equal_trees
 
 
 def rows(count, dimension=6, seed=0):
@@ -69,8 +73,8 @@ def test_scores_are_those_of_the_formula():
 def test_finds_the_member_that_fits(gradient, expected):
     # A zero mean falls off away from the data; holding the last gradient is exact where it is constant.
     committee = CommitteeEstimator([CurlFreeEstimator(prior_mean="zero"), HoldLast()], interval=1)
+    history = filled(gradient)
     for seed in range(5):
-        history = filled(gradient)
         points = rows(4, seed=seed + 20)
         judge(committee, history, points, gradient(points), [None] * 4)
     assert committee.best(history) == expected
@@ -80,12 +84,11 @@ def test_noise_calls_for_the_member_that_smooths():
     generator = torch.Generator().manual_seed(3)
     noisy = lambda x: x + torch.randn(x.shape, generator=generator, dtype=x.dtype)  # noqa: E731
     committee = CommitteeEstimator(interval=1)
+    history = filled(noisy)
     for seed in range(12):
         history, points = filled(noisy), 0.3 * rows(4, seed=seed + 20)
         judge(committee, history, points, noisy(points), [None] * 4)
-    noises = [getattr(member, "noise_variance", None) for member in default_members()]
-    assert noises[committee.best(history)] is not None
-    assert noises[committee.best(history)] >= 1e-2
+    assert default_members()[committee.best(history)].assumed_noise_variance >= 1e-2
 
 
 @dataclass(frozen=True)
@@ -200,8 +203,112 @@ def test_state_goes_round():
     assert not torch.equal(committee.scores, twin.scores)
 
 
+def test_the_members_of_the_default():
+    *models, last = default_members()
+    assert last == HoldLast()
+    settings = [
+        (m.kernel, m.median_multiple, m.noise_variance, m.prior_mean)
+        for m in models
+        if isinstance(m, CurlFreeEstimator)
+    ]
+    rough, smooth = kernel_named("matern-5/2"), kernel_named("rbf")
+    assert settings == [
+        (rough, 10.0, 1e-6, "last"),
+        (smooth, 3.0, 1e-9, "last"),
+        (rough, 10.0, 1e-2, "last"),
+        (rough, 10.0, 1e-1, "last"),
+        (rough, 10.0, 1.0, "gls"),
+    ]
+    committee = CommitteeEstimator()
+    assert committee.members == default_members()
+    assert (committee.memory, committee.interval) == (0.7, 2)
+    assert committee.scores.dtype == torch.float64
+    assert committee._handicaps(filled(lambda x: x)).dtype == torch.float64
+
+
+def test_a_committee_names_its_members():
+    committee = CommitteeEstimator([HoldLast(), HoldLast()], memory=0.5, interval=3)
+    assert repr(committee) == "CommitteeEstimator(HoldLast(), HoldLast(), memory=0.5, interval=3)"
+
+
+def test_the_best_members_coefficients_are_the_committees():
+    history = filled(lambda x: x)
+    posterior = CommitteeEstimator([CurlFreeEstimator()]).fit(history)
+    locations = posterior.locate(rows(2, seed=9))
+    ours, own = (each.coefficients(locations) for each in (posterior, CurlFreeEstimator().fit(history)))
+    np.testing.assert_array_equal(ours.on_gradients, own.on_gradients)
+    np.testing.assert_array_equal(ours.on_displacements, own.on_displacements)
+    np.testing.assert_array_equal(ours.on_offsets, own.on_offsets)
+
+
+@dataclass(frozen=True)
+class Unfit(HoldLast):
+    """Cannot be fitted."""
+
+    def fit(self, history):
+        raise NotPositiveDefiniteError("no")
+
+
+def test_a_member_that_cannot_be_fitted_holds_the_last_gradient():
+    history, query = filled(lambda x: x), rows(1, seed=9)[0]
+    posterior = CommitteeEstimator([Unfit()]).fit(history)
+    assert torch.equal(posterior.mean(query), HoldLast().fit(history).mean(query))
+
+
+def test_members_that_fail_together_are_all_out():
+    committee, history = CommitteeEstimator([Failing(math.inf), Failing(math.nan)]), filled(lambda x: x)
+    judge(committee, history, rows(2), rows(2), [None, None])
+    assert committee.scores.tolist() == [math.inf, math.inf]
+
+
+def test_nothing_is_judged_without_arrivals_or_by_anothers_posterior():
+    committee, history = CommitteeEstimator(), filled(lambda x: x)
+    before = committee.state_dict()
+    judge(committee, history, rows(0), rows(0), [])
+    committee.judge(HoldLast().fit(history), Arrivals(history, rows(1), rows(1, seed=3)), [None])
+    assert_equal_trees(committee.state_dict(), before)
+
+
+def test_a_saved_committee_is_taken_over_as_numbers_of_its_own():
+    committee = CommitteeEstimator([HoldLast(), CurlFreeEstimator()])
+    for dtype in (torch.float64, torch.float32):
+        scores = torch.tensor([0.5, math.inf], dtype=dtype)
+        committee.load_state_dict({"scores": scores, "rounds": 3, "judged": 2})
+        scores.zero_()
+        assert committee.scores.tolist() == [0.5, math.inf]
+        assert committee.scores.dtype == torch.float64
+        state = committee.state_dict()
+        assert (state["rounds"], state["judged"]) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "message"),
+    [
+        (
+            "scores",
+            torch.zeros(3),
+            "saved scores must be a floating-point tensor (2,), got torch.float32 (3,)",
+        ),
+        ("scores", torch.tensor([0.0, math.nan]), "saved scores are not numbers"),
+        ("rounds", -1, "saved rounds must be an integer of at least 0, got -1"),
+        ("judged", None, "saved judged must be an integer of at least 0, got None"),
+    ],
+)
+def test_what_is_no_saved_committee_is_refused_by_name(entry, value, message):
+    committee = CommitteeEstimator([HoldLast(), CurlFreeEstimator()])
+    before = committee.state_dict()
+    owner = "CommitteeEstimator.load_state_dict"
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{owner}: {message}')}$"):
+        committee.load_state_dict({**before, entry: value})
+    with pytest.raises(ValueError, match=f"^{re.escape(owner)}: the saved state has no entry '{entry}'"):
+        committee.load_state_dict({name: before[name] for name in before if name != entry})
+    assert_equal_trees(committee.state_dict(), before)
+
+
 def test_errors_name_the_argument():
-    with pytest.raises(ValueError, match="CommitteeEstimator: members is empty"):
+    with pytest.raises(
+        ValueError, match=r"^CommitteeEstimator: members is empty; name at least one estimator$"
+    ):
         CommitteeEstimator([])
     with pytest.raises(ValueError, match=r"CommitteeEstimator: memory must be in \[0, 1\), got 1.0"):
         CommitteeEstimator(memory=1.0)

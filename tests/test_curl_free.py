@@ -1,3 +1,4 @@
+import re
 import warnings
 
 import numpy as np
@@ -6,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optex import CurlFreeEstimator, GradientHistory
+from optex import CurlFreeEstimator, GradientHistory, small
 from optex.estimators.curl_free import NOISE_FLOOR, _directions
 from tests.references import dense_curl_free as dense
+from tests.test_estimators_noise import by_pairs
 from tests.test_separable import KINDS, history_of, sample
 
 PROFILES = {"rbf": dense.rbf, "matern-5/2": dense.matern52}
@@ -64,7 +66,6 @@ def test_solvers_agree_on_a_run_with_a_long_history(kernel):
 
 
 def test_large_systems_go_to_conjugate_gradients_and_small_ones_do_not(monkeypatch):
-    from optex import small
     from optex.estimators import curl_free
 
     calls = []
@@ -73,8 +74,14 @@ def test_large_systems_go_to_conjugate_gradients_and_small_ones_do_not(monkeypat
     points, gradients, _ = sample("random", 20, 50, 0)
     for limit, expected in ((20 * 19, 0), (20 * 19 - 1, 1)):
         monkeypatch.setattr(curl_free, "DENSE_LIMIT", limit)
-        CurlFreeEstimator(noise_variance=1e-2).fit(history_of(points, gradients))
-        assert len(calls) == expected
+        for estimator, wanted in (
+            (CurlFreeEstimator(noise_variance=1e-2), expected),
+            (CurlFreeEstimator(noise_variance=1e-2, solver="cg"), 1),
+            (CurlFreeEstimator(noise_variance=1e-2, solver="dense"), 0),
+        ):
+            calls.clear()
+            estimator.fit(history_of(points, gradients))
+            assert len(calls) == wanted
 
 
 def test_sees_through_symmetry_what_the_separable_kernel_cannot():
@@ -128,7 +135,7 @@ def test_a_narrow_valley_keeps_its_short_direction(prior_mean):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [3, 12])
-def test_the_directions_ends_where_rounding_begins(dtype, count):
+def test_directions_end_where_rounding_begins(dtype, count):
     # Sums of half-precision products are taken in float32, so their Gram matrix is as good as float32's.
     eps = torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32).eps
     cutoff = 7.0 * count**0.5 * eps
@@ -140,7 +147,7 @@ def test_the_directions_ends_where_rounding_begins(dtype, count):
 
 
 @pytest.mark.parametrize("rounding", [0.0, -1e-30])
-def test_iterates_at_one_point_directions_nothing(rounding):
+def test_iterates_at_one_point_have_no_directions(rounding):
     basis, scales = _directions(rounding * np.eye(3), torch.float32)
     assert basis.shape == (3, 0)
     assert not len(scales)
@@ -171,15 +178,75 @@ def test_half_precision_history():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kernel": "matern-3/2"}, "is not twice differentiable at 0; use 'rbf'"),
-        ({"kernel": "gauss"}, "kernel: 'gauss' is not one of"),
+        (
+            {"kernel": "matern-3/2"},
+            "kernel Matern32() is not twice differentiable at 0; use 'rbf', 'matern-5/2' or "
+            "'rational-quadratic'",
+        ),
         ({"lengthscale": 0.0}, "lengthscale must be positive and finite, got 0.0"),
         ({"median_multiple": -1.0}, "median_multiple must be positive and finite, got -1.0"),
-        ({"noise_variance": -1e-3}, "noise_variance must be a finite number at least 0"),
+        ({"median_multiple": None}, "median_multiple must be positive and finite, got None"),
+        ({"noise_variance": -1e-3}, "noise_variance must be a finite number at least 0, got -0.001"),
         ({"prior_mean": "ols"}, "prior_mean must be 'last', 'gls' or 'zero', got 'ols'"),
         ({"solver": "lu"}, "solver must be 'auto', 'dense' or 'cg', got 'lu'"),
     ],
 )
 def test_errors_name_the_argument(settings, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^{re.escape(f'CurlFreeEstimator: {message}')}$"):
         CurlFreeEstimator(**settings)
+
+
+def test_unknown_kernels_are_refused_by_name():
+    with pytest.raises(ValueError, match="kernel: 'gauss' is not one of"):
+        CurlFreeEstimator("gauss")
+
+
+@pytest.mark.parametrize(("dimension", "count"), [(1, 3), (2, 5), (3, 3), (6, 4)])
+@pytest.mark.parametrize("solver", ["dense", "cg"])
+def test_the_path_of_accelerators_predicts_alike(dimension, count, solver):
+    points, gradients, queries = sample("random", count, dimension, 0)
+    estimator = CurlFreeEstimator("rbf", 1.5, noise_variance=1e-2, solver=solver)
+
+    def answers():
+        posterior = estimator.fit(history_of(points, gradients, size=count + 2))
+        query = torch.from_numpy(queries[0])
+        return torch.stack([*posterior.mean(query), posterior.variance(query), posterior.prior_variance()])
+
+    expected = answers()
+    with small.tensors():
+        torch.testing.assert_close(answers(), expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("told", [0.02, 0.5])
+def test_noise_that_is_told_is_put_in_units_of_the_prior(told):
+    # A component's correlation differs by direction: what counts is its mean over the components.
+    points, gradients, queries = sample("random", 5, 3, 1)
+    history = GradientHistory(5, 3)
+    history.append(torch.from_numpy(points), torch.from_numpy(gradients), [told] * 5)
+    correlations = [[np.trace(dense.block(x, y, dense.rbf, 1.5)) / 3 for y in points] for x in points]
+    (noise, *_) = by_pairs(torch.from_numpy(gradients), [told] * 5, np.array(correlations), 1e-6)
+    expected, _ = dense.posterior(points, gradients, queries[0], dense.rbf, 1.5, noise, np.zeros(3))
+    posterior = CurlFreeEstimator("rbf", 1.5, prior_mean="zero").fit(history)
+    np.testing.assert_allclose(posterior.mean(torch.from_numpy(queries[0])).numpy(), expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize("prior_mean", ["last", "gls"])
+def test_where_the_noise_is_told_the_last_gradient_is_no_mean(prior_mean):
+    points, gradients, queries = sample("random", 5, 3, 1)
+    history = GradientHistory(5, 3)
+    history.append(torch.from_numpy(points), torch.from_numpy(gradients), [0.1] * 5)
+    answers = [
+        CurlFreeEstimator("rbf", 1.5, prior_mean=mean).fit(history).mean(torch.from_numpy(queries[0]))
+        for mean in (prior_mean, "gls")
+    ]
+    assert torch.equal(*answers)
+
+
+def test_fits_that_differ_in_noise_alone_share_what_does_not_depend_on_it():
+    points, gradients, queries = sample("random", 6, 4, 2)
+    history, query = history_of(points, gradients), torch.from_numpy(queries[0])
+    for noise in (1e-4, 1e-1):
+        for kernel, lengthscale in (("rbf", 1.5), ("matern-5/2", 1.5), ("rbf", 3.0)):
+            estimator = CurlFreeEstimator(kernel, lengthscale, noise_variance=noise)
+            alone = estimator.fit(history_of(points, gradients)).mean(query)
+            torch.testing.assert_close(estimator.fit(history).mean(query), alone, rtol=1e-9, atol=1e-12)

@@ -132,7 +132,7 @@ def test_rounds_are_the_plain_steppers(name, in_pieces, dtype, monkeypatch):
 @pytest.mark.parametrize(
     "setting", [{"maximize": True}, {"foreach": True}, {"maximize": True, "foreach": True}]
 )
-@pytest.mark.parametrize("kind", sorted(ELEMENTWISE, key=lambda kind: kind.__name__))
+@pytest.mark.parametrize("kind", sorted(ELEMENTWISE, key=str))
 def test_settings_that_change_gradients_in_place(kind, setting):
     twins = Twins(lambda parts: kind(parts, lr=0.01, **setting))
     for _ in range(2):

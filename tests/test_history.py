@@ -1,12 +1,15 @@
+import contextlib
 import copy
 import math
+import re
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from optex import GradientHistory
+from optex import GradientHistory, small
+from optex.estimators.arrivals import Arrivals
 from tests.models import assert_equal_trees
 
 
@@ -110,7 +113,7 @@ def test_dtype_is_apart_from_the_parameters():
     points, history = rows(4, 50), GradientHistory(4, 50, dtype=torch.bfloat16)
     history.append(points, points)
     assert history.displacements.dtype == history.gradients.dtype == torch.bfloat16
-    assert history.anchor.dtype == torch.float64
+    assert history.reference.dtype == torch.float64
     assert history.iterate_gram.dtype == torch.float64
     exact = torch.cdist(points, points)
     torch.testing.assert_close(torch.as_tensor(history.squared_distances).sqrt(), exact, rtol=0.02, atol=0.02)
@@ -132,26 +135,194 @@ def test_state_goes_round():
         )
 
 
-def test_clear_forgets_everything():
+@pytest.mark.parametrize("used", [False, True])
+def test_clear_forgets_everything(used):
     history = GradientHistory(3, 2)
-    history.append(rows(2, 2), rows(2, 2))
+    history.append(rows(4, 2)[[0, 1, 0]], rows(3, 2), [0.5, math.nan, 0.1])
+    if used:
+        use(history)
     history.clear()
+    assert_equal_trees(everything(history), everything(GradientHistory(3, 2)))
     assert len(history) == 0
+    assert history.representatives == []
     assert not history.active.any()
-    assert history.gradient_gram.abs().sum() == 0
+    assert math.isnan(history.median_squared_distance)
+    twin = GradientHistory(3, 2)
+    for each in (history, twin):
+        each.append(rows(2, 2, 5), rows(2, 2, 6))
+        use(each)
+    assert_equal_trees(everything(history), everything(twin))
+
+
+def test_a_history_of_the_same_kind_is_empty():
+    history = GradientHistory(3, 2, dtype=torch.bfloat16)
+    history.append(rows(2, 2), rows(2, 2))
+    like = history.like()
+    assert like.space is history.space
+    assert like.gradients.dtype == like.displacements.dtype == torch.bfloat16
+    assert_equal_trees(everything(like), everything(GradientHistory(3, 2, dtype=torch.bfloat16)))
+
+
+def test_a_history_is_of_float64_in_main_memory_unless_told_otherwise():
+    history = GradientHistory(3, 2)
+    assert history.displacements.dtype == history.gradients.dtype == torch.float64
+    assert history.displacements.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_the_anchor_is_a_copy(far):
+    # The first pair's iterate, and the one that it moves to.
+    history, points = GradientHistory(6, 3), rows(3, 3)
+    if far:
+        history.append(rows(4, 3, 1), rows(4, 3, 1))
+        points = 1e6 + points[:1]
+    history.append(points, points)
+    expected = points[-1].clone()
+    points.zero_()
+    assert torch.equal(history.reference, expected)
+
+
+def test_gradients_are_exact_unless_told_otherwise():
+    history = GradientHistory(3, 2)
+    assert history.dimension == 2
+    assert history.state_dict()["noise"] == [0.0] * 3
+    history.append(rows(2, 2), rows(2, 2))
+    assert not history.is_sampled
+    assert not history.tells_noise
+    assert history.noise_variance.tolist() == [0.0] * 3
+
+
+def test_a_loaded_history_shares_nothing_with_the_saved_one():
+    history, twin = GradientHistory(5, 3), GradientHistory(5, 3)
+    history.append(rows(3, 3), rows(3, 3, 1), [0.5, math.nan, 0.0])
+    twin.append(rows(5, 3, 7), rows(5, 3, 8))
+    use(twin)
+    state = history.state_dict()
+    saved = copy.deepcopy(state)
+    twin.load_state_dict(state)
+    use(history)
+    assert_equal_trees(everything(twin), everything(history))
+    for each in (history, twin):
+        each.append(1e6 + rows(3, 3, 9), rows(3, 3, 10))
+        use(each)
+    assert_equal_trees(state, saved)
+    assert_equal_trees(everything(twin), everything(history))
+    twin.load_state_dict(state)
+    state["anchor"].zero_()
+    assert torch.equal(twin.reference, saved["anchor"])
+
+
+@pytest.mark.parametrize("as_on_accelerators", [False, True])
+@pytest.mark.parametrize(
+    ("places", "median"),
+    [([0.0], 1.0), ([0.0, 0.0], 1.0), ([0.0, 1.0, 3.0], 2.0), ([0.0, 1.0, 3.0, 7.0], 3.0)],
+)
+def test_the_median_is_that_of_distances_between_iterates(places, median, as_on_accelerators):
+    # Of an even number the lower one of the two in the middle.
+    with small.tensors() if as_on_accelerators else contextlib.nullcontext():
+        history = GradientHistory(6, 1)
+        points = torch.tensor(places, dtype=torch.float64)[:, None]
+        history.append(points, points)
+        assert float(history.median_distance) == median
+
+
+def test_what_is_derived_is_found_once_until_the_next_pair():
+    history, calls = GradientHistory(3, 2), []
+    history.append(rows(1, 2), rows(1, 2))
+    for _ in range(2):
+        assert history.derived("mine", lambda: calls.append(1) or "found") == "found"
+    assert calls == [1]
+    history.append(rows(1, 2, 1), rows(1, 2, 1))
+    assert history.derived("mine", lambda: "anew") == "anew"
+
+
+@pytest.mark.parametrize("known", [(), ("on_displacements",), ("on_displacements", "on_gradients")])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_pairs_whose_products_are_known_are_remembered_alike(count, known):
+    history, twin = GradientHistory(3, 4), GradientHistory(3, 4)
+    for each in (history, twin):
+        each.append(rows(3, 4), rows(3, 4, 1))
+    use(history)
+    arrivals = Arrivals(history, rows(count, 4, 2), rows(count, 4, 3))
+    for name in known:
+        _ = getattr(arrivals, name), getattr(arrivals.locations, name)
+    history.append(arrivals.points, arrivals.gradients, arrivals=arrivals)
+    twin.append(arrivals.points, arrivals.gradients)
+    for name in ("iterate_gram", "gradient_gram", "cross_gram", "displacements", "gradients", "averaging"):
+        torch.testing.assert_close(getattr(history, name), getattr(twin, name), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_products_that_are_known_are_not_taken_again(count, monkeypatch):
+    history = GradientHistory(3, 4)
+    history.append(rows(3, 4), rows(3, 4, 1))
+    use(history)
+    arrivals = Arrivals(history, rows(count, 4, 2), rows(count, 4, 3))
+    for part, names in (
+        (arrivals.locations, ["on_gradients"]),
+        (arrivals, ["on_displacements", "on_gradients"]),
+    ):
+        for name in names:
+            _ = getattr(part, name)
+    _ = arrivals.offsets_among, arrivals.mixed_among, arrivals.gradients_among
+    calls, real = [], history.space.inner_products
+    monkeypatch.setattr(history.space, "inner_products", lambda *a: calls.append(1) or real(*a))
+    history.append(arrivals.points, arrivals.gradients, arrivals=arrivals)
+    use(history)
+    assert calls == []
+
+
+def test_the_anchor_keeps_its_precision_wherever_it_goes():
+    history = GradientHistory(6, 2, dtype=torch.float32)
+    history.append(rows(4, 2).float(), rows(4, 2))
+    history.append(1e6 + rows(1, 2), rows(1, 2))
+    assert history.reference.dtype == torch.float32
+    assert history.reference.min() > 1e5
+
+
+def test_an_empty_history_is_taken_over_by_a_filled_one():
+    history, empty = GradientHistory(3, 2), GradientHistory(3, 2)
+    history.append(rows(2, 2), rows(2, 2))
+    use(history)
+    history.load_state_dict(empty.state_dict())
+    assert history.anchor is None
+    assert_equal_trees(everything(history), everything(empty))
+    assert math.isnan(history.median_squared_distance)
+
+
+def test_rows_that_are_put_aside_use_the_same_memory_every_time():
+    history = GradientHistory(4, 3)
+    history.append(rows(4, 3), rows(4, 3, 1))
+    first, second = history.before_append(2), history.before_append(2)
+    assert [a.data_ptr() for a in first.rows] == [b.data_ptr() for b in second.rows]
+    assert first.slots == [0, 1]
+    assert torch.equal(second.rows[0], history.displacements[:2])
+    assert torch.equal(second.rows[1], history.gradients[:2])
+    assert history.before_append(9).slots == [0, 1, 2, 3]
+
+
+def exactly(message):
+    return f"^{re.escape(message)}$"
 
 
 def test_errors_name_the_argument():
     with pytest.raises(ValueError, match="GradientHistory: size must be an integer of at least 1, got 0"):
         GradientHistory(0, 3)
-    with pytest.raises(ValueError, match=r"points \(2, 4\) and gradients \(2, 4\) must both be \[n, 3\]"):
-        GradientHistory(2, 3).append(torch.zeros(2, 4), torch.zeros(2, 4))
+    for points, gradients in (((2, 4), (2, 4)), ((2, 3), (1, 3)), ((3,), (3,)), ((1, 1, 3), (1, 1, 3))):
+        message = f"GradientHistory.append: points {points} and gradients {gradients} must both be [n, 3]"
+        with pytest.raises(ValueError, match=exactly(message)):
+            GradientHistory(2, 3).append(torch.zeros(points), torch.zeros(gradients))
     with pytest.raises(ValueError, match="build it with the same history_size and"):
         GradientHistory(2, 3).load_state_dict(GradientHistory(3, 3).state_dict())
     for noise in ([-1.0], [0.0, 0.0]):
-        with pytest.raises(ValueError, match="noise_variance must be 1 numbers that are not negative"):
+        message = (
+            "GradientHistory.append: noise_variance must be 1 numbers that are not negative (NaN where it is "
+            f"not known), got {noise}"
+        )
+        with pytest.raises(ValueError, match=exactly(message)):
             GradientHistory(2, 3).append(torch.zeros(1, 3), torch.zeros(1, 3), noise)
-    with pytest.raises(RuntimeError, match="the history is empty"):
+    message = "GradientHistory: the history is empty; append a pair first"
+    with pytest.raises(RuntimeError, match=exactly(message)):
         GradientHistory(2, 3).displacement(torch.zeros(1, 3))
 
 
@@ -266,7 +437,7 @@ def test_the_anchor_moves_beyond_eight_median_distances(last, anchor):
     history = GradientHistory(6, 1)
     for point in (0.0, 1.0, 2.0, last):
         history.append(torch.tensor([[point]], dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64))
-    assert history.anchor.item() == anchor
+    assert history.reference.item() == anchor
     expected = torch.tensor([0.0, 1.0, 2.0, last, anchor, anchor], dtype=torch.float64) - anchor
     torch.testing.assert_close(history.displacements[:, 0], expected)
 
@@ -293,7 +464,7 @@ def test_rows_are_rounded_once_while_a_run_stays_near():
     history, points = GradientHistory(40, 50, dtype=torch.bfloat16), rows(40, 50)
     for point in points:
         history.append(point[None], point[None])
-    assert torch.equal(history.anchor, points[0])
+    assert torch.equal(history.reference, points[0])
     assert torch.equal(history.displacements, (points - points[0]).bfloat16())
 
 
@@ -374,3 +545,10 @@ def test_the_newest_pair_stands_for_all_at_its_iterate(size, places):
 def test_pairs_that_come_together_all_join_the_old_ones_of_their_iterate():
     # The ring has gone round: of the two new pairs, the second has the lower slot.
     assert_newest_stand_for_their_iterates(3, [[0, 0], [0, 0]])
+
+
+def test_products_of_all_rows_are_gradients_first():
+    history = GradientHistory(4, 5)
+    history.append(rows(3, 5, 1), rows(3, 5, 2))
+    both = torch.cat([history.gradients, history.displacements])
+    torch.testing.assert_close(torch.as_tensor(history.row_gram), both @ both.T, rtol=1e-12, atol=1e-12)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -52,6 +53,11 @@ def walking(monkeypatch):
 def model(dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
     return [nn.Parameter(torch.randn(size, generator=generator, dtype=dtype)) for size in ((50,), (7, 3))]
+
+
+def squares_of(parameters):
+    """The sum of their squares, as an objective."""
+    return lambda _: torch.cat([p.flatten() for p in parameters]).square().sum()
 
 
 def optimizer_of(parameters, settings, **options):
@@ -163,8 +169,7 @@ def test_schedules_are_walked(monkeypatch):
         base = torch.optim.SGD(parameters, lr=0.1)
         scheduler = torch.optim.lr_scheduler.ExponentialLR(base, 0.99) if scheduled else None
         optimizer = OptEx(base, scheduler=scheduler, deterministic=True)
-        loss = lambda _: sum(p.square().sum() for p in parameters)  # noqa: B023, E731
-        list(optimizer.rounds(itertools.repeat(None, 20), loss))
+        list(optimizer.rounds(itertools.repeat(None, 20), squares_of(parameters)))
         assert set(calls) == expected
 
 
@@ -183,15 +188,17 @@ def test_short_vectors_and_long_drafts_are_walked(monkeypatch):
     assert max(calls) <= 16
 
 
+@dataclass(frozen=True)
 class Changing(HoldLast):
     """Predicts something else whenever it is asked."""
 
-    def __init__(self, amount):
-        object.__setattr__(self, "amount", amount)
+    amount: float = 0.0
 
     def fit(self, history):
         posterior, calls = super().fit(history), itertools.count(1)
-        posterior.coefficients = lambda _: Coefficients(np.full((1, history.size), self.amount * next(calls)))
+        posterior.coefficients = lambda locations: Coefficients(
+            np.full((1, history.size), self.amount * next(calls))
+        )
         return posterior
 
 
@@ -202,12 +209,11 @@ def test_corrections_that_are_not_finite_leave_the_exact_first_step(amount):
     optimizer = optimizer_of(
         parameters, SETTINGS[2], estimator=Changing(amount), acceptance=wide, deterministic=True, stride=1
     )
-    loss = lambda own: lambda _: sum(p.square().sum() for p in own)  # noqa: E731
     base = torch.optim.SGD(twins, **SETTINGS[2])
-    rounds = optimizer.rounds(itertools.repeat(None), loss(parameters))
+    rounds = optimizer.rounds(itertools.repeat(None), squares_of(parameters))
     for _ in range(3):
         assert next(rounds).accepted == 1
         base.zero_grad()
-        loss(twins)(None).backward()
+        squares_of(twins)(None).backward()
         base.step()
     assert all(torch.equal(p, q) for p, q in zip(parameters, twins, strict=True))

@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,7 @@ from hypothesis import strategies as st
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process import kernels as sk
 
-from optex import GradientHistory, SeparableEstimator
+from optex import GradientHistory, SeparableEstimator, small
 from optex.estimators.kernels import kernel_named
 from optex.estimators.separable import LENGTHSCALE_FACTORS, NOISE_VARIANCES
 from tests.references import dense_gp
@@ -59,7 +61,11 @@ def relative(result, expected, gradients):
 )
 def test_matches_scikit_learn(kind, size, dimension, dtype, name, lengthscale, noise, seed):
     points, gradients, queries = sample(kind, size, dimension, seed, dtype)
-    reference = GaussianProcessRegressor(REFERENCE_KERNELS[name](lengthscale), alpha=noise, optimizer=None)
+    reference = GaussianProcessRegressor(
+        REFERENCE_KERNELS[name](lengthscale),
+        alpha=noise,
+        optimizer=None,  # pyright: ignore[reportArgumentType]  # its documentation has None
+    )
     mean, deviation = reference.fit(points, gradients).predict(queries, return_std=True)
     # The history is float64; the parameters that it is fed need not be.
     history = history_of(points, gradients, torch.float32 if dtype is np.float32 else torch.float64)
@@ -120,7 +126,7 @@ def test_leave_one_out_picks_the_best_of_its_grid():
         for factor in LENGTHSCALE_FACTORS
         for noise in NOISE_VARIANCES
     }
-    best = min(errors, key=errors.get)
+    best = min(errors, key=errors.__getitem__)
     assert (posterior.lengthscale.item(), posterior.noise_variance) == pytest.approx(best)
     assert posterior.noise_variance > 1e-3  # the data are noisy, and it is seen
 
@@ -150,23 +156,51 @@ def test_a_symmetric_kernel_matrix_without_noise_predicts_the_data():
         np.testing.assert_allclose(posterior.mean(torch.from_numpy(point)).numpy(), gradient, rtol=1e-9)
 
 
+LENGTHSCALES = "lengthscale must be a number (positive) or one of 'median', 'leave-one-out'"
+NOISES = "noise_variance must be a number (not negative) or one of 'leave-one-out'"
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kernel": "gauss"}, "kernel: 'gauss' is not one of"),
-        ({"lengthscale": 0.0}, "lengthscale must be a number .positive. or one of 'median', 'leave-one-out'"),
-        (
-            {"lengthscale": "mean"},
-            "lengthscale must be a number .positive. or one of 'median', 'leave-one-out'",
-        ),
-        ({"noise_variance": -1.0}, "noise_variance must be a number .not negative. or one of 'leave-one-out'"),
-        ({"noise_variance": float("nan")}, "noise_variance must be a number"),
+        ({"lengthscale": 0.0}, f"{LENGTHSCALES}, got 0.0"),
+        ({"lengthscale": np.inf}, f"{LENGTHSCALES}, got inf"),
+        ({"lengthscale": "mean"}, f"{LENGTHSCALES}, got 'mean'"),
+        ({"lengthscale": None}, f"{LENGTHSCALES}, got None"),
+        ({"noise_variance": -1.0}, f"{NOISES}, got -1.0"),
+        ({"noise_variance": np.nan}, f"{NOISES}, got nan"),
+        ({"noise_variance": "median"}, f"{NOISES}, got 'median'"),
         ({"prior_mean": "first"}, "prior_mean must be 'zero', 'last' or 'gls', got 'first'"),
     ],
 )
 def test_errors_name_the_argument(settings, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"^{re.escape(f'SeparableEstimator: {message}')}$"):
         SeparableEstimator(**settings)
+
+
+def test_unknown_kernels_are_refused_by_name():
+    with pytest.raises(ValueError, match="kernel: 'gauss' is not one of"):
+        SeparableEstimator("gauss")
+
+
+@pytest.mark.parametrize("noise", [0.0, 0, 1e-300, "leave-one-out"])
+def test_settings_at_the_ends_of_their_range_are_taken(noise):
+    estimator = SeparableEstimator(noise_variance=noise, lengthscale=1)
+    assert estimator.assumed_noise_variance == (0.0 if noise == "leave-one-out" else noise)
+
+
+@pytest.mark.parametrize("prior_mean", ["zero", "last", "gls"])
+def test_the_path_of_accelerators_predicts_alike(prior_mean):
+    points, gradients, queries = sample("duplicates", 8, 4, 0)
+    estimator = SeparableEstimator("matern-5/2", 1.5, 1e-2, prior_mean)
+
+    def answers():
+        posterior, query = estimator.fit(history_of(points, gradients, size=11)), torch.from_numpy(queries[0])
+        return torch.stack([*posterior.mean(query), posterior.variance(query), posterior.prior_variance()])
+
+    expected = answers()
+    with small.tensors():
+        torch.testing.assert_close(answers(), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_kernel_instances_are_taken():

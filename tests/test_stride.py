@@ -161,8 +161,8 @@ def test_stride_and_tolerance_can_be_turned_off(parallelism):
 def test_steps_that_were_not_evaluated_are_those_of_the_formula():
     # One gradient: y_0 = θ, a step with g_0, then with g_0 + μ(y_i) - μ(y_0), μ fitted to all pairs.
     theta, objective = smooth()
-    options = {"estimator": SeparableEstimator(prior_mean="gls", lengthscale=2.0, noise_variance=1e-4)}
-    optimizer = OptEx(torch.optim.SGD([theta], lr=0.1), parallelism=1, deterministic=True, **options)
+    estimator = SeparableEstimator(prior_mean="gls", lengthscale=2.0, noise_variance=1e-4)
+    optimizer = OptEx(torch.optim.SGD([theta], lr=0.1), parallelism=1, deterministic=True, estimator=estimator)
     rounds = optimizer.rounds([None] * 30, objective)
     for _ in range(8):
         next(rounds)
@@ -170,6 +170,7 @@ def test_steps_that_were_not_evaluated_are_those_of_the_formula():
     report = next(rounds)
     assert report.accepted > 3
     posterior = optimizer._rounds.predictor.posterior()
+    assert posterior is not None
     curvature = torch.logspace(-2, 0, 8, dtype=torch.float64)
     y = start - 0.1 * curvature * start
     for _ in range(report.accepted - 1):
@@ -191,6 +192,7 @@ def test_sampled_steps_in_between_take_the_prediction():
     while report.accepted < 3:
         start, report, number = theta.detach().clone(), next(rounds), number + 1
     posterior = optimizer._rounds.predictor.posterior()
+    assert posterior is not None
     curvature = torch.logspace(-2, 0, 8, dtype=torch.float64)
     y = start - 0.05 * (curvature * start + noise[number])
     for _ in range(report.accepted - 1):
