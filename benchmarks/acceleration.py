@@ -4,8 +4,8 @@
     python benchmarks/acceleration.py report                        tables and pictures from what was run
 
 `run` appends one line of JSON a job (a case and a seed) to results/acceleration/runs.jsonl and skips the jobs
-that are there; `report` reads it and writes the tables into results/acceleration/README.md, and the pictures
-beside it. One thread a worker.
+that are there; `report` reads it and writes the tables into results/acceleration/README.md, and beside it the
+pictures and summary.json, which has what the page's sentences quote. One thread a worker.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from acceleration_summary import by_case, over_target, pooled, shared_runs, summary
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -244,14 +245,6 @@ def run(seeds: int, workers: int, redo: Sequence[str] | None, prefix: str) -> No
 # ------------------------------------------------------------------ report
 
 
-def by_case(records: list[dict[str, Any]], field: str = "acceleration") -> dict[tuple[str, str], float]:
-    """(case, method) -> mean over seeds, for records of one N."""
-    groups: dict[tuple[str, str], list[float]] = {}
-    for entry in records:
-        groups.setdefault((entry["case"], entry["method"]), []).append(entry[field])
-    return {key: float(np.mean(values)) for key, values in groups.items()}
-
-
 def summary_table(records: list[dict[str, Any]], names: list[str], methods: Sequence[str]) -> str:
     """Geometric mean / worst over the cases, by method and N; capped at N in brackets."""
     sizes = sorted({entry["N"] for entry in records if entry["case"] in names and entry["N"] > 1})
@@ -259,15 +252,8 @@ def summary_table(records: list[dict[str, Any]], names: list[str], methods: Sequ
     for method in methods:
         cells = []
         for n in sizes:
-            means = by_case(
-                [r for r in records if r["N"] == n and r["method"] == method and r["case"] in names]
-            )
-            values = list(means.values())
-            if len(values) < len(names):
-                cells.append("–")
-                continue
-            capped = geometric_mean([min(value, n) for value in values])
-            cells.append(f"{geometric_mean(values):.2f} ({capped:.2f}) / {min(values):.2f}")
+            found = pooled(records, names, method, n)
+            cells.append("{mean:.2f} ({capped:.2f}) / {worst:.2f}".format(**found) if found else "–")
         rows.append([method, *cells])
     return markdown_table(["method", *(f"N = {n}" for n in sizes)], rows)
 
@@ -294,23 +280,16 @@ def network_table(records: list[dict[str, Any]]) -> str:
     for case in cases():
         if case.problem not in NETWORKS:
             continue
-        mine = [r for r in records if r["case"] == case.name and r["N"] == 4]
-        targets = {r["seed"]: r["loss"] for r in mine if r["method"] == "target"}
-        ratios = [
-            [(a or math.inf) / (b or math.inf) - 1 for a, b in zip(r["loss"], targets[r["seed"]], strict=True)]
-            for r in mine
-            if r["method"] == "optex"
-        ]
+        ratios = over_target(records, case.name)
         if ratios:
-            cells = [f"{100 * value:+.1f} %" for value in np.mean(ratios, axis=0)[1:]]
+            cells = [f"{100 * value:+.1f} %" for value in ratios]
             rows.append([case.name, *cells])
     return markdown_table(["case", "round 10", "20", "30", "40", "50", "60"], rows)
 
 
 def safety_table(records: list[dict[str, Any]]) -> str:
     """Runs that diverge where vanilla does not, and rounds behind vanilla, by method and N."""
-    lost = {(r["case"], r["seed"]) for r in records if r["method"] == VANILLA and r["diverged"]}
-    kept = [r for r in records if (r["case"], r["seed"]) not in lost and r["N"] > 1]
+    kept = shared_runs(records)
     sizes, rows = (4, 5, 8, 16, 32), []
     for method in ("target", "hold-last", "picard", "optex-paper", "optex"):
         cells = []
@@ -441,6 +420,11 @@ def report() -> None:
         "seeds": str(len({r["seed"] for r in records})),
     }
     fill(FOLDER / "README.md", tables)
+    networks = [case.name for case in cases() if case.problem in NETWORKS]
+    quoted = summary(
+        records, {"nine": nine, "networks": nets}, networks, tuple(dict.fromkeys((*MAIN, *ablated)))
+    )
+    (FOLDER / "summary.json").write_text(json.dumps(quoted, indent=1) + "\n")
     draw_profiles(records).savefig(FOLDER / "profiles.png", dpi=130)
     draw_acceleration(records).savefig(FOLDER / "acceleration.png", dpi=130)
 

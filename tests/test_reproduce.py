@@ -181,7 +181,7 @@ REFUSALS = {
     "seeds": (["fig2", "--seeds", "0"], "seeds: must be an integer of at least 1, got 0"),
     "rounds": (["fig2", "--rounds", "0"], "rounds: must be an integer of at least 1, got 0"),
     "dim": (["fig2", "--dim", "1"], "dim: must be an integer of at least 2, got 1"),
-    "dim of a network": (["fig4", "--dim", "9"], "dim: the problems of fig4 have their own"),
+    "dim of a network": (["fig4", "--dim", "9"], "dim: got 9, but the problems of fig4 have their own"),
     "workers": (["fig2", "--workers", "0"], "workers: must be an integer of at least 1, got 0"),
     "no such place": (["fig2", "--out", "/dev/null/out"], "out: cannot make the folder /dev/null/out"),
 }
