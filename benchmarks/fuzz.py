@@ -38,6 +38,7 @@ import optex
 from optex import errors
 from optex.stepping.bases import OPTIMIZERS
 from optex.studies import cli
+from optex.studies.tables import fill, markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "results" / "fuzz.json"
@@ -235,9 +236,17 @@ def fuzzed(door: str, seconds: float, first: int) -> dict[str, Any]:
 
 
 def note(**parts: Any) -> None:
-    """Put parts into the record, and leave its others."""
-    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    RECORD.write_text(json.dumps(record | parts, indent=1) + "\n")
+    """Put parts into the record, leave its others, and fill the table of results/README.md."""
+    record = (json.loads(RECORD.read_text()) if RECORD.exists() else {}) | parts
+    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+    kinds = {"by seed": record, "guided by atheris": record.get("guided", {"doors": {}})}
+    rows = []
+    for inputs, part in kinds.items():
+        for door, tried in part["doors"].items():
+            ends = [f"{tried['counts'].get(end, 0):,}" for end in ("refused", "taken")]
+            rows.append((door, inputs, *ends, str(len(tried["findings"]))))
+    table = markdown_table(("door", "inputs", "refused", "taken", "kinds of findings"), rows)
+    fill(ROOT / "results" / "README.md", {"fuzz": table})
 
 
 def main() -> None:

@@ -53,10 +53,11 @@ def measured() -> dict[str, Any]:
 def report(record: dict[str, Any]) -> str:
     """The table, rooms with the smallest share first."""
     rooms = sorted(record["rooms"].items(), key=lambda item: item[1]["run"] / item[1]["lines"])
-    rows = [(room, f"{each['lines']:,}", f"{each['run'] / each['lines']:.1%}") for room, each in rooms]
-    return markdown_table(
-        ("room", "lines", "run"), [*rows, ("all", f"{record['lines']:,}", f"{record['share']:.1%}")]
-    )
+    counted = [(room, each["lines"], each["run"]) for room, each in rooms] + [
+        ("all", record["lines"], record["run"])
+    ]
+    rows = [(room, f"{lines:,}", f"{100 * run / lines:.1f} %") for room, lines, run in counted]
+    return markdown_table(("room", "lines", "run"), rows)
 
 
 def main() -> int:

@@ -275,7 +275,7 @@ def table(modules: dict[str, Any]) -> str:
     rows = []
     for path, counts in {**{f"`{path}`": module for path, module in modules.items()}, "all": totals}.items():
         share = (counts["killed"] + counts["timed out"]) / counts["mutants"]
-        rows.append((path, *(str(counts[kind]) for kind in kinds), f"{share:.1%}"))
+        rows.append((path, *(str(counts[kind]) for kind in kinds), f"{100 * share:.1f} %"))
     return markdown_table(("module", *kinds, "killed of all"), rows) + f"\n\n{left(modules)}"
 
 
