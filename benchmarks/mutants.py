@@ -17,6 +17,9 @@ constants of a module, and docstrings. Hypothesis draws twenty examples a test, 
 results/mutants.json and the table of results/README.md.
 """
 
+# pyright: reportMissingImports=false
+# (mutmut is an extra of its own)
+
 from __future__ import annotations
 
 import argparse
