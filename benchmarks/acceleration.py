@@ -152,7 +152,7 @@ def methods_for(case: Case, parallelism: int) -> list[str]:
     """Everything at N = 4, 5 and 16; ablations on the nine and two networks; strides where they are studied."""
     if parallelism == 1:
         return ["strides"]
-    chosen = list(MAIN)
+    chosen: list[str] = list(MAIN)
     if parallelism in (8, 32):
         chosen = [name for name in chosen if name not in ("separable", "curl-free")]
     elif case in NINE or (case.problem in NETWORKS and case.optimizer == "adam" and case.lr <= 0.01):

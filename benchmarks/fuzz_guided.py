@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 try:
-    import atheris  # pyright: ignore[reportMissingImports]
+    atheris: Any = importlib.import_module("atheris")  # not a requirement, and its stubs lack what is used
 except ImportError:
     sys.exit("fuzz_guided: atheris is not installed; pip install atheris, or use benchmarks/fuzz.py")
 

@@ -45,7 +45,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "workers"
 sys.path.insert(0, str(ROOT / "examples"))
 
-import heat  # noqa: E402  # pyright: ignore[reportMissingImports]  (an example, no part of the package)
+import heat  # noqa: E402  (an example, no part of the package)
 
 # ---------------------------------------------------------------------- kinds of workers
 

@@ -32,8 +32,8 @@ from optex.distributed import checkpoint
 
 def digits() -> tuple[Tensor, Tensor]:  # [1797, 64], [1797]
     """Pictures of 8 × 8 pixels in 0..1, and which digits they show."""
-    data = load_digits()
-    return torch.tensor(data.data, dtype=torch.float32) / 16, torch.tensor(data.target)
+    pixels, digits = load_digits(return_X_y=True)
+    return torch.tensor(pixels, dtype=torch.float32) / 16, torch.tensor(digits)
 
 
 def batches(count: int, size: int) -> Iterator[Tensor]:  # [size] each

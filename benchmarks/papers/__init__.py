@@ -6,7 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Check"]
+from torch import Tensor
+
+__all__ = ["Check", "grad_of"]
 
 
 @dataclass(frozen=True)
@@ -26,3 +28,9 @@ class Check:
     def described(self) -> dict[str, Any]:
         """What of it is written down."""
         return {"name": self.name, "asked": self.asked}
+
+
+def grad_of(parameter: Tensor) -> Tensor:  # of the parameter's shape
+    """The gradient that a source or a backward pass has left there."""
+    assert parameter.grad is not None
+    return parameter.grad

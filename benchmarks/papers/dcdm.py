@@ -72,6 +72,7 @@ class Solved:
 def _timed(solve: Callable[[], Any], repeats: int = 3) -> tuple[float, Any]:
     """The fastest of some runs; one alone where they are long."""
     found: list[float] = []
+    answer = None
     while len(found) < repeats and sum(found) < 1.0:
         started = time.perf_counter()
         answer = solve()

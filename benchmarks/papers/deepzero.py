@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -26,13 +26,13 @@ import optex
 from optex.sources.deepzero.grasp import _change_along_gradient
 from optex.studies.measures import rounds_to_level
 from optex.studies.problems import TwoMoons
-from optex.studies.problems.data import fashion_mnist
+from optex.studies.problems.data import Split, fashion_mnist
 from papers import Check
 
 ROOM = "sources"
 
 
-def flat(parameters: list[Tensor]) -> Tensor:
+def flat(parameters: Iterable[Tensor]) -> Tensor:
     """All gradients in a row."""
     return torch.cat([p.grad.double().flatten() for p in parameters if p.grad is not None])
 
@@ -153,10 +153,11 @@ SPARSITY = 0.9
 
 
 @cache
-def images() -> dict[str, tuple[Tensor, Tensor]]:
+def images() -> dict[Split, tuple[Tensor, Tensor]]:
     """Pooled to 7 × 7, scaled; 2,560 to train on, 10,000 to test."""
     found = {}
-    for split, count in (("train", STEPS * BATCH), ("test", 10_000)):
+    counts: dict[Split, int] = {"train": STEPS * BATCH, "test": 10_000}
+    for split, count in counts.items():
         pixels, labels = fashion_mnist(split)
         pooled = functional.avg_pool2d(torch.from_numpy(pixels[:count]).float() / 255, 4).flatten(1)
         found[split] = ((pooled - 0.286) / 0.3, torch.from_numpy(labels[:count]).long())
@@ -319,7 +320,7 @@ def scored() -> dict[str, tuple[float, float]]:
     for name, source in sources.items():
         torch.manual_seed(0)
         share = optex.zo_grasp_ratios(source, parameters, batch, SPARSITY)[0]
-        found[name] = (share, float(spearmanr(scores(source, 5e-3), truth)[0]))
+        found[name] = (share, float(np.asarray(spearmanr(scores(source, 5e-3), truth))[0]))
     return found
 
 

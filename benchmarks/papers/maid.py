@@ -319,7 +319,7 @@ def draw(found: dict[str, Any]) -> Figure:
     """Two panels of the quadratic problem, two of the denoiser, and its pictures."""
     figure = Figure(figsize=(13, 8.2), layout="constrained")
     FigureCanvasAgg(figure)
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+    (top,), (bottom,) = figure.subfigures(2, 1, height_ratios=(1, 1.15), squeeze=False)
     gap, accuracy, race = top.subplots(1, 3)
     for colour, (name, curve) in zip(COLOURS, found["quadratic"].items(), strict=True):
         gap.loglog([max(1, v) for v in curve["evaluations"]], curve["gap"], color=colour, label=name)

@@ -45,9 +45,9 @@ Vector = NDArray[np.float64]
 
 def laplacian(side: int) -> Any:
     """Five-point Laplacian of a square grid [side², side²], without the 1/h²."""
-    line = scipy.sparse.diags_array(
-        [-np.ones(side - 1), 2 * np.ones(side), -np.ones(side - 1)], offsets=[-1, 0, 1]
-    )
+    diagonals = [-np.ones(side - 1), 2 * np.ones(side), -np.ones(side - 1)]
+    offsets: Any = [-1, 0, 1]  # SciPy annotates nothing, and its default is a number
+    line = scipy.sparse.diags_array(diagonals, offsets=offsets)
     eye = scipy.sparse.eye_array(side)
     return scipy.sparse.csr_array(scipy.sparse.kron(line, eye) + scipy.sparse.kron(eye, line))
 
@@ -216,7 +216,7 @@ def _multigrid(A: Any, b: Vector) -> tuple[Vector, int]:
     residuals: list[float] = []
     with np.errstate(all="ignore"):
         x = pyamg.ruge_stuben_solver(A).solve(b, tol=_TOL, accel="cg", residuals=residuals)
-    return x, len(residuals) - 1
+    return np.asarray(x), len(residuals) - 1
 
 
 def _compiled_sor(A: Any, b: Vector, omega: float) -> tuple[Vector, int]:
@@ -248,7 +248,7 @@ def seconds(side: int) -> dict[str, tuple[float, float, float]]:
         f"ssor_pcg, ω = {conjugate}": lambda A, b, _: _own(ssor_pcg(A, b, conjugate, tol=_TOL)),
         "pyamg's sor, the same ω": _compiled_sor,
         "SciPy's cg": lambda A, b, _: _cg(A, b),
-        "SciPy's spsolve": lambda A, b, _: (spsolve(A.tocsc(), b), 1),
+        "SciPy's spsolve": lambda A, b, _: (np.asarray(spsolve(A.tocsc(), b)), 1),
         "pyamg, Ruge-Stüben, cg": lambda A, b, _: _multigrid(A, b),
     }
     return {name: _timed(method, systems) for name, method in methods.items()}

@@ -344,6 +344,7 @@ def _noise_told() -> tuple[str, bool]:
         torch.manual_seed(seed)
         _, variance = source.gradient(batch)
         estimate = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+        assert variance is not None
         told.append(float(variance))
         had.append(float((estimate - truth).square().mean()))
     ratio = sum(told) / sum(had)
