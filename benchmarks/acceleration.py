@@ -41,7 +41,7 @@ RUNS = FOLDER / "runs.jsonl"
 KEYS = ("case", "seed", "N", "method")  # of records that agree in these the latest counts
 ROUNDS = 60
 PARALLELISM = (5, 8, 16, 32)
-LEAST_REACH = 4  # rounds of vanilla's that a round is measured by, where it evaluates one gradient
+LEAST_REACH = 4  # of vanilla's rounds, against which a round is measured that evaluates one gradient
 FUNCTIONS = ("sphere", "ackley", "rosenbrock", "quadratic")
 NETWORKS = ("digits-mlp-32", "digits-mlp-512")
 

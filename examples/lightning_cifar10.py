@@ -42,7 +42,7 @@ class ManualBackward(GradientSource):
     """A step's gradient by Lightning's ``manual_backward``, with its precision, hooks and strategy."""
 
     def __init__(self, module: Classifier) -> None:
-        self.module = self.classifier = module  # the one has buffers, of the other more is known
+        self.module = self.classifier = module  # ``module`` may be any torch module, this one has a loss
 
     def gradient(self, batch: Batch) -> tuple[Tensor, None]:
         loss = self.classifier.loss(batch)

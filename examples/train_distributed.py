@@ -59,7 +59,7 @@ def train(options: argparse.Namespace) -> float:
 
     if checkpoint.latest(options.checkpoints) is not None:
         checkpoint.load(options.checkpoints, optimizer)
-        say(f"going on behind step {optimizer.steps_taken}")
+        say(f"continuing after step {optimizer.steps_taken}")
     remaining = itertools.islice(batches(options.steps, 256), optimizer.batches_drawn, None)
     for report in optimizer.rounds(remaining, objective):
         if report.number == options.fail_at and dist.get_rank() == 1 and first_attempt():

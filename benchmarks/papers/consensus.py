@@ -39,7 +39,7 @@ def canyon_array(points: np.ndarray) -> np.ndarray:
 
 
 def ripples(height: float) -> Callable[[np.ndarray], np.ndarray]:
-    """Rastrigin's function with ripples of this height, 2.5 in the authors' code and 10 as a rule."""
+    """Rastrigin's function with ripples of this height, 2.5 in the authors' code and 10 elsewhere."""
     return lambda x: (x**2 + height * (1 - np.cos(2 * np.pi * x))).sum(-1)
 
 

@@ -1,6 +1,6 @@
 """DeepZero: coordinate-wise gradients from losses (Chen et al., ICLR 2024, arXiv 2310.02025).
 
-Estimates are judged on two moons (2-16-16-2, d = 354). The honest run is Fashion-MNIST, pooled to 7 × 7 pixels,
+Estimates are judged on two moons (2-16-16-2, d = 354). The larger run is Fashion-MNIST, pooled to 7 × 7 pixels,
 by a 49-16-10 network (d = 970) with the authors' SGD (0.1, momentum 0.9, decay 5e-4, cosine) and masks (a tenth
 of the weights, drawn anew every 5 epochs): 10 epochs of 40 steps of 64 images, the same for all methods.
 """
@@ -27,7 +27,7 @@ from optex.sources.deepzero.grasp import _change_along_gradient
 from optex.studies.measures import rounds_to_level
 from optex.studies.problems import TwoMoons
 from optex.studies.problems.data import Split, fashion_mnist
-from papers import Check
+from papers import Check, losses_by_round
 
 ROOM = "sources"
 
@@ -340,10 +340,7 @@ def under_optex(rate: float, seed: int) -> list[float]:
     """The same SGD under OptEx at N = 4."""
     problem = TwoMoons(seed)
     optimizer = optex.OptEx(torch.optim.SGD(problem.parameters(), rate, 0.9), parallelism=4)
-    found = [problem.evaluate()]
-    for _ in itertools.islice(optimizer.rounds(problem.batches(), problem.source()), ROUNDS):
-        found.append(problem.evaluate())  # noqa: PERF401
-    return found
+    return losses_by_round(optimizer, problem, ROUNDS)
 
 
 def quasi_newton(seed: int) -> list[float]:

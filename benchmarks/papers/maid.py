@@ -200,7 +200,7 @@ def searched(candidates: Any, budget: int) -> tuple[Tensor, int, Trace]:
 
 
 def bisected(low: float, high: float) -> Any:
-    """One weight for all filters: a grid of 9 logarithms of weights, refined between its points for ever."""
+    """One weight for all filters: a grid of 9 logarithms of weights, then points between them, without end."""
     yield from (torch.full((8,), float(v), dtype=torch.float64) for v in torch.linspace(low, high, 9))
     for level in itertools.count():
         count = 8 * 2**level

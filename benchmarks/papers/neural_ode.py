@@ -69,6 +69,15 @@ class Trained:
         return flow.evaluations, score
 
 
+@dataclass(kw_only=True)
+class Rings(Trained):
+    """A model of the rings, with its parts and the points of the test."""
+
+    head: nn.Module
+    field: Field
+    test: Tensor
+
+
 def train(
     model: Trained,
     objective: Callable[..., Tensor],
@@ -119,7 +128,7 @@ def ring_points(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]
 
 
 @cache
-def rings(kind: str | Regularizer | None, strength: float, seed: int = 0, decay: float = 0.0) -> Trained:
+def rings(kind: str | Regularizer | None, strength: float, seed: int = 0, decay: float = 0.0) -> Rings:
     """One training run; quality is accuracy."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -127,10 +136,13 @@ def rings(kind: str | Regularizer | None, strength: float, seed: int = 0, decay:
     test, answers = ring_points(1000, generator)
     field, head = Field(3), nn.Linear(3, 1)
     flow = Flow(field)
-    model = Trained(
+    model = Rings(
         flow,
         lambda flow: head(flow(test))[:, 0],
         lambda scores: float(((scores > 0) == (answers > 0.5)).float().mean()),
+        head=head,
+        field=field,
+        test=test,
     )
 
     def objective(_: None) -> Tensor:
@@ -138,11 +150,10 @@ def rings(kind: str | Regularizer | None, strength: float, seed: int = 0, decay:
 
     parameters = [*field.parameters(), *head.parameters()]
     train(model, objective, parameters, [None] * 150, kind, strength, decay)
-    model.head, model.test, model.field = head, test, field  # type: ignore[attr-defined]
     return model
 
 
-def joint_evaluations(model: Any) -> int:
+def joint_evaluations(model: Rings) -> int:
     """With the test batch as one system, one error and one step for all, as the papers solve."""
     flow = Flow(lambda times, states: model.field(times, states[0])[None])
     with torch.no_grad():
@@ -150,7 +161,7 @@ def joint_evaluations(model: Any) -> int:
     return flow.evaluations
 
 
-def with_torchdiffeq(model: Any, method: str, **options: Any) -> tuple[int, float, float]:
+def with_torchdiffeq(model: Rings, method: str, **options: Any) -> tuple[int, float, float]:
     """Evaluations, accuracy and seconds of torchdiffeq's solvers, for the same network."""
     calls = 0
 

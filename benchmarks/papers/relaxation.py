@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import pyamg
@@ -74,9 +74,9 @@ def best_omega(c: float) -> float:
     return float(2 / (1 + np.sqrt(1 - beta**2)))
 
 
-def tuned(method: str, seed: int) -> BanditTuner:
+def tuned(method: Literal["tsallis-inf", "chebcb"], seed: int) -> BanditTuner:
     """A tuner of ω with the paper's settings."""
-    return BanditTuner(_GRID, method, contexts=_CONTEXTS, least=1, seed=seed)  # pyright: ignore[reportArgumentType]
+    return BanditTuner(_GRID, method, contexts=_CONTEXTS, least=1, seed=seed)
 
 
 class _Bins:
@@ -259,7 +259,7 @@ def _own(result: Any) -> tuple[Vector, int]:
 
 
 def _timed(method: Callable[..., tuple[Vector, int]], systems: list[Any]) -> tuple[float, float, float]:
-    # Read as a user's would be: 32-bit indices in rows, which pyamg asks for.
+    # As a user would store them: rows with 32-bit indices, which pyamg asks for.
     posed = [(A, b, omega) for _, A, b, omega in systems]
     for A, *_ in posed:
         A.indices, A.indptr = A.indices.astype(np.int32), A.indptr.astype(np.int32)

@@ -26,7 +26,7 @@ from optex.studies.measures import rounds_to_level
 from optex.studies.problems import LogisticSketched
 from optex.studies.problems.data import fashion_mnist
 from optex.studies.problems.tabular import scikit_learn_arrays
-from papers import Check
+from papers import Check, losses_by_round
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.ranks import run_ranks
@@ -457,14 +457,9 @@ def plain_logistic(rate: float, seed: int) -> list[float]:
 def optex_logistic(rate: float, seed: int) -> list[float]:
     """OptEx with four gradients at once; the loss after every round."""
     problem = LogisticSketched(seed)
-    losses = [problem.evaluate()]
     torch.manual_seed(seed)
     optimizer = optex.OptEx(torch.optim.SGD(problem.parameters(), lr=rate), parallelism=4)
-    for _ in optimizer.rounds(problem.batches(), problem.source()):
-        losses.append(problem.evaluate())
-        if len(losses) > STEPS:
-            return losses
-    return losses
+    return losses_by_round(optimizer, problem, STEPS)
 
 
 @cache
