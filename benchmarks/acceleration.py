@@ -42,7 +42,7 @@ RUNS = FOLDER / "runs.jsonl"
 KEYS = ("case", "seed", "N", "method")  # of records that agree in these the latest counts
 ROUNDS = 60
 PARALLELISM = (5, 8, 16, 32)
-LEAST_REACH = 4  # rounds of vanilla's that a round is measured by, where it evaluates one gradient
+LEAST_REACH = 4  # of vanilla's rounds, against which a round is measured that evaluates one gradient
 FUNCTIONS = ("sphere", "ackley", "rosenbrock", "quadratic")
 NETWORKS = ("digits-mlp-32", "digits-mlp-512")
 
@@ -153,7 +153,7 @@ def methods_for(case: Case, parallelism: int) -> list[str]:
     """Everything at N = 4, 5 and 16; ablations on the nine and two networks; strides where they are studied."""
     if parallelism == 1:
         return ["strides"]
-    chosen = list(MAIN)
+    chosen: list[str] = list(MAIN)
     if parallelism in (8, 32):
         chosen = [name for name in chosen if name not in ("separable", "curl-free")]
     elif case in NINE or (case.problem in NETWORKS and case.optimizer == "adam" and case.lr <= 0.01):

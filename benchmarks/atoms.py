@@ -91,13 +91,11 @@ def ours(**settings: Any) -> Callable[[Atoms], OptExOptimizer]:
     return lambda atoms: OptExOptimizer(atoms, logfile=None, **settings)
 
 
+QUIET: dict[str, Any] = {"logfile": None}  # which ASE takes, and its annotations leave out
 OPTIMIZERS: dict[str, Callable[[Atoms], Any]] = {
-    **{
-        kind.__name__: lambda atoms, kind=kind: kind(atoms, logfile=None)
-        for kind in (BFGS, LBFGS, BFGSLineSearch)
-    },
-    "FIRE": lambda atoms: FIRE(atoms, logfile=None),
-    "GPMin": lambda atoms: GPMin(atoms, logfile=None),
+    **{kind.__name__: lambda atoms, kind=kind: kind(atoms, **QUIET) for kind in (BFGS, LBFGS, BFGSLineSearch)},
+    "FIRE": lambda atoms: FIRE(atoms, **QUIET),
+    "GPMin": lambda atoms: GPMin(atoms, **QUIET),
     "momentum": ours(parallelism=1, stride=1),
     **{f"optex, N = {n}": ours(parallelism=n) for n in (1, 4, 8)},
     "optex, N = 4, lr = 0.02": ours(parallelism=4, lr=0.02),

@@ -100,7 +100,7 @@ def acceleration_table(meta: dict[str, Any]) -> str:
     rows = meta["summary"]
     lines = [
         [
-            NAMES.get(method, method),
+            _named(method),
             *(_spread(row["acceleration"], ".2f", ".2f") for row in rows if row["method"] == method),
         ]
         for method in dict.fromkeys(row["method"] for row in rows)
@@ -121,7 +121,7 @@ def full_table(meta: dict[str, Any]) -> str:
     lines = [
         (
             row["problem"],
-            NAMES.get(row["method"], row["method"]),
+            _named(row["method"]),
             _spread(row["final_loss"], ".4g", ".1g"),
             _spread(row["acceleration"], ".2f", ".2f"),
             f"{row['accepted']:.2f}",
@@ -132,6 +132,10 @@ def full_table(meta: dict[str, Any]) -> str:
         for row in meta["summary"]
     ]
     return f"{settings}.\n\n{markdown_table((*head, 'overhead, ms'), lines)}"
+
+
+def _named(method: str) -> str:
+    return NAMES.get(method, method)
 
 
 def _spread(spread: dict[str, float], form: str, deviation_form: str) -> str:

@@ -173,12 +173,13 @@ GOOD: dict[str, tuple[Any, ...]] = {
 
 def minimization(draw: random.Random) -> str:
     """``minimize`` with some arguments, some of them odd."""
-    chosen = {name: draw.choice(GOOD[name]) for name in draw.sample(sorted(GOOD), draw.choice((0, 1, 2, 4)))}
+    names = draw.sample(sorted(GOOD), draw.choice((0, 1, 2, 4)))
+    chosen: dict[str, Any] = {name: draw.choice(GOOD[name]) for name in names}
     for name in draw.sample(sorted(GOOD), draw.choice((0, 0, 1, 2))):
         chosen[name] = draw.choice(ODD)
     fun, x0 = draw.choice(FUNCTIONS[:2] + FUNCTIONS), draw.choice(STARTS + ODD)
     try:
-        result = optex.minimize(fun, x0, **({"maxiter": 4} | chosen))
+        result = optex.minimize(fun, x0, **{"maxiter": 4, **chosen})
     except REFUSALS:
         return "refused"
     except Exception as error:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 try:
-    import atheris  # pyright: ignore[reportMissingImports]
+    atheris: Any = importlib.import_module("atheris")  # not a requirement, and its stubs lack what is used
 except ImportError:
     sys.exit("fuzz_guided: atheris is not installed; pip install atheris, or use benchmarks/fuzz.py")
 
@@ -35,7 +35,7 @@ LONGEST = 256  # bytes of an input; a door reads some hundred at most
 
 
 class Choices(random.Random):
-    """A generator whose draws are the bytes of an input, and zeros behind its end."""
+    """A generator whose draws are the bytes of an input, and zeros after its end."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__(0)

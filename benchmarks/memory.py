@@ -71,7 +71,7 @@ def train(problem: Problem, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def plain(problem: Problem, steps: int) -> list[float]:
-    """Adam in turn: the loss after as many steps as the rounds that are shown, times ``steps``."""
+    """Adam alone: the loss after ``steps`` steps for each of the rounds that are shown."""
     base, losses = torch.optim.Adam(problem.parameters(), lr=1e-3), []
     for number, batch in enumerate(itertools.islice(problem.batches(), steps * ROUNDS[-1]), start=1):
         base.zero_grad()

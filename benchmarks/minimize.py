@@ -76,7 +76,7 @@ def scipys(function: TestFunction, method: str, options: dict[str, Any]) -> dict
         return float(value.detach()), gradient.numpy()
 
     options = {"gtol": TOLERANCE, "maxiter": 1000, **options}
-    with warnings.catch_warnings():  # trial steps overflow, and SciPy survives
+    with warnings.catch_warnings():  # trial steps overflow, and SciPy takes shorter ones
         warnings.simplefilter("ignore", RuntimeWarning)
         found = scipy.optimize.minimize(
             value_and_gradient, function.start, jac=True, method=method, options=options

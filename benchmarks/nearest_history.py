@@ -18,6 +18,7 @@ import torch
 from acceleration import NINE, ROUNDS, Case, run_method
 
 import optex
+from optex.estimators.arrivals import Arrivals
 from optex.round import Predictor
 from optex.stepping.bases import base_optimizer
 from optex.studies.baselines import Setting
@@ -30,8 +31,13 @@ class NearestHistory(optex.GradientHistory):
     """A history that forgets the pair farthest from the round's start, not the oldest."""
 
     def append(
-        self, points: torch.Tensor, gradients: torch.Tensor, noise_variance: Sequence[float] | None = None
+        self,
+        points: torch.Tensor,  # [n, d]
+        gradients: torch.Tensor,  # [n, d]
+        noise_variance: Sequence[float] | None = None,
+        arrivals: Arrivals | None = None,
     ) -> None:
+        # The products that come with the pairs are not used: other rows are kept than those they are of.
         start = points[0]
         pairs = [*getattr(self, "pairs", []), *zip(points.clone(), gradients.clone(), strict=True)]
         distances = [float((point - start).norm()) for point, _ in pairs]

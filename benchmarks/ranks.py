@@ -6,7 +6,7 @@ For 1, 2 and 4 gloo ranks on localhost, OptEx with Adam in float32 minimises the
 costs its arithmetic and a pause of --pause seconds, in which a rank does not hold a core. Measured are
 
 - the bytes that each rank hands to collectives in a round, beside the formula, 2 d (N / ranks) (1 - 1 / ranks)
-  numbers, and what the kernel counted on the loopback device in these rounds, of all ranks and everyone else;
+  numbers, and what the kernel counted on the loopback device meanwhile, from all programs;
 - messages and seconds a round: of the fastest two in a row, because other work on the machine can only slow
   them down and every other round compares the estimators, and of the slowest rank;
 - what a message, a byte and a round's arithmetic cost here, for ``cost_model.py``: a sum of 40 numbers, an

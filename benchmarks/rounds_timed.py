@@ -74,7 +74,7 @@ def measure_point(point: dict[str, Any], *, rounds: int, threads: int) -> dict[s
 
     Args:
         point: method, optimizer, dimension, parallelism, history, stride.
-        rounds: watched behind those that fill the history.
+        rounds: watched after those that fill the history.
         threads: torch's.
     """
     plain = _apart(_plain_peak, point, threads)

@@ -22,7 +22,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ FUNCTIONS = (
     ("sphere", "adam", 0.01),
 )
 # N, stride, T0:
-SETTINGS = (
+SETTINGS: tuple[tuple[int, float | Literal["auto"], int], ...] = (
     (1, "auto", 16),
     (4, 1, 16),
     (4, "auto", 16),

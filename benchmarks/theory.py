@@ -4,7 +4,7 @@
     python benchmarks/theory.py --report       run nothing; pictures and tables from the committed JSON
 
 Three problems with SGD, the optimizer of the paper's theorem. Calibration: N = 4; every gradient that a round
-evaluates, predicted from the history of before it; with minibatches the error is that from the gradient of the
+evaluates, predicted from the history before it; with minibatches the error is that from the gradient of the
 whole training set. Acceleration: `optex.studies.measures.acceleration` at N = 1, 4, 16. Writes
 results/theory/theory.json, calibration.png and acceleration.png there, and the tables of docs/theory.md.
 """

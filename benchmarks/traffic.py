@@ -14,7 +14,7 @@ from typing import Final
 
 __all__ = ["MODELS", "STATES", "Setting", "Work", "least_rows", "memory_rows", "round_work", "total"]
 
-# What a method's predictions are made of. The default's are a committee's: counted is a curl-free member.
+# What a method's predictions are made of. The default is a committee, whose curl-free member is counted.
 MODELS: Final = {
     "optex-paper": "separable",
     "separable": "separable",
@@ -88,7 +88,7 @@ class Setting:
 
     @property
     def base_step(self) -> Work:
-        """p, g and state read, p and state written, behind a copy of g into the flat gradient."""
+        """p, g and state read, p and state written, after a copy of g into the flat gradient."""
         return COPY + Work(3 + 2 * self.state, 1)
 
     @property

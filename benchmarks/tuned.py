@@ -161,16 +161,15 @@ class MuonWithAdam(torch.optim.Optimizer):
         parts = [muon, torch.optim.Adam(list(rest), lr=lr)]
         super().__init__([group for part in parts for group in part.param_groups], {"lr": lr})
 
-        def advance() -> (
-            None
-        ):  # a function: what the parts hold is this optimizer's groups and state, and no more
+        # A function: what the parts hold is this optimizer's groups and state, and no more.
+        def advance() -> None:
             for part, group in zip(parts, self.param_groups, strict=True):
                 part.param_groups, part.state = [group], self.state
                 part.step()
 
         self._advance = advance
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """One of Muon, one of Adam."""
         self._advance()
 

@@ -45,7 +45,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "workers"
 sys.path.insert(0, str(ROOT / "examples"))
 
-import heat  # noqa: E402  # pyright: ignore[reportMissingImports]  (an example, no part of the package)
+import heat  # noqa: E402  (an example, no part of the package)
 
 # ---------------------------------------------------------------------- kinds of workers
 
@@ -76,7 +76,8 @@ def dask(count: int, stack: ExitStack) -> Any:
     """Two of Dask's worker processes, of several threads each."""
     from distributed import Client, LocalCluster
 
-    cluster = LocalCluster(n_workers=2, threads_per_worker=-(-count // 2), dashboard_address=None)  # pyright: ignore[reportArgumentType]
+    quiet: dict[str, Any] = {"dashboard_address": None}  # Dask takes None, and its annotation leaves it out
+    cluster = LocalCluster(n_workers=2, threads_per_worker=-(-count // 2), **quiet)
     return stack.enter_context(Client(stack.enter_context(cluster))).get_executor()
 
 
@@ -195,7 +196,7 @@ def killed() -> dict[str, Any]:
         left = marker.exists()
     same = bool(np.array_equal(runs[False].x, runs[True].x)) and not left
     print(
-        f"{rounds} rounds, {kills} workers killed: {seconds[True]:.1f} s, in peace {seconds[False]:.1f} s; "
+        f"{rounds} rounds, {kills} workers killed: {seconds[True]:.1f} s, undisturbed {seconds[False]:.1f} s; "
         f"the same result to the bit: {same}; f = {runs[True].fun:.6f} and {runs[False].fun:.6f}"
     )
     return {

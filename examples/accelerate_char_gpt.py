@@ -60,7 +60,7 @@ class Windows(Dataset):
 
 
 def batches(accelerator: Accelerator, loader: Any, args: argparse.Namespace, drawn: int) -> Iterator[Batch]:
-    """Micro-batches for every step, epoch after epoch as one stream, from behind the ``drawn`` first ones.
+    """Micro-batches for every step, epoch after epoch as one stream, after the first ``drawn`` ones.
 
     A call of ``rounds`` for every epoch would work, but its last rounds would run short of batches.
     """

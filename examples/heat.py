@@ -289,7 +289,7 @@ STYLES: dict[str, dict[str, Any]] = {
 
 
 def draw(path: Path, plate: Plate, estimate: np.ndarray, start: float, runs: dict[str, Run]) -> None:
-    """Truth, estimate, and J against seconds, from ``start``, J at κ = 1, at second 0 on for every run."""
+    """Truth, estimate, and J against seconds; every run begins at second 0 with ``start``, J at κ = 1."""
     import matplotlib as mpl
 
     mpl.use("Agg")

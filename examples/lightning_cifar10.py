@@ -42,11 +42,11 @@ class ManualBackward(GradientSource):
     """A step's gradient by Lightning's ``manual_backward``, with its precision, hooks and strategy."""
 
     def __init__(self, module: Classifier) -> None:
-        self.module = module
+        self.module = self.classifier = module  # ``module`` may be any torch module, this one has a loss
 
     def gradient(self, batch: Batch) -> tuple[Tensor, None]:
-        loss = self.module.loss(batch)
-        self.module.manual_backward(loss)
+        loss = self.classifier.loss(batch)
+        self.classifier.manual_backward(loss)
         return loss.detach(), None
 
 

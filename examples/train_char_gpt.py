@@ -252,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             parallelism=args.optex,
             acceptance=None if args.tolerance is None else optex.WithinTolerance(args.tolerance),
             scheduler=schedule,  # it ticks with every step, the drafted ones as well
-            model=model,  # good custom: it has no buffers, but one with BatchNorm would need this
+            model=model,  # not needed here, as it has no buffers; a model with BatchNorm needs it
             gradient_hook=clip,  # after the micro-batches are summed up, before anything is stepped with
         )
 

@@ -32,8 +32,8 @@ from optex.distributed import checkpoint
 
 def digits() -> tuple[Tensor, Tensor]:  # [1797, 64], [1797]
     """Pictures of 8 × 8 pixels in 0..1, and which digits they show."""
-    data = load_digits()
-    return torch.tensor(data.data, dtype=torch.float32) / 16, torch.tensor(data.target)
+    pixels, digits = load_digits(return_X_y=True)
+    return torch.tensor(pixels, dtype=torch.float32) / 16, torch.tensor(digits)
 
 
 def batches(count: int, size: int) -> Iterator[Tensor]:  # [size] each
@@ -59,7 +59,7 @@ def train(options: argparse.Namespace) -> float:
 
     if checkpoint.latest(options.checkpoints) is not None:
         checkpoint.load(options.checkpoints, optimizer)
-        say(f"going on behind step {optimizer.steps_taken}")
+        say(f"continuing after step {optimizer.steps_taken}")
     remaining = itertools.islice(batches(options.steps, 256), optimizer.batches_drawn, None)
     for report in optimizer.rounds(remaining, objective):
         if report.number == options.fail_at and dist.get_rank() == 1 and first_attempt():

@@ -3,7 +3,7 @@
     python examples/train_dqn.py --optex 1      # the plain loop
     python examples/train_dqn.py --optex 4      # several steps of Adam between two spells of acting
 
-What waits for each other here is acting and learning: after every round the agent takes ``--act`` steps in
+Here acting and learning wait for each other: after every round the agent takes ``--act`` steps in
 its environment. The plain loop's round is one step of Adam, that of optex several: more learning for as much
 acting. So the two are compared at equal rounds. They are not one trajectory, not even at tolerance 0: optex
 draws its replay batches up to N - 1 steps before it takes their steps.

@@ -661,5 +661,5 @@ def test_a_job_that_lost_a_rank_goes_on_to_the_same_end(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "RankLostError" in done.stderr
-    assert re.search(r"going on behind step \d+\n", done.stdout)
+    assert re.search(r"continuing after step \d+\n", done.stdout)
     assert done.stdout.splitlines()[-1] == f"loss over all pictures after 32 batches: {first:.6f}"

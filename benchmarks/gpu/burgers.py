@@ -72,7 +72,7 @@ class Burgers(Problem):
             inside = torch.rand(self.batch_size, 2, generator=generator)
             beginning, times = torch.rand(2, edge, generator=generator)
             inside[:, 1] = 2 * inside[:, 1] - 1
-            yield tuple(part.to(like) for part in (inside, 2 * beginning - 1, times))
+            yield inside.to(like), (2 * beginning - 1).to(like), times.to(like)
 
     @torch.no_grad()
     def evaluate(self) -> float:

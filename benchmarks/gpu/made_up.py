@@ -1,4 +1,4 @@
-"""Data in the shape of the real data sets, for machines that do not have those: it takes as long."""
+"""Data in the shape of the real data sets, for machines without them: a step takes as long."""
 
 from __future__ import annotations
 

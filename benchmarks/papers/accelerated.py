@@ -51,12 +51,12 @@ def walk(
     for _ in range(steps):
         theta.grad = torch.tensor(gradient(theta.detach().numpy()))
         optimizer.step()
-        if isinstance(optimizer, torch.optim.SGD):
+        if isinstance(optimizer, (NAG, TripleMomentum, HeavyBall)):
+            optimizer.eval()
             points.append(theta.detach().numpy().copy())
-            continue
-        optimizer.eval()  # type: ignore[attr-defined]
-        points.append(theta.detach().numpy().copy())
-        optimizer.train()  # type: ignore[attr-defined]
+            optimizer.train()
+        else:
+            points.append(theta.detach().numpy().copy())
     return np.array(points)
 
 

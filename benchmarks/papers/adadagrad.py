@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 from functools import cache
@@ -24,9 +25,10 @@ from optex.batching import (
 )
 from optex.optimizers import AdaGradNorm
 from optex.sources import PerSampleSource
+from optex.studies.measures import rounds_to_level
 from optex.studies.problems import make_problem
 from optex.studies.problems.data import fashion_mnist
-from papers import Check
+from papers import Check, grad_of
 
 ROOM = "optimizers"
 
@@ -196,7 +198,8 @@ def train(
             optimizer.zero_grad()
             if adaptive and batches.batch_size < LARGE:
                 _, noise = source.gradient(indices)
-                norm = float(torch.stack(torch._foreach_norm([p.grad for p in parameters])).norm())
+                assert noise is not None  # a batch has more samples than one
+                norm = float(torch.stack(torch._foreach_norm([grad_of(p) for p in parameters])).norm())
                 dimension = sum(p.numel() for p in parameters)
                 told = GradientStatistics.of_noise(float(noise), dimension, norm, len(indices))
                 batches.update(told)
@@ -233,7 +236,9 @@ def level() -> tuple[float, int]:
     """What the small batch ends at, and its first step that is as good."""
     run = small()
     found = sum(run.smooth()[-3:]) / 3
-    return found, run.steps[run.reached(found)]
+    place = run.reached(found)
+    assert place is not None  # one of the three is no worse than their mean
+    return found, run.steps[place]
 
 
 @cache
@@ -258,7 +263,7 @@ def told(run: Trace | None) -> str:
 def fashion() -> tuple[str, bool]:
     """Steps of the adaptive batches to the accuracy of the small ones."""
     (wanted, steps), run = level(), quickest(SMALL, adaptive=True)
-    samples = small().samples[small().reached(wanted)]
+    samples = small().samples[small().steps.index(steps)]
     figure = f"to {wanted:.3f}: {told(run)}; fixed {SMALL}: {steps:,} steps, {samples:,} samples "
     figure += f"(rate {small().rate:g})"
     return figure, run is not None and run.steps[-1] <= steps / 3
@@ -281,7 +286,7 @@ def flattened() -> tuple[str, bool]:
     for i in range(256):
         model.zero_grad()
         functional.cross_entropy(model(images[i : i + 1]), labels[i : i + 1]).backward()
-        rows.append([p.grad.double().flatten() for p in model.parameters()])
+        rows.append([grad_of(p).double().flatten() for p in model.parameters()])
     each = [torch.stack(column) for column in zip(*rows, strict=True)]
     loop = torch.cat(each, 1)
     whole = float((loop @ loop.mean(0)).var())
@@ -315,10 +320,13 @@ def rounds_to(loss: float, name: str, rate: float, seed: int) -> int:
     problem = make_problem(name, seed=seed)
     base = AdaGradNorm(problem.parameters(), lr=rate)
     optimizer = OptEx(base, parallelism=PARALLELISM, deterministic=problem.deterministic)
-    for report in optimizer.rounds(problem.batches(), problem):
-        if problem.evaluate() <= loss or report.number + 1 == STEPS:
+    losses: list[float] = []
+    for _ in itertools.islice(optimizer.rounds(problem.batches(), problem), STEPS):
+        losses.append(problem.evaluate())
+        if losses[-1] <= loss:
             break
-    return report.number + 1
+    reached = rounds_to_level(losses, loss, range(1, len(losses) + 1))
+    return STEPS if math.isnan(reached) else int(reached)
 
 
 def accelerated(name: str, rate: float, seeds: int = 3) -> tuple[str, bool]:

@@ -147,7 +147,7 @@ def conventions() -> tuple[str, bool]:
 # ---------------------------------------------------------------------- timm
 
 
-def timms() -> tuple[type[Optimizer], str] | None:
+def timms() -> tuple[Callable[..., Optimizer], str] | None:
     """timm's class, from its one file: the package itself wants torchvision."""
     found = importlib.util.find_spec("timm")
     if found is None or found.origin is None:
@@ -188,7 +188,7 @@ def parity() -> tuple[str, bool]:
     if found is None:
         return "not measured: timm is not installed (pip install --no-deps timm)", False
     theirs, name = found
-    options = {"lr": 0.03, "eps": 1e-4, "weight_decay": 0.01}
+    options: dict[str, Any] = {"lr": 0.03, "eps": 1e-4, "weight_decay": 0.01}
     worst = 0.0
     for power, kernels in ((1.0, True), (0.5, True), (1.0, False)):
         a = convolutional_run(
@@ -350,7 +350,7 @@ def curves() -> dict[str, Any]:
         cost = 2 if optimizer == "adahessian" else 1
         lr, _ = tuned("digits-mlp", optimizer, "vanilla", GRADIENTS // cost)
         found = [run("digits-mlp", optimizer, lr, "vanilla", GRADIENTS // cost, seed) for seed in range(SEEDS)]
-        mean = np.exp(np.mean(np.log(found), axis=0))
+        mean = np.exp(np.mean(np.log(np.array(found)), axis=0))
         rivals[f"{optimizer}, lr {lr:g}"] = {
             "gradients": [cost * i for i in range(len(mean))], "loss": mean.tolist()
         }  # fmt: skip

@@ -72,6 +72,7 @@ class Solved:
 def _timed(solve: Callable[[], Any], repeats: int = 3) -> tuple[float, Any]:
     """The fastest of some runs; one alone where they are long."""
     found: list[float] = []
+    answer = None
     while len(found) < repeats and sum(found) < 1.0:
         started = time.perf_counter()
         answer = solve()
@@ -174,7 +175,7 @@ FIELDS: Final = {"2-D": ((32, 32), (128, 128)), "3-D": ((12,) * 3, (24,) * 3)}
 
 @lru_cache
 def field(name: str, grid: tuple[int, ...]) -> dict[str, Solved]:
-    """Everybody on one layout that was not trained on."""
+    """All solvers on one layout that was not trained on."""
     problem = layout(grid, 1003)
     b = problem.random_right_hand_side(1003)
     found = {"DCDM": learned(trained(name).network, problem, b)}
@@ -338,7 +339,7 @@ CHECKS = [
 
 
 def curves() -> dict[str, Any]:
-    """Residuals iteration by iteration, and everybody's iterations and seconds."""
+    """Residuals iteration by iteration, and all solvers' iterations and seconds."""
     fields = {
         f"{name}, {_words(grid)}": {
             key: {"iterations": run.iterations, "setup": run.setup, "seconds": run.seconds, "norms": run.norms}

@@ -1,6 +1,6 @@
 """DeepZero: coordinate-wise gradients from losses (Chen et al., ICLR 2024, arXiv 2310.02025).
 
-Estimates are judged on two moons (2-16-16-2, d = 354). The honest run is Fashion-MNIST, pooled to 7 × 7 pixels,
+Estimates are judged on two moons (2-16-16-2, d = 354). The larger run is Fashion-MNIST, pooled to 7 × 7 pixels,
 by a 49-16-10 network (d = 970) with the authors' SGD (0.1, momentum 0.9, decay 5e-4, cosine) and masks (a tenth
 of the weights, drawn anew every 5 epochs): 10 epochs of 40 steps of 64 images, the same for all methods.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -26,13 +26,13 @@ import optex
 from optex.sources.deepzero.grasp import _change_along_gradient
 from optex.studies.measures import rounds_to_level
 from optex.studies.problems import TwoMoons
-from optex.studies.problems.data import fashion_mnist
-from papers import Check
+from optex.studies.problems.data import Split, fashion_mnist
+from papers import Check, losses_by_round
 
 ROOM = "sources"
 
 
-def flat(parameters: list[Tensor]) -> Tensor:
+def flat(parameters: Iterable[Tensor]) -> Tensor:
     """All gradients in a row."""
     return torch.cat([p.grad.double().flatten() for p in parameters if p.grad is not None])
 
@@ -153,10 +153,11 @@ SPARSITY = 0.9
 
 
 @cache
-def images() -> dict[str, tuple[Tensor, Tensor]]:
+def images() -> dict[Split, tuple[Tensor, Tensor]]:
     """Pooled to 7 × 7, scaled; 2,560 to train on, 10,000 to test."""
     found = {}
-    for split, count in (("train", STEPS * BATCH), ("test", 10_000)):
+    counts: dict[Split, int] = {"train": STEPS * BATCH, "test": 10_000}
+    for split, count in counts.items():
         pixels, labels = fashion_mnist(split)
         pooled = functional.avg_pool2d(torch.from_numpy(pixels[:count]).float() / 255, 4).flatten(1)
         found[split] = ((pooled - 0.286) / 0.3, torch.from_numpy(labels[:count]).long())
@@ -319,7 +320,7 @@ def scored() -> dict[str, tuple[float, float]]:
     for name, source in sources.items():
         torch.manual_seed(0)
         share = optex.zo_grasp_ratios(source, parameters, batch, SPARSITY)[0]
-        found[name] = (share, float(spearmanr(scores(source, 5e-3), truth)[0]))
+        found[name] = (share, float(np.asarray(spearmanr(scores(source, 5e-3), truth))[0]))
     return found
 
 
@@ -339,10 +340,7 @@ def under_optex(rate: float, seed: int) -> list[float]:
     """The same SGD under OptEx at N = 4."""
     problem = TwoMoons(seed)
     optimizer = optex.OptEx(torch.optim.SGD(problem.parameters(), rate, 0.9), parallelism=4)
-    found = [problem.evaluate()]
-    for _ in itertools.islice(optimizer.rounds(problem.batches(), problem.source()), ROUNDS):
-        found.append(problem.evaluate())  # noqa: PERF401
-    return found
+    return losses_by_round(optimizer, problem, ROUNDS)
 
 
 def quasi_newton(seed: int) -> list[float]:

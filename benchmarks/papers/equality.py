@@ -112,7 +112,8 @@ def slsqp(problem: EqualityProblem) -> Ended:
 def trust(problem: EqualityProblem) -> Ended:
     """SciPy's trust-constr with exact Hessians, to the same KKT residual."""
     arrays = Arrays(problem)
-    constraint = NonlinearConstraint(arrays.c, 0.0, 0.0, jac=arrays.jac, hess=arrays.chess)
+    exact: dict[str, Any] = {"jac": arrays.jac, "hess": arrays.chess}
+    constraint = NonlinearConstraint(arrays.c, 0.0, 0.0, **exact)
     options = {"gtol": 1e-4, "xtol": 1e-8, "maxiter": 1000}
     return _scipy(
         problem,
@@ -201,11 +202,9 @@ def _point(problem: EqualityProblem, x: Vector, lam: Vector) -> newton.Point:
 _RIGHT: Final = newton.Merit.gradient
 
 
-class Published(newton.Merit):
-    """With ∇²f where ∇²_xx L belongs, as in the released code."""
-
-    def gradient(self, point: newton.Point, hessian: Vector) -> Vector:
-        return _RIGHT(self, point, point.f.curvature(np.ones(1)))
+def _published(self: newton.Merit, point: newton.Point, hessian: Vector) -> Vector:  # noqa: ARG001
+    """The merit's gradient with ∇²f where ∇²_xx L belongs, as in the released code."""
+    return _RIGHT(self, point, point.f.curvature(np.ones(1)))
 
 
 def check_gradient() -> tuple[str, bool]:
@@ -213,9 +212,9 @@ def check_gradient() -> tuple[str, bool]:
     problem, merit = PROBLEMS["HS6"], newton.Merit(1.0, 0.1)
     z = np.array([*problem.start, 0.3])
     point = _point(problem, z[:2], z[2:])
-    slope = approx_fprime(z, lambda z: merit.value(_point(problem, z[:2], z[2:])), 1e-7)[0]
+    slope = np.asarray(approx_fprime(z, lambda z: merit.value(_point(problem, z[:2], z[2:])), 1e-7))[0]
     right = merit.gradient(point, point.hessian())[0]
-    wrong = Published(1.0, 0.1).gradient(point, point.hessian())[0]
+    wrong = _published(merit, point, point.hessian())[0]
     return f"{right:.2f}; differences {slope:.2f}; with ∇²f {wrong:.2f}", bool(abs(right + 103.92) < 1e-9)
 
 
@@ -224,7 +223,7 @@ def with_gradient(kind: str, spread: float) -> dict[str, Ended]:
     """The set with either merit gradient, λ drawn from N(0, spread²)."""
     original, random = newton.Merit.gradient, np.random.default_rng(0)
     if kind == "published":
-        newton.Merit.gradient = Published.gradient
+        newton.Merit.gradient = _published
     try:
         found = {}
         for name, problem in PROBLEMS.items():

@@ -54,6 +54,10 @@ class Posed:
     metric: Vector | None = None
 
 
+def _log_sum(exponents: Vector) -> float:
+    return float(np.asarray(logsumexp(exponents)))  # SciPy's annotation has a pair too, that of signed sums
+
+
 @lru_cache
 def log_sum_exp() -> Posed:
     """log Σ exp(A x - b) of 100 rows, shifted so that its minimum is at 0."""
@@ -68,11 +72,11 @@ def log_sum_exp() -> Posed:
         return rows.T @ (weights[:, None] * rows) - np.outer(gradient, gradient)
 
     return Posed(
-        lambda x: float(logsumexp(rows @ x - b)),
+        lambda x: _log_sum(rows @ x - b),
         lambda x: rows.T @ softmax(rows @ x - b),
         hess,
         np.ones(100),
-        float(logsumexp(-b)),
+        _log_sum(-b),
         {"weighted Gauss-Newton": lambda x: WindowCurvature(rows, softmax(rows @ x - b))},
         inputs @ inputs.T,
     )
@@ -142,7 +146,7 @@ def chebyshev() -> Posed:
 @lru_cache
 def rosenbrock() -> Posed:
     """Of two variables, from (-2, 2)."""
-    return Posed(rosen, rosen_der, rosen_hess, np.array([-2.0, 2.0]), 0.0, {})
+    return Posed(rosen, rosen_der, lambda x: np.asarray(rosen_hess(x)), np.array([-2.0, 2.0]), 0.0, {})
 
 
 @lru_cache
@@ -194,6 +198,13 @@ class Counted:
         return self.gaps[-1] < _GOAL
 
 
+def _curvature(posed: Posed, named: Any) -> Any:
+    """What ``minimize_gns`` takes for this name; what is no name of ours is its own."""
+    if named == "hessian":
+        return lambda x: DenseCurvature(posed.hess(x))
+    return posed.curvatures.get(named, named) if isinstance(named, str) else named
+
+
 def gns(
     posed: Posed,
     curvature: Any = "hessian",
@@ -210,13 +221,11 @@ def gns(
         gaps.append(intermediate_result.fun - posed.least)
         return gaps[-1] < goal
 
-    chosen = (lambda x: DenseCurvature(posed.hess(x))) if curvature == "hessian" else curvature
-    chosen = posed.curvatures.get(chosen, chosen) if isinstance(chosen, str) else chosen
     result = optex.minimize_gns(
         posed.fun,
         posed.start,
         jac=posed.jac,
-        curvature=chosen,
+        curvature=_curvature(posed, curvature),
         metric=posed.metric if metric else None,
         parallelism=parallelism,
         gtol=0.0,
@@ -233,6 +242,7 @@ def line_search_gradient(posed: Posed, most: int) -> int:
     for count in range(most):
         if value - posed.least < _GOAL:
             return count
+        there, reached = x, value
         for _ in range(30):
             there = x - gradient / level
             moved = there - x

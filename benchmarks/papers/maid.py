@@ -200,7 +200,7 @@ def searched(candidates: Any, budget: int) -> tuple[Tensor, int, Trace]:
 
 
 def bisected(low: float, high: float) -> Any:
-    """One weight for all filters: a grid of 9 logarithms of weights, refined between its points for ever."""
+    """One weight for all filters: a grid of 9 logarithms of weights, then points between them, without end."""
     yield from (torch.full((8,), float(v), dtype=torch.float64) for v in torch.linspace(low, high, 9))
     for level in itertools.count():
         count = 8 * 2**level
@@ -319,7 +319,7 @@ def draw(found: dict[str, Any]) -> Figure:
     """Two panels of the quadratic problem, two of the denoiser, and its pictures."""
     figure = Figure(figsize=(13, 8.2), layout="constrained")
     FigureCanvasAgg(figure)
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+    (top,), (bottom,) = figure.subfigures(2, 1, height_ratios=(1, 1.15), squeeze=False)
     gap, accuracy, race = top.subplots(1, 3)
     for colour, (name, curve) in zip(COLOURS, found["quadratic"].items(), strict=True):
         gap.loglog([max(1, v) for v in curve["evaluations"]], curve["gap"], color=colour, label=name)

@@ -21,7 +21,7 @@ import optex
 from optex.optimizers import MFAC
 from optex.optimizers.mfac import gradient_rows, inverse_diagonal, inverse_product, obs_mask, obs_update
 from optex.studies.measures import rounds_to_level
-from optex.studies.problems import Problem, make_problem
+from optex.studies.problems import DigitsMLP, Problem, make_problem
 from papers import Check
 
 ROOM = "optimizers"
@@ -112,7 +112,6 @@ METHODS: dict[str, tuple[Callable[..., Optimizer], dict[str, Any], tuple[float, 
     "momentum": (torch.optim.SGD, {"momentum": 0.9}, (0.03, 0.1, 0.3, 1.0, 3.0)),
     "Adam": (torch.optim.Adam, {}, (3e-3, 1e-2, 3e-2, 0.1, 0.3)),
 }
-KINDS = ("plain", "weighted", "rotated")
 
 
 @lru_cache
@@ -246,7 +245,8 @@ def accuracies() -> dict[str, list[float]]:
 
 def accuracy(problem: Problem) -> float:
     """Percent of the held-out digits that it gets right."""
-    return 100 * (1 - problem.test_error())  # type: ignore[attr-defined]
+    assert isinstance(problem, DigitsMLP)
+    return 100 * (1 - problem.test_error())
 
 
 def check_pruning(rule: str, rival: str, sparsities: tuple[float, ...]) -> tuple[str, bool]:

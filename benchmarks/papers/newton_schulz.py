@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ def regressions(spread: str) -> list[tuple[Array, Array]]:
     return found
 
 
-def newton_path(gram: Array, weights: Array, init: str) -> list[float]:
+def newton_path(gram: Array, weights: Array, init: Literal["trace", "norm"]) -> list[float]:
     """Relative errors of w after 0, 1, ... iterations of the function."""
     moment, errors = gram @ weights, []
 

@@ -26,7 +26,7 @@ from optex.sources.descent import limited_memory_bfgs
 from optex.sources.levels import Levels
 from optex.studies.measures import rounds_to_level
 from optex.studies.problems import DigitsRegularisation
-from papers import Check
+from papers import Check, grad_of
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.references.penalty_bilevel import QuadraticBilevel
@@ -73,7 +73,7 @@ def biases() -> tuple[list[float], list[float]]:
             (of_true, QUADRATIC.hypergradient(START)),
             (of_penalty, QUADRATIC.penalty_gradient(START, sigma)),
         ):
-            errors.append(float(np.linalg.norm(x.grad.numpy() - exact) / np.linalg.norm(exact)))
+            errors.append(float(np.linalg.norm(grad_of(x).numpy() - exact) / np.linalg.norm(exact)))
     return of_true, of_penalty
 
 
@@ -316,7 +316,7 @@ def outer_lbfgs(ask: Callable[[], tuple[int, float]]) -> Track:
             problem.log_weights.copy_(torch.from_numpy(x))
         cost, loss = ask()
         track.note(cost)
-        return loss, problem.log_weights.grad.numpy().copy()
+        return loss, grad_of(problem.log_weights).numpy().copy()
 
     start = problem.log_weights.detach().numpy().copy()
     minimize(function, start, jac=True, method="L-BFGS-B", options={"maxfun": STEPS})
@@ -368,19 +368,19 @@ def grid() -> Track:
 def under_optex(seed: int) -> dict[str, list[float]]:
     """Adam alone and under OptEx, N = 4: the exact validation loss after every round."""
     losses = {}
-    for name, rounds, settings in (("Adam", 30, None), ("OptEx, N = 4", 8, {"parallelism": 4})):
+    for name, rounds in (("Adam", 30), ("OptEx, N = 4", 8)):
         problem = DigitsRegularisation(seed)
         source = problem.source()
         base = torch.optim.Adam(problem.parameters(), lr=0.03)
         loss = [problem.evaluate()]
-        if settings is None:
+        if name == "Adam":
             for _ in range(rounds):
                 source.gradient(None)
                 source.accept()
                 base.step()
                 loss.append(problem.evaluate())
         else:
-            work = optex.OptEx(base, **settings).rounds(itertools.repeat(None), source)
+            work = optex.OptEx(base, parallelism=4).rounds(itertools.repeat(None), source)
             for _ in itertools.islice(work, rounds):
                 source.accept()
                 loss.append(problem.evaluate())

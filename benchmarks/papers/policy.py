@@ -60,7 +60,8 @@ def linear(gain: float = 0.0, offset: float = 0.0) -> optex.GaussianPolicy:
 @torch.no_grad()
 def exact(policy: torch.nn.Module) -> float:
     """The mean discounted return."""
-    return float(SYSTEM.expected_return(*policy.parameters(), DEVIATION, DISCOUNT))
+    gain, offset = policy.parameters()
+    return float(SYSTEM.expected_return(gain, offset, DEVIATION, DISCOUNT))
 
 
 @cache
@@ -88,7 +89,7 @@ def differences(policy: torch.nn.Module, step: float = 1e-4) -> Tensor:
             (p.detach() + sign * step * v).requires_grad_()
             for p, v in zip(policy.parameters(), VECTOR, strict=True)
         ]
-        value = -SYSTEM.expected_return(*points, DEVIATION, DISCOUNT)
+        value = -SYSTEM.expected_return(points[0], points[1], DEVIATION, DISCOUNT)
         sides.append(flat(torch.autograd.grad(value, points)))
     return (sides[0] - sides[1]) / (2 * step)
 
@@ -105,10 +106,12 @@ def products() -> tuple[list[float], list[float]]:
         torch.manual_seed(chunk)
         held.append(flat(held_term(source)))
     means = [torch.stack(rows).cumsum(0) / torch.arange(1, CHUNKS + 1)[:, None] for rows in (plus, held)]
+
+    def errors(rows: Tensor) -> list[float]:
+        return ((rows - goal).norm(dim=1) / goal.norm()).tolist()
+
     # product = held + other; with a minus, held - other = 2 held - product
-    return tuple(  # pyright: ignore[reportReturnType]
-        ((rows - goal).norm(dim=1) / goal.norm()).tolist() for rows in (means[0], 2 * means[1] - means[0])
-    )
+    return errors(means[0]), errors(2 * means[1] - means[0])
 
 
 def held_term(source: optex.TrajectorySource) -> list[Tensor]:
@@ -123,9 +126,8 @@ def held_term(source: optex.TrajectorySource) -> list[Tensor]:
 def _products_checked() -> tuple[str, bool]:
     plus, minus = products()
     count = CHUNK * CHUNKS / 1e6
-    return f"{plus[-1]:.1%} with plus, {minus[-1]:.0%} with minus, {count:g} million trajectories", plus[
-        -1
-    ] <= 0.03
+    figure = f"{plus[-1]:.1%} with plus, {minus[-1]:.0%} with minus, {count:g} million trajectories"
+    return figure, plus[-1] <= 0.03
 
 
 # ------------------------------------------------------------------ gaps
@@ -134,7 +136,7 @@ def _products_checked() -> tuple[str, bool]:
 @cache
 def gaps(name: str, lr: float, seed: int) -> list[float]:
     """J* - J along 4,000 trajectories from k = c = 0, every tenth of them; infinite from where it ended."""
-    arguments = {"method": "n-pg-igt"} if name == "N-PG-IGT" else RIVALS[name][0]
+    arguments: dict[str, Any] = {"method": "n-pg-igt"} if name == "N-PG-IGT" else RIVALS[name][0]
     policy, found = linear(), [best() - exact(linear())]
     steps = BUDGET // BATCH // (2 if "harpg" in arguments["method"] else 1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import pyamg
@@ -45,9 +45,9 @@ Vector = NDArray[np.float64]
 
 def laplacian(side: int) -> Any:
     """Five-point Laplacian of a square grid [side², side²], without the 1/h²."""
-    line = scipy.sparse.diags_array(
-        [-np.ones(side - 1), 2 * np.ones(side), -np.ones(side - 1)], offsets=[-1, 0, 1]
-    )
+    diagonals = [-np.ones(side - 1), 2 * np.ones(side), -np.ones(side - 1)]
+    offsets: Any = [-1, 0, 1]  # SciPy annotates nothing, and its default is a number
+    line = scipy.sparse.diags_array(diagonals, offsets=offsets)
     eye = scipy.sparse.eye_array(side)
     return scipy.sparse.csr_array(scipy.sparse.kron(line, eye) + scipy.sparse.kron(eye, line))
 
@@ -74,9 +74,9 @@ def best_omega(c: float) -> float:
     return float(2 / (1 + np.sqrt(1 - beta**2)))
 
 
-def tuned(method: str, seed: int) -> BanditTuner:
+def tuned(method: Literal["tsallis-inf", "chebcb"], seed: int) -> BanditTuner:
     """A tuner of ω with the paper's settings."""
-    return BanditTuner(_GRID, method, contexts=_CONTEXTS, least=1, seed=seed)  # pyright: ignore[reportArgumentType]
+    return BanditTuner(_GRID, method, contexts=_CONTEXTS, least=1, seed=seed)
 
 
 class _Bins:
@@ -216,7 +216,7 @@ def _multigrid(A: Any, b: Vector) -> tuple[Vector, int]:
     residuals: list[float] = []
     with np.errstate(all="ignore"):
         x = pyamg.ruge_stuben_solver(A).solve(b, tol=_TOL, accel="cg", residuals=residuals)
-    return x, len(residuals) - 1
+    return np.asarray(x), len(residuals) - 1
 
 
 def _compiled_sor(A: Any, b: Vector, omega: float) -> tuple[Vector, int]:
@@ -248,7 +248,7 @@ def seconds(side: int) -> dict[str, tuple[float, float, float]]:
         f"ssor_pcg, ω = {conjugate}": lambda A, b, _: _own(ssor_pcg(A, b, conjugate, tol=_TOL)),
         "pyamg's sor, the same ω": _compiled_sor,
         "SciPy's cg": lambda A, b, _: _cg(A, b),
-        "SciPy's spsolve": lambda A, b, _: (spsolve(A.tocsc(), b), 1),
+        "SciPy's spsolve": lambda A, b, _: (np.asarray(spsolve(A.tocsc(), b)), 1),
         "pyamg, Ruge-Stüben, cg": lambda A, b, _: _multigrid(A, b),
     }
     return {name: _timed(method, systems) for name, method in methods.items()}
@@ -259,7 +259,7 @@ def _own(result: Any) -> tuple[Vector, int]:
 
 
 def _timed(method: Callable[..., tuple[Vector, int]], systems: list[Any]) -> tuple[float, float, float]:
-    # Read as a user's would be: 32-bit indices in rows, which pyamg asks for.
+    # As a user would store them: rows with 32-bit indices, which pyamg asks for.
     posed = [(A, b, omega) for _, A, b, omega in systems]
     for A, *_ in posed:
         A.indices, A.indptr = A.indices.astype(np.int32), A.indptr.astype(np.int32)

@@ -27,7 +27,7 @@ from optex.optimizers import SCALE, scale_param_groups
 from optex.studies.baselines import Setting, make_method
 from optex.studies.measures import best_so_far, rounds_to_level
 from optex.studies.problems import make_problem
-from papers import Check
+from papers import Check, grad_of
 
 ROOM = "optimizers"
 
@@ -224,13 +224,13 @@ def step_sizes() -> tuple[str, bool]:
     optimizer = SCALE.of(model, rate)
     largest = 0.0
     for first, second in batches(0)[:100]:
-        before = {p: p.detach().clone() for p in model.parameters()}
+        before: dict[Tensor, Tensor] = {p: p.detach().clone() for p in model.parameters()}
         optimizer.zero_grad()
         functional.cross_entropy(model(first), second).backward()
         optimizer.step()
         for p, along in ((model.embedding.weight, 0), (model.hidden.weight, 1), (model.head.weight, 1)):
             sizes = (p.detach() - before[p]).square().mean(along).sqrt()
-            moved = sizes[p.grad.abs().amax(along) > 1e-6]  # not those of units that nothing came through
+            moved = sizes[grad_of(p).abs().amax(along) > 1e-6]  # not those of units that nothing came through
             largest = max(largest, float((moved / rate - 1).abs().max()))
     return f"off by at most {largest:.1e}, relative", largest <= 1e-3
 

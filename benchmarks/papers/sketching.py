@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from optex.studies.measures import rounds_to_level
 from optex.studies.problems import LogisticSketched
 from optex.studies.problems.data import fashion_mnist
 from optex.studies.problems.tabular import scikit_learn_arrays
-from papers import Check
+from papers import Check, losses_by_round
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.ranks import run_ranks
@@ -34,7 +34,8 @@ from tests.references.sketching import exact_epsilon
 
 ROOM = "sources"
 D, S, DRAWS = 512, 32, 4000
-KINDS = ("gaussian", "srht", "count", "ams")
+Kind = Literal["gaussian", "srht", "count", "ams"]
+KINDS: tuple[Kind, ...] = ("gaussian", "srht", "count", "ams")
 # A prototype had them without names; these are the kinds whose derived moments they are.
 PROTOTYPE_MOMENTS = {"gaussian": 17.1, "count": 17.0, "srht": 15.93}
 
@@ -83,7 +84,7 @@ LEVEL = 1e-2  # of the loss at the start
 
 
 @cache
-def descent(kind: str | None, rate: float) -> list[float]:
+def descent(kind: Kind | None, rate: float) -> list[float]:
     """Losses of one client's descent on ½ Σ λ_i x_i², as a share of the first; to the level, or a breakdown."""
     first = 0.5 * float(CURVATURES.sum())
 
@@ -105,7 +106,7 @@ def descent(kind: str | None, rate: float) -> list[float]:
     return [value / first for value in result.losses]
 
 
-def stable(kind: str) -> float:
+def stable(kind: Kind) -> float:
     """The rate that the second moment allows."""
     return 1 / optex.Sketch(kind, S).second_moment(D)
 
@@ -151,7 +152,7 @@ def trained_on_a_rank(rank: int, size: int | None) -> tuple[int, int, int]:
     state = optex.SketchState(optex.Sketch("srht", 1 << 20 if size is None else size))
     parallel.register_comm_hook(state, optex.sketched_hook)
     x = torch.randn(8, 64, generator=torch.Generator().manual_seed(rank))
-    started = 0
+    started = sent = plain = 0
     for step in range(55):
         if step == 5:  # DDP has settled
             started, sent, plain = _bytes_of_process(), state.bytes_sent, state.bytes_plain
@@ -456,14 +457,9 @@ def plain_logistic(rate: float, seed: int) -> list[float]:
 def optex_logistic(rate: float, seed: int) -> list[float]:
     """OptEx with four gradients at once; the loss after every round."""
     problem = LogisticSketched(seed)
-    losses = [problem.evaluate()]
     torch.manual_seed(seed)
     optimizer = optex.OptEx(torch.optim.SGD(problem.parameters(), lr=rate), parallelism=4)
-    for _ in optimizer.rounds(problem.batches(), problem.source()):
-        losses.append(problem.evaluate())
-        if len(losses) > STEPS:
-            return losses
-    return losses
+    return losses_by_round(optimizer, problem, STEPS)
 
 
 @cache

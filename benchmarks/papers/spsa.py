@@ -30,7 +30,7 @@ from optex.studies.measures import rounds_to_level
 from optex.studies.problems import DigitsForward, Shakespeare
 from optex.studies.problems.data import shakespeare
 from optex.studies.problems.text import Transformer
-from papers import Check
+from papers import Check, losses_by_round
 
 ROOM = "sources"
 STEPS = 600  # of MeZO; 1,200 forward passes
@@ -344,6 +344,7 @@ def _noise_told() -> tuple[str, bool]:
         torch.manual_seed(seed)
         _, variance = source.gradient(batch)
         estimate = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+        assert variance is not None
         told.append(float(variance))
         had.append(float((estimate - truth).square().mean()))
     ratio = sum(told) / sum(had)
@@ -374,10 +375,7 @@ def under_optex(rate: float, seed: int, rounds: int = ROUNDS) -> list[float]:
     problem = DigitsForward(seed)
     torch.manual_seed(seed)
     optimizer = optex.OptEx(torch.optim.SGD(problem.parameters(), lr=rate), parallelism=4)
-    found = [problem.evaluate()]
-    for _ in itertools.islice(optimizer.rounds(problem.batches(), problem.source()), rounds):
-        found.append(problem.evaluate())  # noqa: PERF401
-    return found
+    return losses_by_round(optimizer, problem, rounds)
 
 
 @cache

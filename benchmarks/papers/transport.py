@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import ot
@@ -29,7 +29,7 @@ import optex
 from optex.studies.measures import rounds_to_level
 from optex.studies.problems import SparseTransport
 from optex.studies.problems.transport import sample_colours
-from papers import Check
+from papers import Check, grad_of
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.references import transport as slow
@@ -37,7 +37,8 @@ from tests.references import transport as slow
 ROOM = "solvers"
 BINDING = (5, 6, 7, 10, 15)  # of k, at gamma = 20 and mostly at 1
 FREE = (25, 50, 100)
-FORMS = ("semi-dual", "dual")
+Form = Literal["semi-dual", "dual"]
+FORMS: tuple[Form, ...] = ("semi-dual", "dual")
 COLOURS, PARTNERS, WEIGHT = 64, 4, 20.0
 Problem = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -49,7 +50,7 @@ def points(m: int = 100, n: int = 20) -> Problem:
 
 
 @cache
-def solved(k: int, gamma: float = 1.0, form: str = "semi-dual") -> OptimizeResult:
+def solved(k: int, gamma: float = 1.0, form: Form = "semi-dual") -> OptimizeResult:
     """With the defaults."""
     return optex.sparse_ot(*points(), gamma, k, form=form)
 
@@ -63,7 +64,9 @@ def quiet() -> Iterator[None]:
 
 def of_pot(problem: Problem, gamma: float, k: int | None, tolerance: float = 1e-9) -> Any:
     """POT's semi-dual: its plan, and its record."""
-    kind = {"reg_type": "l2"} if k is None else {"reg_type": "sparsity_constrained", "max_nz": k}
+    kind: dict[str, Any] = (
+        {"reg_type": "l2"} if k is None else {"reg_type": "sparsity_constrained", "max_nz": k}
+    )
     with quiet():
         return ot.smooth.smooth_ot_semi_dual(
             *problem, gamma, stopThr=tolerance, numItermax=5000, log=True, **kind
@@ -254,6 +257,7 @@ def under_optex(name: str, rate: float, steps: int) -> dict[str, list[float]]:
     """Losses above the least after every step of a base optimizer, and after every round with N = 4."""
     problem = SparseTransport()
     least = problem.minimum
+    assert least is not None
 
     def base() -> torch.optim.Optimizer:
         return getattr(torch.optim, name)(problem.parameters(), lr=rate)
@@ -279,13 +283,14 @@ def lbfgs() -> list[float]:
     """The best loss above the least after every evaluation of SciPy's L-BFGS-B."""
     problem = SparseTransport()
     least, source, losses = problem.minimum, problem.source(), []
+    assert least is not None
 
     def function(alpha: np.ndarray) -> tuple[float, np.ndarray]:
         with torch.no_grad():
             problem.alpha.copy_(torch.from_numpy(alpha))
         loss, _ = source.gradient(None)
         losses.append(float(loss) - least)
-        return float(loss), problem.alpha.grad.numpy().copy()
+        return float(loss), grad_of(problem.alpha).numpy().copy()
 
     start = problem.alpha.detach().numpy().copy()
     minimize(function, start, jac=True, method="L-BFGS-B", options={"ftol": 0, "gtol": 1e-10})
@@ -442,7 +447,7 @@ def _recoloured(plan: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]: 
 def _draw_plan(panel: Axes, entries: list[tuple[int, int, float]]) -> None:
     x, y = (sample_colours(COLOURS, which).numpy() for which in (0, 1))
     orders = [np.argsort(np.argsort(colours @ np.array([0.299, 0.587, 0.114]))) for colours in (x, y)]
-    segments = [((orders[0][i], 1.0), (orders[1][j], 0.0)) for i, j, _ in entries]
+    segments = [np.array([[orders[0][i], 1.0], [orders[1][j], 0.0]]) for i, j, _ in entries]
     widths = [2.2 * COLOURS * mass for _, _, mass in entries]
     panel.add_collection(LineCollection(segments, colors=[x[i] for i, _, _ in entries], linewidths=widths))
     panel.scatter(orders[0], np.full(COLOURS, 1.0), c=x, s=26, marker="s", edgecolors="#444444", linewidths=0.3)
@@ -457,7 +462,7 @@ def draw(curves: dict[str, Any]) -> Figure:
     """The photographs; the plan; value and rows along k; OptEx."""
     figure = Figure(figsize=(12.6, 6.6), layout="constrained")
     FigureCanvasAgg(figure)
-    above, below = figure.subfigures(2, 1, height_ratios=(1, 1.15))
+    (above,), (below,) = figure.subfigures(2, 1, height_ratios=(1, 1.15), squeeze=False)
     plan = np.zeros((COLOURS, COLOURS))
     for i, j, mass in curves["plan"]:
         plan[i, j] = mass

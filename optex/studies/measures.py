@@ -175,7 +175,7 @@ def _judged(rounds: int) -> list[int]:
 
 
 def rounds_to_level(
-    loss: Sequence[float],  # [n]
+    loss: Sequence[float] | NDArray[np.floating],  # [n]
     level: float,
     rounds: Sequence[int] | None = None,  # [n]
 ) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -90,7 +90,7 @@ def zo_grasp_ratios(
 
 
 def _change_along_gradient(
-    source: GradientSource, parameters: list[Tensor], batch: Any, mu: float
+    source: GradientSource, parameters: Sequence[Tensor], batch: Any, mu: float
 ) -> list[Tensor]:  # float64, of the parameters' shapes
     """(ĝ(θ + μ ĝ(θ)) - ĝ(θ)) / μ, with the same draws for both."""
     before, grads = [p.clone() for p in parameters], [p.grad for p in parameters]
@@ -108,7 +108,7 @@ def _change_along_gradient(
     return [(b - a) / mu for a, b in zip(here, there, strict=True)]
 
 
-def _estimate(source: GradientSource, parameters: list[Tensor], batch: Any) -> list[Tensor]:  # float64
+def _estimate(source: GradientSource, parameters: Sequence[Tensor], batch: Any) -> list[Tensor]:  # float64
     for p in parameters:
         p.grad = None
     with torch.enable_grad():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from optex.checks import check_integer
-from optex.sources import GradientSource, PenaltyHypergradient
+from optex.sources import PenaltyHypergradient
 from optex.studies.problems.interface import Problem, seeded_generator
 from optex.studies.problems.tabular import scikit_learn_arrays
 
@@ -109,7 +109,7 @@ class DigitsRegularisation(Problem):
         penalty = 0.5 * ((_LEAST + x.exp()) @ y.square().sum(1))
         return functional.cross_entropy(logits, self.get_buffer("train_labels")) + penalty
 
-    def source(self) -> GradientSource:
+    def source(self) -> PenaltyHypergradient:
         return PenaltyHypergradient(
             self.upper,
             self.lower,
