@@ -144,7 +144,7 @@ class TestAugmentation:
         tops, lefts = torch.randint(9, (2, 50, 1), generator=generator).squeeze(2).tolist()
         mirrored = torch.randint(2, (50, 1), generator=generator).flatten().tolist()
         for image, top, left, flip, result in zip(images.numpy(), tops, lefts, mirrored, found, strict=True):
-            cut = np.pad(image, [(0, 0), (4, 4), (4, 4)])[:, top : top + 32, left : left + 32]
+            cut = np.pad(image, np.array([(0, 0), (4, 4), (4, 4)]))[:, top : top + 32, left : left + 32]
             np.testing.assert_array_equal(result, cut[:, :, ::-1] if flip else cut)
         assert {min(tops), min(lefts), max(tops), max(lefts)} == {0, 8}
         assert 10 < sum(mirrored) < 40

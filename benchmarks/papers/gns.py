@@ -164,7 +164,7 @@ def logistic() -> tuple[Posed, Callable[[torch.Tensor], torch.Tensor]]:
         return torch.autograd.grad(fun(leaf), leaf)[0].numpy()
 
     def hess(x: Vector) -> Vector:
-        return torch.autograd.functional.hessian(fun, torch.tensor(x)).numpy()
+        return torch.func.hessian(fun)(torch.tensor(x)).numpy()
 
     start = torch.cat([problem.weight.detach(), problem.bias.detach()[None]]).numpy()
     best = minimize(
