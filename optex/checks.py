@@ -7,10 +7,13 @@ import sys
 from numbers import Integral, Real
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 __all__ = [
     "as_float",
+    "check_callable",
+    "check_device",
     "check_flag",
     "check_integer",
     "check_kind",
@@ -131,6 +134,32 @@ def check_flag(owner: str, name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{owner}: {name} must be True or False, got {value!r}")
     return value
+
+
+def check_callable(owner: str, name: str, value: Any) -> None:
+    """Refuse a value that cannot be called.
+
+    Raises:
+        TypeError: it cannot.
+    """
+    if not callable(value):
+        raise TypeError(f"{owner}: {name} must be callable, got {type(value).__name__}")
+
+
+def check_device(owner: str, name: str, value: Any) -> torch.device:
+    """The device, which this machine has; torch's default one for None.
+
+    Raises:
+        ValueError: it is no device, or none of this machine.
+    """
+    try:
+        return torch.empty(0, device=value).device
+    # AssertionError is what torch raises for a kind of device that it was not built for.
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{owner}: {name} must be a torch.device of this machine or the name of one, got {value!r} "
+            f"({error})"
+        ) from None
 
 
 def check_kind(owner: str, name: str, value: Any, kind: type, wanted: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from optex import linalg
+from optex.checks import check_integer
 
 __all__ = ["VectorSpace"]
 
@@ -22,6 +23,9 @@ class VectorSpace:
     Args:
         dimension: d, the length of a vector.
 
+    Raises:
+        ValueError: ``dimension`` is no integer of at least 0.
+
     Attributes:
         dimension: d.
         width: how many of the coordinates (padding included) this process holds: the length of its rows.
@@ -31,8 +35,8 @@ class VectorSpace:
     is_split: bool = False
 
     def __init__(self, dimension: int) -> None:
-        self.dimension = dimension
-        self.width = dimension
+        self.dimension: int = check_integer("VectorSpace", "dimension", dimension, least=0)
+        self.width: int = self.dimension
 
     def total(self, *parts: Tensor) -> tuple[Tensor, ...]:
         """Sums over all coordinates from those over this process's, several in one message; same shapes."""

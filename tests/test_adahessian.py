@@ -142,7 +142,7 @@ def test_a_constant_gradient_has_no_curvature_and_all_constant_ones_no_graph():
 def test_fewer_probes_than_one_are_refused():
     a = torch.ones(2, requires_grad=True)
     backpropagate((a**3).sum(), create_graph=True)
-    with pytest.raises(ValueError, match="probes must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="probes must be an integer of at least 1, got 0"):
         hutchinson_diagonal([a], [grad_of(a)], 0)
 
 

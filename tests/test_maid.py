@@ -271,9 +271,9 @@ def test_sources_without_parameters_or_levels():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"epsilon": 0}, "epsilon must be above 0"),
-        ({"rho": 1.0}, "rho must be above 0 and below 1"),
-        ({"nu": 0.9}, "nu must be at least 1"),
+        ({"epsilon": 0}, "epsilon must be a finite number above 0"),
+        ({"rho": 1.0}, "rho must be a finite number above 0 and below 1"),
+        ({"nu": 0.9}, "nu must be a finite number at least 1"),
         ({"trials": 0}, "trials must be an integer of at least 1"),
         ({"max_iterations": 0}, "max_iterations must be an integer of at least 1"),
         ({"max_evaluations": 0}, "max_evaluations must be an integer of at least 1"),

@@ -644,7 +644,7 @@ ERRORS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "optimizer refused": ({"optimizer": torch.optim.LBFGS}, TypeError, "LBFGS cannot be the base"),
     "maximize": ({"maximize": True}, ValueError, "maximize=True; minimise -fun"),
-    "lr": ({"lr": -1.0}, ValueError, "Invalid learning rate: -1.0"),
+    "lr": ({"lr": -1.0}, ValueError, "minimize: lr must be a finite number at least 0, got -1.0"),
     "lr not taken": (
         {"lr": 0.1, "optimizer": lambda p: torch.optim.SGD(p)},
         TypeError,

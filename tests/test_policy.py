@@ -230,7 +230,7 @@ class TestTrajectorySource:
                 "no parameter",
             ),
             (lambda: optex.GaussianPolicy(1, 1, deviation=0), ValueError, "deviation must be"),
-            (lambda: optex.SoftmaxPolicy(0, 1), ValueError, "size 0 of its layers"),
+            (lambda: optex.SoftmaxPolicy(0, 1), ValueError, "observations must be an integer of at least 1"),
         ],
     )
     def test_bad_arguments_are_named(self, make, error, message):

@@ -5,55 +5,19 @@ with a TypeError, a ValueError, or an error of ``optex.errors``, whose message n
 """
 
 import math
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import optex
-from optex import errors, optimizers
+from optex import optimizers
 from optex.batching import AdaptiveBatches, BatchSizeController, InnerProductTest, NormTest
+from tests.arguments import FLAGS, INF, LONG, NAN, SMALL, arguments, finite, refused
 from tests.models import network, regression_batches, squared_error
-
-SMALL = settings(
-    max_examples=40,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-NAN, INF = math.nan, math.inf
-# What few arguments are glad of; where one passes (2.5 as a rate, say) the invariants judge.
-ODD = (None, True, 0, -1, 2.5, NAN, INF, "strange", (), torch.tensor([1.0, 2.0]), object)
-NAMED = tuple(
-    kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ArithmeticError)
-)
-
-
-def arguments(good):
-    """Good values for some of the arguments, and for one of them an odd one, or none."""
-    some = st.fixed_dictionaries({}, optional={name: st.sampled_from(values) for name, values in good.items()})
-    odd = st.tuples(st.sampled_from(sorted(good)), st.sampled_from(ODD))
-    return st.tuples(some, st.none() | odd).map(lambda both: both[0] | (dict([both[1]]) if both[1] else {}))
-
-
-def refused(call, given_arguments, *others) -> tuple[bool, Any]:
-    """Whether the call was refused, by an error that names one of its arguments; else what it answers."""
-    try:
-        return False, call()
-    except (TypeError, ValueError, *NAMED) as error:
-        if isinstance(error, NAMED) or any(name in str(error) for name in (*given_arguments, *others)):
-            return True, None
-        error.add_note(f"names no argument of {given_arguments}")
-        raise
-
-
-def finite(model):
-    return all(p.isfinite().all() for p in model.parameters())
-
 
 # ------------------------------------------------------------------ OptEx
 
@@ -219,7 +183,7 @@ def test_minimize_refuses_a_start_by_name(x0):
 
 # ------------------------------------------------------------------ optimizers
 
-RATES, FLAGS = (0.0, 1e-3, 0.1, torch.tensor(0.01)), (False, True)
+RATES = (0.0, 1e-3, 0.1, torch.tensor(0.01))
 HYPERPARAMETERS = {
     "NAG": (
         lambda model, o: optimizers.NAG(model.parameters(), **o),
@@ -426,9 +390,6 @@ def test_a_sigma_whose_square_is_no_number_any_more_is_warned_of_and_not_an_over
     assert np.isfinite(result.x).all()
 
 
-LONG: Final = 10**400  # an integer that no float can hold
-
-
 @pytest.mark.parametrize(
     ("build", "named"),
     [
@@ -471,3 +432,18 @@ def test_a_tolerance_that_is_no_number_is_refused_by_name(name, value):
 def test_whether_a_tolerance_adapts_is_a_flag():
     with pytest.raises(TypeError, match="WithinTolerance: adaptive must be True or False, got 1"):
         optex.WithinTolerance(adaptive=1)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_learning_rate_below_zero_is_refused_by_name():
+    with pytest.raises(ValueError, match="minimize: lr must be a finite number at least 0, got -1"):
+        optex.minimize(bowl, [1.0, 2.0], lr=-1, maxiter=2)
+
+
+def test_a_lookahead_without_end_is_refused_by_name():
+    with pytest.raises(ValueError, match="lookahead must be at least 1 and finite, or None, got inf"):
+        optex.WithinTolerance(lookahead=INF)
+
+
+def test_residuals_and_jacobian_of_two_precisions_meet_in_the_higher_one():
+    found = optimizers.power_fisher(torch.tensor([1.0, 1.0]), np.diag([1.0, 2.0]), 4)
+    torch.testing.assert_close(found.vector, torch.tensor([1.0, 2.0], dtype=torch.float64))

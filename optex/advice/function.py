@@ -28,7 +28,7 @@ from optex.advice.timing import (
     time_plain_loop,
 )
 from optex.advice.trial import PARALLELISM, run_trials
-from optex.checks import check_flag, check_kind
+from optex.checks import as_float, check_flag, check_kind
 from optex.errors import NotDeterministicWarning, warn
 from optex.evaluators import (
     Evaluation,
@@ -216,7 +216,7 @@ def _check_arguments(
     check_kind("advise", "model", model, nn.Module, "the torch.nn.Module that the objective uses")
     check_flag("advise", "deterministic", deterministic)
     check_flag("advise", "quiet", quiet)
-    if isinstance(seconds, bool) or not isinstance(seconds, Real) or not 0 < float(seconds) < math.inf:
+    if isinstance(seconds, bool) or not isinstance(seconds, Real) or not 0 < as_float(seconds) < math.inf:
         raise ValueError(
             f"advise: seconds must be a positive, finite number of seconds to spend, got {seconds!r}"
         )

@@ -20,12 +20,28 @@ def variance_of_mean(
 ) -> Tensor:  # []
     """Unbiased ``E‖ḡ - E ḡ‖²`` of the mean ḡ of n independent gradients, from ``‖g_k‖²`` and ``‖ḡ‖²``.
 
+    Args:
+        squared_norms: ‖g_k‖², of two gradients at least.
+        squared_norm: ‖ḡ‖².
+
+    Raises:
+        TypeError: one is no tensor.
+        ValueError: there are fewer than two squared norms, or ``squared_norm`` is not one number.
+
     It is the sum over the coordinates; divided by their number it is the noise variance that a
     ``GradientSource`` answers. Where the gradients hardly differ it is mostly rounding; it is never below 0.
 
     >>> variance_of_mean(torch.tensor([1.0, 9.0]), torch.tensor(4.0))    # of 1 and 3
     tensor(1.)
     """
+    for name, value in (("squared_norms", squared_norms), ("squared_norm", squared_norm)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"variance_of_mean: {name} must be a tensor, got {type(value).__name__}")
+    if squared_norms.ndim != 1 or len(squared_norms) < 2 or squared_norm.ndim:
+        raise ValueError(
+            "variance_of_mean: squared_norms must be [n] with n at least 2, squared_norm [], got "
+            f"{tuple(squared_norms.shape)} and {tuple(squared_norm.shape)}"
+        )
     count = len(squared_norms)
     # Σ‖g_k - ḡ‖² = Σ‖g_k‖² - n ‖ḡ‖², over n - 1 for one gradient's variance, over n for the mean's.
     return ((squared_norms.sum() - count * squared_norm) / (count * (count - 1))).clamp_min(0)

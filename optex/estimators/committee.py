@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optex.checks import check_integer, saved_integer, saved_tensor
+from optex.checks import check_integer, check_real, saved_integer, saved_tensor
 from optex.errors import NotPositiveDefiniteError
 from optex.estimators.arrivals import Arrivals
 from optex.estimators.curl_free import CurlFreeEstimator
@@ -65,6 +65,7 @@ class CommitteeEstimator(Estimator):
     A member whose kernel matrix needs jitter gives no warning here: what it predicts is judged, jitter and all.
 
     Raises:
+        TypeError: a member is no estimator.
         ValueError: no members, or a number out of range.
 
     Source: Dawid, *Present position and potential developments: the prequential approach*, 1984.
@@ -73,13 +74,18 @@ class CommitteeEstimator(Estimator):
     def __init__(
         self, members: Sequence[Estimator] | None = None, *, memory: float = 0.7, interval: int = 2
     ) -> None:
+        if members is not None and not isinstance(members, Sequence):
+            raise TypeError(f"CommitteeEstimator: members must be a list of estimators, got {members!r:.60}")
         self.members: tuple[Estimator, ...] = tuple(default_members() if members is None else members)
         if not self.members:
             raise ValueError("CommitteeEstimator: members is empty; name at least one estimator")
-        if not 0 <= memory < 1:
+        for member in self.members:
+            if not isinstance(member, Estimator):
+                raise TypeError(f"CommitteeEstimator: members must be estimators, got {member!r:.60}")
+        if not 0 <= check_real("CommitteeEstimator", "memory", memory) < 1:
             raise ValueError(f"CommitteeEstimator: memory must be in [0, 1), got {memory}")
-        check_integer("CommitteeEstimator", "interval", interval)
         self.memory = memory
+        check_integer("CommitteeEstimator", "interval", interval)
         self.interval = interval
         self._rounds = self._judged = 0
         self.scores: Tensor = torch.zeros(len(self.members), dtype=torch.float64)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from optex import small
-from optex.checks import check_integer
+from optex.checks import check_device, check_integer
 from optex.estimators.arrivals import Arrivals
 from optex.estimators.gram import fill, joined, merged
 from optex.estimators.locations import Locations
@@ -55,7 +55,7 @@ class GradientHistory:
     among processes the rows here are this process's slices; the Gram matrices are of whole vectors.
 
     Raises:
-        ValueError: ``size`` is less than 1.
+        ValueError: ``size`` is less than 1, ``dimension`` less than 0, or ``device`` none of this machine.
     """
 
     def __init__(
@@ -66,10 +66,10 @@ class GradientHistory:
         dtype: torch.dtype = torch.float64,
         device: torch.device | str = "cpu",
     ) -> None:
-        check_integer("GradientHistory", "size", size)
+        self.size: int = check_integer("GradientHistory", "size", size)
+        check_device("GradientHistory", "device", device)
         self.space: VectorSpace = dimension if isinstance(dimension, VectorSpace) else VectorSpace(dimension)
         self.dimension: int = self.space.dimension
-        self.size: int = size
         self.anchor: Tensor | None = None  # [d]
         self.appended: int = 0
         width = self.space.width

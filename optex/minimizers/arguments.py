@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from optex.checks import check_integer, check_number
+from optex.checks import as_float, check_integer, check_number
 from optex.estimators import Estimator
 from optex.evaluators import Evaluator, SequentialEvaluator, VectorizedEvaluator, WorkersEvaluator
 from optex.round import Acceptance
@@ -81,7 +81,7 @@ class Settings:
         _check_limits(settings, given["tol"])
         return replace(
             settings,
-            lr=None if settings.lr is None else _number("lr", settings.lr),
+            lr=None if settings.lr is None else check_number("minimize", "lr", settings.lr),
             gtol=float(settings.gtol),
             ftol=None if settings.ftol is None else float(settings.ftol),
             optimizer_options=_numbers(settings.optimizer, rest),
@@ -253,6 +253,6 @@ def _check_sizes(owner: str, base: Optimizer, x: nn.Parameter) -> None:
     for name, value in ((name, value) for group in base.param_groups for name, value in group.items()):
         if isinstance(value, int | float) and abs(value) > largest:
             raise ValueError(
-                f"{owner}: {name}={value:g} is beyond {largest:g}, the largest number of {x.dtype}; pass a "
-                "smaller one, or x0 in float64"
+                f"{owner}: {name}={as_float(value):g} is beyond {largest:g}, the largest number of {x.dtype}; "
+                "pass a smaller one, or x0 in float64"
             )

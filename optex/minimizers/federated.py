@@ -123,6 +123,7 @@ def federated_minimize(
     settings.seed = check_integer(_OWNER, "seed", seed, least=0)
     first = check_integer(_OWNER, "first_round", first_round, least=0)
     gtol = check_number(_OWNER, "gtol", gtol)
+    check_kind(_OWNER, "disp", disp, int, "True or False")
     if not (callback is None or callable(callback)):
         raise TypeError(f"{_OWNER}: callback must be callable or None, got {type(callback).__name__}")
     alone = workers is None or (workers == 1 and not isinstance(workers, bool))

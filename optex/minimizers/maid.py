@@ -18,7 +18,7 @@ from scipy.optimize import OptimizeResult
 from torch import Tensor
 
 from optex.callback import stops_by_result
-from optex.checks import check_integer, check_number
+from optex.checks import check_callable, check_integer, check_number
 from optex.errors import NonFiniteError
 from optex.sources.inexact_bilevel import (
     Hypergradient,
@@ -54,11 +54,8 @@ class _Settings:
     def __post_init__(self) -> None:
         ranges = {"epsilon": math.inf, "delta": math.inf, "beta": math.inf, "eta": 1.0, "rho": 1.0, "tau": 1.0}
         for name, top in ranges.items():
-            value = getattr(self, name)
-            if not 0 < value < top:
-                raise ValueError(f"maid: {name} must be above 0 and below {top:g}, got {value!r}")
-        if not 1 <= self.nu < math.inf:
-            raise ValueError(f"maid: nu must be at least 1 and finite, got {self.nu!r}")
+            check_number("maid", name, getattr(self, name), most=top, open_below=True, open_above=True)
+        check_number("maid", "nu", self.nu, least=1.0)
 
 
 @dataclass
@@ -175,6 +172,8 @@ def maid(
     check_number("maid", "gtol", gtol)
     if not (callback is None or callable(callback)):
         raise TypeError(f"maid: callback must be callable or None, got {type(callback).__name__}")
+    if workers is not None:
+        check_callable("maid", "workers", workers)
     if not isinstance(problem, SmoothBilevel):
         raise TypeError(f"maid: problem must be a SmoothBilevel, got {problem!r:.60}")
     arrays, theta = _read_start(theta0)
@@ -337,7 +336,10 @@ def _below(problem: SmoothBilevel, steep: float, epsilon: float) -> float:
 def _read_start(theta0: Any) -> tuple[bool, Tensor]:
     """Whether the caller uses arrays, and the start as a tensor with memory of its own."""
     arrays = not isinstance(theta0, Tensor)
-    theta = torch.tensor(np.asarray(theta0, dtype=np.float64)) if arrays else theta0.detach().clone()
+    try:
+        theta = torch.tensor(np.asarray(theta0, dtype=np.float64)) if arrays else theta0.detach().clone()
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"maid: theta0 must be a tensor or an array of numbers, got {theta0!r:.60}") from error
     if not theta.is_floating_point() or not theta.numel() or not bool(theta.isfinite().all()):
         came = f"one of {theta.dtype} and shape {tuple(theta.shape)}"
         raise ValueError(

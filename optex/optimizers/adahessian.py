@@ -13,7 +13,7 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor
 
-from optex.checks import check_number
+from optex.checks import check_integer, check_number
 from optex.errors import NonFiniteError
 from optex.optimizers.step_rule import FreezingStepRule, all_finite
 
@@ -50,8 +50,7 @@ def hutchinson_diagonal(
     >>> hutchinson_diagonal([x], [gradient])               # of a diagonal Hessian it is exact
     [tensor([ 6., 12.])]
     """
-    if probes < 1:
-        raise ValueError(f"hutchinson_diagonal: probes must be at least 1, got {probes}")
+    check_integer("hutchinson_diagonal", "probes", probes)
     rows = [i for i, gradient in enumerate(gradients) if gradient.requires_grad]
     if not rows:
         raise ValueError(

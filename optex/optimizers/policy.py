@@ -333,7 +333,7 @@ class HARPG(_Recursive):
     def _check(self, group: dict[str, Any]) -> None:
         super()._check(group)
         if (
-            group["normalized"] not in (True, False)
+            not isinstance(group["normalized"], bool)
             or group["normalized"] != self.param_groups[0]["normalized"]
         ):
             raise ValueError(

@@ -207,8 +207,10 @@ class WithinTolerance(Acceptance):
             raise ValueError(f"WithinTolerance: error must be positive, got {error}")
         if not 0 < lowest <= highest:
             raise ValueError(f"WithinTolerance: needs 0 < lowest <= highest, got {lowest} and {highest}")
-        if lookahead is not None and not lookahead >= 1:
-            raise ValueError(f"WithinTolerance: lookahead must be at least 1, or None, got {lookahead}")
+        if lookahead is not None and not 1 <= lookahead < math.inf:
+            raise ValueError(
+                f"WithinTolerance: lookahead must be at least 1 and finite, or None, got {lookahead}"
+            )
         self.tolerance: float = tolerance
         self.adaptive: bool = check_flag("WithinTolerance", "adaptive", adaptive) and tolerance > 0
         self.error = error

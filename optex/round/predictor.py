@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from optex.checks import saved_entry
+from optex.checks import check_integer, saved_entry
 from optex.errors import JitterWarning, NotPositiveDefiniteError, warn
 from optex.estimators import Estimator, GradientHistory, HoldLast, Posterior
 from optex.estimators.arrivals import Arrivals
@@ -21,9 +21,13 @@ __all__ = ["Predictor", "default_history_size"]
 def default_history_size(parallelism: int) -> int:
     """T0 where none is named.
 
+    Raises:
+        ValueError: ``parallelism`` is no integer of at least 1.
+
     >>> default_history_size(4), default_history_size(16)
     (16, 32)
     """
+    check_integer("default_history_size", "parallelism", parallelism)
     return 16 if parallelism <= 8 else 32
 
 

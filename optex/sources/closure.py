@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from optex.checks import check_callable, check_flag
 from optex.sources.interface import GradientSource, scalar_loss
 
 __all__ = ["ClosureSource"]
@@ -20,10 +21,17 @@ class ClosureSource(GradientSource):
     Args:
         closure: as for ``torch.optim.Optimizer.step``.
         deterministic: it draws no minibatch of its own.
+
+    Raises:
+        TypeError: the closure cannot be called, or ``deterministic`` is neither True nor False.
     """
 
     closure: Callable[[], Any]
     deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        check_callable("ClosureSource", "closure", self.closure)
+        check_flag("ClosureSource", "deterministic", self.deterministic)
 
     def gradient(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         return scalar_loss(self.closure(), "closure").detach(), None

@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from optex.checks import check_integer, check_parameters, check_positive
+from optex.checks import check_flag, check_integer, check_parameters, check_positive
 from optex.errors import NonFiniteError
 from optex.sources.interface import GradientSource, scalar_loss
 
@@ -156,12 +156,12 @@ class ConsensusSource(GradientSource):
         self.samples: int = check_integer(owner, "samples", samples, least=2)
         self.alpha: float = check_positive(owner, "alpha", alpha)
         self.sigma: float = check_positive(owner, "sigma", sigma)
+        self.antithetic: bool = check_flag(owner, "antithetic", antithetic)
+        self.vectorized: bool = check_flag(owner, "vectorized", vectorized)
         if antithetic and self.samples % 2:
             raise ValueError(
                 f"{owner}: samples must be even with antithetic=True, got {samples}; they are pairs"
             )
-        self.antithetic = antithetic
-        self.vectorized = vectorized
         self.evaluations: float = float(self.samples)
         self.module: nn.Module | None = (
             objective if isinstance(objective, nn.Module) and not vectorized else None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from optex.batching import variance_of_mean
+from optex.checks import check_callable, check_flag, check_parameters
 from optex.sources.interface import GradientSource, scalar_loss
 
 __all__ = ["AccumulatingSource", "LossModule", "ObjectiveSource", "backpropagate"]
@@ -24,7 +25,19 @@ def backpropagate(
     """``loss.backward``, without torch's warning that a graph kept in ``.grad`` makes a reference cycle.
 
     Callers that ask for the graph (optimizers that observe evaluations) release it.
+
+    Raises:
+        TypeError: the loss is no tensor, or ``create_graph`` neither True nor False.
+        ValueError: the loss is no scalar, or depends on no parameter through autograd.
     """
+    check_flag("backpropagate", "create_graph", create_graph)
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"backpropagate: loss must be a scalar tensor, got {type(loss).__name__}")
+    if loss.numel() != 1 or not loss.requires_grad:
+        raise ValueError(
+            "backpropagate: loss must be a scalar that depends on a parameter through autograd, got "
+            f"{loss!r:.60}"
+        )
     if not create_graph:
         loss.backward()
         return
@@ -38,6 +51,7 @@ class LossModule(nn.Module):
 
     def __init__(self, model: nn.Module, objective: Callable[[Any], Tensor]) -> None:
         super().__init__()
+        check_callable("LossModule", "objective", objective)
         self.model = model
         # In a tuple, or an objective that is itself a module would be registered a second time, and
         # functional_call would leave its swapped parameters behind.
@@ -57,6 +71,7 @@ class ObjectiveSource(GradientSource):
         create_graph: keep the graph of the gradient, for optimizers that differentiate it again.
 
     Raises:
+        TypeError: the objective cannot be called, or a flag is neither True nor False.
         TypeError, ValueError: at evaluation: the loss is no real scalar, or depends on no parameter through
             autograd.
     """
@@ -67,6 +82,8 @@ class ObjectiveSource(GradientSource):
     module: nn.Module | None = field(init=False, default=None, compare=False)
 
     def __post_init__(self) -> None:
+        _check("ObjectiveSource", self.objective, self.create_graph)
+        check_flag("ObjectiveSource", "deterministic", self.deterministic)
         if isinstance(self.objective, nn.Module):
             object.__setattr__(self, "module", self.objective)
 
@@ -99,7 +116,8 @@ class AccumulatingSource(GradientSource):
         create_graph: keep the graphs of all micro-batches' gradients; that takes their memory at once.
 
     Raises:
-        TypeError, ValueError: at evaluation: a loss is no real scalar, or a batch has no micro-batches.
+        TypeError, ValueError: an argument cannot work; at evaluation: a loss is no real scalar, or a batch has
+            no micro-batches.
 
     >>> import torch, optex
     >>> model = torch.nn.Linear(2, 1)
@@ -113,6 +131,11 @@ class AccumulatingSource(GradientSource):
     objective: Callable[[Any], Tensor]
     parameters: Sequence[Tensor] | None = None
     create_graph: bool = False
+
+    def __post_init__(self) -> None:
+        _check("AccumulatingSource", self.objective, self.create_graph)
+        if self.parameters is not None:
+            check_parameters("AccumulatingSource", self.parameters)
 
     def gradient(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         total, squares = None, []
@@ -139,6 +162,11 @@ class AccumulatingSource(GradientSource):
         norms = count**2 * torch.stack(list(squares))
         dimension = sum(p.numel() for p in self.parameters)
         return variance_of_mean(norms, _squared_norm(_gradients(self.parameters))) / dimension
+
+
+def _check(owner: str, objective: Any, create_graph: Any) -> None:
+    check_callable(owner, "objective", objective)
+    check_flag(owner, "create_graph", create_graph)
 
 
 def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from optex.checks import check_integer, check_positive, saved_tensor
+from optex.checks import check_flag, check_integer, check_positive, saved_tensor
 from optex.errors import ConvergenceWarning, LowerLevelWarning, NonFiniteError, NonFiniteWarning, warn
 from optex.sources.descent import Found, gradient_descent, limited_memory_bfgs
 from optex.sources.interface import GradientSource
@@ -112,7 +112,7 @@ class PenaltyHypergradient(GradientSource):
         self.rate: float | None = (
             None if rate is None else check_positive(_OWNER, "rate", rate, "take 1 / (L_g + sigma L_f)")
         )
-        self.deterministic = deterministic
+        self.deterministic: bool = check_flag(_OWNER, "deterministic", deterministic)
         self.levels: Levels = Levels(_OWNER, upper, lower, parameters, start, self.sigma)
         self.evaluations: float = 2.0 * (self.inner_steps + 1) + 3
         self.lower_gradients: int = 0

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from optex.batching import GradientMoments, GradientStatistics
-from optex.checks import check_integer
+from optex.checks import check_callable, check_integer
 from optex.functional import called_with
 from optex.sources.interface import GradientSource
 from optex.sources.objective import LossModule
@@ -37,8 +37,9 @@ class PerSampleSource(GradientSource):
         chunk_size: samples in one ``vmap``, which holds that many gradients; None takes all at once.
 
     Raises:
-        TypeError, ValueError: ``model`` is no module, or ``chunk_size`` no positive integer; at evaluation:
-            BatchNorm in training mode, which mixes samples; a batch whose tensors are not of one length.
+        TypeError, ValueError: ``objective`` cannot be called, ``model`` is no module, or ``chunk_size`` no
+            positive integer; at evaluation: BatchNorm in training mode, which mixes samples; a batch whose
+            tensors are not of one length.
 
     >>> import torch, optex
     >>> _ = torch.manual_seed(0)
@@ -59,6 +60,7 @@ class PerSampleSource(GradientSource):
             raise TypeError(f"PerSampleSource: model must be a torch.nn.Module, got {type(model).__name__}")
         if chunk_size is not None:
             check_integer("PerSampleSource", "chunk_size", chunk_size)
+        check_callable("PerSampleSource", "objective", objective)
         self.objective: Callable[[Any], Tensor] = objective
         self.module: nn.Module | None = model
         self.chunk_size: int | None = chunk_size

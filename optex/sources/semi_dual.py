@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from optex.checks import check_integer
+from optex.checks import check_flag, check_integer
 from optex.errors import NonFiniteError
 from optex.solvers.transport import semi_dual
 from optex.solvers.transport.arguments import TransportProblem
@@ -77,7 +77,7 @@ class SemiDualSource(GradientSource):
         self.costs: Tensor = problem.costs[0].to(alpha)
         self.gamma: float = problem.gamma
         self.k: int = problem.k
-        self.sampled: bool = sampled
+        self.sampled: bool = check_flag(_OWNER, "sampled", sampled)
         self.deterministic: bool = not sampled
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optex.checks import check_integer, check_number, check_parameters
+from optex.checks import check_flag, check_integer, check_number, check_parameters
 from optex.draws import generator_states, set_generator_states
 from optex.functional import called_with, parameter_names
 from optex.optimizers.mezo.directions import direction, finite_loss, fresh_seed
@@ -83,7 +83,7 @@ class SPSASource(GradientSource):
         self.epsilon: float = check_number("SPSASource", "epsilon", epsilon, open_below=True)
         self.queries: int = check_integer("SPSASource", "queries", queries)
         self.chunk: int | None = chunk if chunk is None else check_integer("SPSASource", "chunk", chunk)
-        self.vectorized = vectorized
+        self.vectorized: bool = check_flag("SPSASource", "vectorized", vectorized)
         self.module: nn.Module | None = objective if isinstance(objective, nn.Module) else None
         self.evaluations: float = 2.0 * self.queries
         self._names = parameter_names("SPSASource", self.module, self.parameters) if vectorized else []

@@ -58,6 +58,7 @@ def information_gain(
         noise_variance: σ², in units of the kernel's variance, positive.
 
     Raises:
+        TypeError: ``points`` is no tensor.
         ValueError: an argument is out of range; the message names it.
 
     Source: Srinivas, Krause, Kakade, Seeger, *Gaussian process optimization in the bandit setting*, ICML 2010,
@@ -68,6 +69,8 @@ def information_gain(
     >>> gain.variances.round(decimals=2)        # new, seen once with noise, far from both
     tensor([1.0000, 0.5000, 1.0000], dtype=torch.float64)
     """
+    if not isinstance(points, Tensor):
+        raise TypeError(f"information_gain: points must be a tensor [n, d], got {type(points).__name__}")
     if points.ndim != 2 or not len(points):
         raise ValueError(
             f"information_gain: points must be [n, d] with n at least 1, got {tuple(points.shape)}"

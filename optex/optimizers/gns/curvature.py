@@ -220,6 +220,8 @@ def power_gauss_newton(residuals: Any, jacobian: Any, power: float) -> WindowCur
 
 def _residuals(owner: str, residuals: Any, jacobian: Any, power: float) -> tuple[Tensor, Tensor, float]:
     u, jacobian = real_tensor(owner, "residuals", residuals), real_tensor(owner, "jacobian", jacobian)
+    dtype = torch.promote_types(u.dtype, jacobian.dtype)
+    u, jacobian = u.to(dtype), jacobian.to(dtype)
     check_number(owner, "power", power, least=2.0)
     if u.ndim != 1 or jacobian.ndim != 2 or len(u) != len(jacobian):
         raise ValueError(

@@ -56,7 +56,7 @@ class Metric:
         self._factor: Tensor | None = None
         if self.matrix is None:
             return
-        if self.matrix.ndim not in (1, 2) or len(set(self.matrix.shape)) != 1:
+        if self.matrix.ndim not in (1, 2) or len(set(self.matrix.shape)) != 1 or not self.matrix.numel():
             raise ValueError(f"Metric: matrix must be [d] or [d, d], got shape {tuple(self.matrix.shape)}")
         if self.matrix.ndim == 1:
             positive = bool((self.matrix > 0).all() & self.matrix.isfinite().all())

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.linalg import get_lapack_funcs
 from torch import Tensor
 
-from optex.checks import check_integer, check_number
+from optex.checks import check_callable, check_integer, check_number
 from optex.optimizers.gns.curvature import EUCLIDEAN, Curvature
 from optex.optimizers.gns.metric import Metric
 
@@ -57,6 +57,7 @@ class ProductCurvature(Curvature):
     def __init__(
         self, product: Callable[[Tensor], Tensor], *, tolerance: float = 0.1, iterations: int = 200
     ) -> None:
+        check_callable("ProductCurvature", "product", product)
         self._product = product
         self._tolerance = check_number("ProductCurvature", "tolerance", tolerance, most=1.0, open_above=True)
         self._iterations = check_integer("ProductCurvature", "iterations", iterations)

@@ -23,6 +23,7 @@ def language_model_blocks(model: nn.Module) -> list[nn.Module]:
         model: a causal language model; token codes [n, t] become scores [n, t, alphabet].
 
     Raises:
+        TypeError: the model is no module.
         ValueError: the model has another shape, or its attention needs a mask.
 
     >>> import torch
@@ -36,6 +37,8 @@ def language_model_blocks(model: nn.Module) -> list[nn.Module]:
     >>> len(chain), chain(torch.tensor([[0, 3, 1]])).shape
     (3, torch.Size([1, 3, 5]))
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"language_model_blocks: model must be a torch.nn.Module, got {type(model).__name__}")
     kind = getattr(getattr(model, "config", None), "_attn_implementation", "sdpa")
     if kind not in ("sdpa", "flash_attention_2"):
         raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from optex.checks import check_integer, check_number
+from optex.checks import check_flag, check_integer, check_number
 from optex.draws import generator_states, set_generator_states
 from optex.optimizers.mezo.directions import (
     check_seed,
@@ -90,9 +90,9 @@ class MeZO(Optimizer):
             "epsilon": check_number("MeZO", "epsilon", epsilon, open_below=True),
             "weight_decay": weight_decay,
             "queries": check_integer("MeZO", "queries", queries),
-            "exact": bool(exact),
+            "exact": check_flag("MeZO", "exact", exact),
             "log_length": log_length if log_length is None else _length(log_length),
-            "maximize": maximize,
+            "maximize": check_flag("MeZO", "maximize", maximize),
         }
         super().__init__(params, defaults)
         self.state[_STATE] = {"step": 0, "log": []}  # pyright: ignore[reportArgumentType]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optex.checks import check_number
+from optex.checks import check_device, check_kind, check_number
 from optex.draws import generator_states, set_generator_states
 from optex.functional import called_with
 from optex.optimizers.mezo.directions import (
@@ -107,9 +107,12 @@ class BlockStreamer:
         self.lr: float = check_number("BlockStreamer", "lr", lr)
         self.epsilon: float = check_number("BlockStreamer", "epsilon", epsilon, open_below=True)
         self.weight_decay: float = check_number("BlockStreamer", "weight_decay", weight_decay)
+        check_kind("BlockStreamer", "transfer_dtype", transfer_dtype, torch.dtype, "a floating dtype or None")
         if transfer_dtype is not None and not transfer_dtype.is_floating_point:
             raise TypeError(f"BlockStreamer: transfer_dtype must be a floating dtype, got {transfer_dtype}")
-        self.device: torch.device = torch.device(device)
+        self.device: torch.device = check_device("BlockStreamer", "device", device)
+        if not isinstance(blocks, (nn.Sequential, nn.ModuleList, Sequence)):
+            raise TypeError(f"BlockStreamer: blocks must be a list of modules, got {type(blocks).__name__}")
         self.blocks: list[nn.Module] = list(blocks)
         _check_blocks(self.blocks)
         self.log: list[tuple[int, list[float], list[float]]] = []

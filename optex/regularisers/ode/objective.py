@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optex.checks import check_number
+from optex.checks import check_callable, check_number
 from optex.regularisers.ode.flow import Flow
 from optex.regularisers.ode.terms import GlobalRegularizer, LocalRegularizer, Regularizer
 
@@ -64,13 +64,9 @@ def regularise(
     >>> round((objective(start) - plain).item(), 3)                 # |weight| / 3.5068
     0.855
     """
-    if not callable(objective):
-        raise TypeError(f"regularise: objective must be callable, got {objective!r}")
-    if not isinstance(flow, Flow):
-        raise TypeError(f"regularise: flow must be an optex.regularisers.Flow, got {flow!r}")
     if isinstance(kind, Regularizer):
         term = kind
-    elif kind in _KINDS:
+    elif isinstance(kind, str) and kind in _KINDS:
         term = _KINDS[kind]()
     else:
         raise ValueError(
@@ -85,11 +81,20 @@ class RegularisedObjective:
     Attributes:
         strength: λ, to be set between steps.
         last_term: the value of the term at the last call that had one, without strength; None before.
+
+    Raises:
+        TypeError: the objective cannot be called, ``flow`` is no :class:`Flow`, or ``term`` no regularizer.
+        ValueError: the strength is no finite number of at least 0.
     """
 
     def __init__(
         self, objective: Callable[..., Tensor], flow: Flow, term: Regularizer, strength: float
     ) -> None:
+        check_callable("regularise", "objective", objective)
+        if not isinstance(flow, Flow):
+            raise TypeError(f"regularise: flow must be an optex.regularisers.Flow, got {flow!r}")
+        if not isinstance(term, Regularizer):
+            raise TypeError(f"RegularisedObjective: term must be a Regularizer, got {term!r}")
         self._objective, self._flow, self._term = objective, flow, term
         self.strength = strength
         self.last_term: Tensor | None = None

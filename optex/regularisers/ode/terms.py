@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from optex.checks import check_kind
+from optex.checks import check_flag, check_kind
 from optex.regularisers.ode.heuristics import error_estimate, stiffness_estimate
 from optex.regularisers.ode.recording import Solve, Steps, first_size, one_step
 
@@ -102,7 +102,7 @@ class LocalRegularizer(Regularizer):
         check_kind("LocalRegularizer", "generator", generator, torch.Generator, "a torch.Generator or None")
         self.kind: Heuristic = kind
         self.mode: Mode = mode
-        self.published = published
+        self.published: bool = check_flag("LocalRegularizer", "published", published)
         self.generator = generator
 
     def __call__(self, solve: Solve) -> Tensor:  # []

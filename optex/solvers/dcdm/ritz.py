@@ -105,6 +105,9 @@ def ritz_vectors(
         if n is None:
             raise ValueError(f"{_OWNER}: shape must say what a vector is like where A is a function, got None")
         shape = (n,)
+    if not isinstance(shape, (tuple, list)):
+        raise TypeError(f"{_OWNER}: shape must be a tuple of integers, got {shape!r}")
+    shape = tuple(check_integer(_OWNER, "every entry of shape", entry) for entry in shape)
     size = int(torch.Size(shape).numel())
     count = check_integer(_OWNER, "count", count, most=size)
     product = product_of(_OWNER, A, tuple(shape), numpy=False, device=torch.device("cpu"))

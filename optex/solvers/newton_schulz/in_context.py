@@ -205,7 +205,7 @@ def similarity_of_errors(
     tensor([[0.7071]])
     """
     owner = "similarity_of_errors"
-    for name, value in (("first", first), ("second", second), ("targets", targets)):
+    for name, value in (("targets", targets), ("first", first), ("second", second)):
         _check_tensor(owner, name, value)
         if value.dtype != targets.dtype:
             raise TypeError(f"{owner}: {name} must be of targets' dtype {targets.dtype}, got {value.dtype}")

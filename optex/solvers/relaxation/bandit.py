@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from optex.checks import check_integer, saved_entry, saved_integer, saved_number
+from optex.checks import as_float, check_integer, saved_entry, saved_integer, saved_number
 from optex.solvers.relaxation.chebcb import ChebCB
 from optex.solvers.relaxation.learner import Learner
 from optex.solvers.relaxation.tsallis import TsallisINF
@@ -210,7 +210,10 @@ class BanditTuner:
 
 
 def _read_grid(grid: Any) -> list[Any]:
-    values = grid.tolist() if isinstance(grid, (np.ndarray, torch.Tensor)) else list(grid)
+    given = grid.tolist() if isinstance(grid, (np.ndarray, torch.Tensor)) else grid
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise TypeError(f"{_OWNER}: grid must be a list of values, got {grid!r}")
+    values = list(given)
     if len(values) < 2:
         raise ValueError(f"{_OWNER}: grid must hold two values at least, got {values!r}")
     numbers = [_number("every value of grid", value, -math.inf) for value in values]
@@ -234,7 +237,9 @@ def _number(name: str, value: Any, least: float = -math.inf, remedy: str = "") -
     """A real number, NumPy's and tensors of one number too, as a float."""
     if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
         value = value.item()
-    number = float(value) if isinstance(value, Real) and not isinstance(value, (bool, np.bool_)) else math.nan
+    number = (
+        as_float(value) if isinstance(value, Real) and not isinstance(value, (bool, np.bool_)) else math.nan
+    )
     if not (math.isfinite(number) and number >= least):
         above = f" of at least {least:g}" if math.isfinite(least) else ""
         raise ValueError(f"{_OWNER}: {name} must be a finite number{above}, got {value!r}{remedy}")

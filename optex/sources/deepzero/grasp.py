@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optex.checks import check_number
+from optex.checks import check_flag, check_number, check_parameters
 from optex.draws import generator_states, set_generator_states
 from optex.errors import NonFiniteError
 from optex.sources.interface import GradientSource
@@ -71,7 +71,8 @@ def zo_grasp_ratios(
         raise TypeError(f"{_OWNER}: source must be an optex.GradientSource, got {type(source).__name__}")
     sparsity = check_number(_OWNER, "sparsity", sparsity, most=1.0, open_above=True)
     mu = check_number(_OWNER, "mu", mu, open_below=True)
-    parameters = list(parameters)
+    check_flag(_OWNER, "signed", signed)
+    parameters = check_parameters(_OWNER, parameters)
     layers = [place for place, p in enumerate(parameters) if p.ndim > 1]
     if not layers:
         raise ValueError(f"{_OWNER}: no parameter has two dimensions; there is no weight to score")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optex.checks import check_integer, check_number, saved_entry, saved_integer, saved_tensor
+from optex.checks import check_integer, check_number, check_parameters, saved_entry, saved_integer, saved_tensor
 
 __all__ = ["DynamicMask"]
 
@@ -54,12 +54,14 @@ class DynamicMask:
         every: int = 5,
         seed: int = 0,
     ) -> None:
-        self.shapes: list[tuple[int, ...]] = [tuple(p.shape) for p in parameters]
+        self.shapes: list[tuple[int, ...]] = [tuple(p.shape) for p in check_parameters(_OWNER, parameters)]
         each = (
             [ratios if len(shape) > 1 else 1.0 for shape in self.shapes]
             if isinstance(ratios, (int, float, np.number))
             else ratios
         )
+        if not isinstance(each, Iterable):
+            raise TypeError(f"{_OWNER}: ratios must be a number, or one a parameter, got {ratios!r}")
         self.ratios: list[float] = [check_number(_OWNER, "ratios", ratio, most=1.0) for ratio in each]
         if len(self.ratios) != len(self.shapes):
             raise ValueError(

@@ -59,7 +59,12 @@ class BlockLoss(nn.Module):
                 "BlockLoss: blocks must be torch.nn.Sequential or a list of modules, got "
                 f"{type(blocks).__name__}"
             )
-        parts = list(blocks)
+        try:
+            parts = list(blocks)
+        except TypeError as error:
+            raise TypeError(
+                f"BlockLoss: blocks must be a list of modules, got {type(blocks).__name__}"
+            ) from error
         if not parts:
             raise ValueError("BlockLoss: blocks is empty; give at least one module")
         for part in parts:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from optex.checks import check_integer, check_kind, check_number, check_parameters
+from optex.checks import check_flag, check_integer, check_kind, check_number, check_parameters
 from optex.errors import NonFiniteError
 from optex.sources.deepzero.mask import DynamicMask
 from optex.sources.deepzero.passes import Chunk, Passes, chunks_of, first_non_finite
@@ -101,12 +101,20 @@ class CoordinateSource(GradientSource):
             raise TypeError(f"{_OWNER}: objective must be callable, got {type(objective).__name__}")
         self.parameters: list[Tensor] = check_parameters(_OWNER, parameters)
         self.mu: float = check_number(_OWNER, "mu", mu, open_below=True)
-        self.central = central
+        self.central: bool = check_flag(_OWNER, "central", central)
+        self.deterministic: bool = check_flag(_OWNER, "deterministic", deterministic)
+        for name, flag in (("vectorized", vectorized), ("reuse", reuse)):
+            check_flag(_OWNER, name, flag)
         self.chunk: int = check_integer(_OWNER, "chunk", chunk)
         self.workers: int = check_integer(_OWNER, "workers", workers)
         self.passes: Passes = Passes(
             objective, self.parameters, mu=self.mu, central=central, vectorized=vectorized, reuse=reuse
         )
+        if not (mask is None or isinstance(mask, (DynamicMask, list, tuple))):
+            raise TypeError(
+                f"{_OWNER}: mask must be a DynamicMask, a list of tensors, one a parameter, or None, got "
+                f"{mask!r:.60}"
+            )
         self.mask: DynamicMask | list[Tensor] | None = (
             mask if mask is None or isinstance(mask, DynamicMask) else list(mask)
         )
@@ -115,7 +123,6 @@ class CoordinateSource(GradientSource):
         _check_group(group, executor)
         self.executor: Executor | None = executor
         self.group: Any = group
-        self.deterministic = deterministic
         self.module: nn.Module | None = objective if isinstance(objective, nn.Module) else None
 
     @property

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optex.checks import check_number
+from optex.checks import check_flag, check_number
 from optex.errors import NonFiniteError
 from optex.sources.interface import scalar_loss
 
@@ -60,13 +60,14 @@ class SmoothBilevel:
             raise TypeError(f"SmoothBilevel: start must be a floating-point tensor, got {self.start!r:.60}")
         if not self.start.numel() or not bool(self.start.isfinite().all()):
             raise ValueError("SmoothBilevel: start must have components, all finite; zeros will do")
+        check_flag("SmoothBilevel", "convex_upper", self.convex_upper)
         positive = {"strong_convexity": self.strong_convexity, "lower_lipschitz": self.lower_lipschitz}
         for name, value in positive.items():
-            if value is not None and not callable(value):
+            if not callable(value) and (value is not None or name == "strong_convexity"):
                 check_number("SmoothBilevel", name, value, open_below=True)
         for name in ("upper_lipschitz", "hessian_lipschitz", "cross_lipschitz"):
             value = getattr(self, name)
-            if value is not None:
+            if value is not None or name == "upper_lipschitz":
                 check_number("SmoothBilevel", name, value)
 
     def constant(self, name: str, theta: Sequence[Tensor]) -> float:

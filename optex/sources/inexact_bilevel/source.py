@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from optex.checks import check_integer, check_number
+from optex.checks import check_flag, check_integer, check_number
 from optex.errors import NonFiniteError
 from optex.sources.inexact_bilevel.implicit import Hypergradient, hypergradient
 from optex.sources.inexact_bilevel.levels import SmoothBilevel
@@ -72,7 +72,12 @@ class InexactBilevelSource(GradientSource):
     ) -> None:
         if not isinstance(problem, SmoothBilevel):
             raise TypeError(f"InexactBilevelSource: problem must be a SmoothBilevel, got {problem!r:.60}")
-        self.parameters: list[Tensor] = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        given = [parameters] if isinstance(parameters, Tensor) else parameters
+        if not isinstance(given, Iterable):
+            raise TypeError(
+                f"InexactBilevelSource: parameters must be a list of tensors, got {type(parameters).__name__}"
+            )
+        self.parameters: list[Tensor] = list(given)
         if not self.parameters or not all(isinstance(p, Tensor) and p.is_leaf for p in self.parameters):
             came = ", ".join(type(p).__name__ for p in self.parameters) or "none"
             raise ValueError(
@@ -83,7 +88,7 @@ class InexactBilevelSource(GradientSource):
         self.epsilon: float = check_number("InexactBilevelSource", "epsilon", epsilon, open_below=True)
         self.delta: float = check_number("InexactBilevelSource", "delta", delta, open_below=True)
         self.max_iterations: int = check_integer("InexactBilevelSource", "max_iterations", max_iterations)
-        self.tell_noise = tell_noise
+        self.tell_noise: bool = check_flag("InexactBilevelSource", "tell_noise", tell_noise)
         self.start: Tensor = problem.start.detach().clone()
         self.evaluations: float = 1.0
         self.last: Hypergradient | None = None

@@ -105,13 +105,20 @@ class _GymnasiumEpisodes(Episodes):
 def _make(name: str | Callable[[], Any]) -> Any:
     if callable(name):
         return name()
+    if not isinstance(name, str):
+        raise TypeError(
+            f"GymnasiumEnvironment: name must be one of Gymnasium's, or a function that makes one, got {name!r}"
+        )
     try:
         import gymnasium
     except ImportError as error:
         raise ModuleNotFoundError(
             'GymnasiumEnvironment: gymnasium is not installed; pip install "optex[rl]"', name="gymnasium"
         ) from error
-    return gymnasium.make(name, disable_env_checker=True)
+    try:
+        return gymnasium.make(name, disable_env_checker=True)
+    except gymnasium.error.UnregisteredEnv as error:
+        raise ValueError(f"GymnasiumEnvironment: name {name!r} is not one of Gymnasium's: {error}") from error
 
 
 def _flat_size(space: Any) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -158,8 +158,15 @@ class _Systems(Episodes):
         return rewards, torch.full((len(states),), self._taken >= system.horizon)
 
 
+def _numbers(name: str, value: Any) -> Tensor:  # float64
+    try:
+        return torch.as_tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"LinearQuadratic: {name} must be a matrix or a number, got {value!r:.60}") from error
+
+
 def _matrix(name: str, value: Tensor | float) -> Tensor:  # [., .] float64
-    matrix = torch.as_tensor(value, dtype=torch.float64)
+    matrix = _numbers(name, value)
     matrix = matrix.reshape(1, 1) if matrix.ndim == 0 else matrix
     if matrix.ndim != 2 or not matrix.numel() or not bool(matrix.isfinite().all()):
         raise ValueError(
@@ -169,8 +176,9 @@ def _matrix(name: str, value: Tensor | float) -> Tensor:  # [., .] float64
 
 
 def _square(name: str, value: Tensor | float, size: int) -> Tensor:  # [size, size] float64
-    matrix = torch.as_tensor(value, dtype=torch.float64)
-    matrix = matrix * torch.eye(size, dtype=torch.float64) if matrix.ndim == 0 else _matrix(name, matrix)
+    matrix = _numbers(name, value)
+    times = torch.eye(size, dtype=torch.float64) if matrix.ndim == 0 else 1.0
+    matrix = _matrix(name, matrix) * times
     if matrix.shape != (size, size):
         raise ValueError(f"LinearQuadratic: {name} must be [{size}, {size}], got {tuple(matrix.shape)}")
     return matrix

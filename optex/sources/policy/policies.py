@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 
-from optex.checks import check_integer, check_positive
+from optex.checks import check_flag, check_integer, check_positive
 from optex.sources.policy.environment import Environment
 
 __all__ = ["GaussianPolicy", "SoftmaxPolicy", "policy_for", "sample"]
@@ -21,12 +21,21 @@ class _Network(nn.Sequential):
     """Linear layers with tanh between them."""
 
     def __init__(self, owner: str, sizes: Sequence[int], *, bias: bool, dtype: torch.dtype | None) -> None:
-        for number, size in enumerate(sizes):
-            check_integer(owner, f"size {number} of its layers", size)
+        check_flag(owner, "bias", bias)
         layers: list[nn.Module] = []
         for before, after in itertools.pairwise(sizes):
             layers += [nn.Linear(before, after, bias=bias, dtype=dtype), nn.Tanh()]
         super().__init__(*layers[:-1])
+
+
+def _sizes(owner: str, observations: int, hidden: Sequence[int], actions: int) -> tuple[int, ...]:
+    if not isinstance(hidden, Sequence) or isinstance(hidden, str):
+        raise TypeError(f"{owner}: hidden must be a list of sizes, () for none, got {hidden!r}")
+    return (
+        check_integer(owner, "observations", observations),
+        *(check_integer(owner, "every size of hidden", size) for size in hidden),
+        check_integer(owner, "actions", actions),
+    )
 
 
 @final
@@ -43,6 +52,7 @@ class GaussianPolicy(nn.Module):
         dtype: of the parameters.
 
     Raises:
+        TypeError: ``hidden`` is no list, or a flag neither True nor False.
         ValueError: a size is no positive integer, or the deviation not positive.
 
     >>> policy = GaussianPolicy(3, 1, deviation=0.5)
@@ -62,12 +72,12 @@ class GaussianPolicy(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = (observations, *hidden, actions)
+        sizes = _sizes("GaussianPolicy", observations, hidden, actions)
         self.mean: nn.Sequential = _Network("GaussianPolicy", sizes, bias=bias, dtype=dtype)
         logarithm = math.log(check_positive("GaussianPolicy", "deviation", deviation))
         start = torch.full((actions,), logarithm, dtype=dtype)
         self.log_deviation: Tensor  # [a]
-        if learn_deviation:
+        if check_flag("GaussianPolicy", "learn_deviation", learn_deviation):
             self.log_deviation = nn.Parameter(start)
         else:
             self.register_buffer("log_deviation", start)
@@ -93,6 +103,7 @@ class SoftmaxPolicy(nn.Module):
         dtype: of the parameters.
 
     Raises:
+        TypeError: ``hidden`` is no list, or ``bias`` neither True nor False.
         ValueError: a size is no positive integer.
 
     >>> policy = SoftmaxPolicy(4, 2)
@@ -110,7 +121,7 @@ class SoftmaxPolicy(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = (observations, *hidden, actions)
+        sizes = _sizes("SoftmaxPolicy", observations, hidden, actions)
         self.logits: nn.Sequential = _Network("SoftmaxPolicy", sizes, bias=bias, dtype=dtype)
 
     def forward(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from optex.batching import variance_of_mean
-from optex.checks import check_integer, check_number
+from optex.checks import check_flag, check_integer, check_number
 from optex.errors import NonFiniteError
 from optex.sources.interface import GradientSource
 from optex.sources.policy.environment import Environment
@@ -96,7 +96,7 @@ class TrajectorySource(GradientSource):
         self.policy: nn.Module = policy
         self.environment: Environment = environment
         self.estimator: Literal["gpomdp", "reinforce"] = estimator
-        self.baseline: bool = bool(baseline)
+        self.baseline: bool = check_flag("TrajectorySource", "baseline", baseline)
         self.trajectories: int = check_integer("TrajectorySource", "trajectories", trajectories)
         if self.baseline and self.trajectories < 2:
             raise ValueError(

@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from optex.checks import check_kind, check_positive
+from optex.checks import check_kind, check_number, check_positive
 from optex.draws import generator_states, set_generator_states
 from optex.errors import NonFiniteWarning, warn
 from optex.sources.interface import GradientSource, scalar_loss
@@ -144,7 +144,13 @@ class MinimaxPenaltySource(GradientSource):
                 it: take less where α is larger. (The released runs: 1e-5 at α = 10, 1e-7 at α = 100.)
             lr_weights: of p.
             weight_decay: of w and u.
+
+        Raises:
+            ValueError: one is no finite number of at least 0.
         """
+        lr = check_number(_OWNER, "lr", lr)
+        lr_weights = check_number(_OWNER, "lr_weights", lr_weights)
+        weight_decay = check_number(_OWNER, "weight_decay", weight_decay)
         return [
             {"params": [self.weights.logits], "lr": lr_weights, "weight_decay": 0.0},
             {"params": self.parameters[1:], "lr": lr, "weight_decay": weight_decay},

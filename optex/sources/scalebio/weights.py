@@ -11,6 +11,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from optex.checks import check_device, check_integer
+
 __all__ = ["SourceWeights", "mixed", "slope_of_mixture", "source_losses"]
 
 _OWNER: Final = "SourceWeights"
@@ -48,6 +50,7 @@ class SourceWeights(nn.Module):
     ) -> None:
         super().__init__()
         self.names: tuple[str, ...] = _names(sources)
+        check_device(_OWNER, "device", device)
         logits = torch.zeros(len(self.names), dtype=dtype, device=device)
         if not logits.is_floating_point():
             raise TypeError(f"{_OWNER}: dtype must be floating-point, got {dtype}")
@@ -78,7 +81,8 @@ class SourceWeights(nn.Module):
 
 def _names(sources: Any) -> tuple[str, ...]:
     if isinstance(sources, int) and not isinstance(sources, bool):
-        sources = [str(number) for number in range(max(sources, 0))]
+        count = sources if sources < 2 else check_integer(_OWNER, "sources", sources)
+        sources = [str(number) for number in range(count)]
     if not isinstance(sources, Sequence) or isinstance(sources, str):
         raise TypeError(f"{_OWNER}: sources must be their number, or a list of names, got {sources!r}")
     if wrong := [name for name in sources if not isinstance(name, str)]:

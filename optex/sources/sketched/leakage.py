@@ -79,6 +79,9 @@ def leakage_attack(
     Source: Song, Wang, Yu, Zhang, ICML 2023, arXiv 2210.08371; without a sketch Zhu, Liu, Han, *Deep Leakage
     from Gradients*, NeurIPS 2019.
     """
+    for name, value in (("observed", observed), ("start", start)):
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise TypeError(f"leakage_attack: {name} must be a floating-point tensor, got {value!r:.60}")
     if not callable(gradient):
         raise TypeError(f"leakage_attack: gradient must be callable, got {type(gradient).__name__}")
     check_kind("leakage_attack", "sketch", sketch, Sketch, "a Sketch or None")
