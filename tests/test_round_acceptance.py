@@ -164,7 +164,7 @@ def test_defaults():
         ({"error": 0.0}, "error must be positive, got 0.0"),
         ({"lowest": 0.0}, "needs 0 < lowest <= highest, got 0.0 and 32.0"),
         ({"lowest": 2.0, "highest": 1.0}, "needs 0 < lowest <= highest, got 2.0 and 1.0"),
-        ({"lookahead": 0.5}, "lookahead must be at least 1, or None, got 0.5"),
+        ({"lookahead": 0.5}, "lookahead must be at least 1 and finite, or None, got 0.5"),
     ],
 )
 def test_arguments_out_of_range_are_refused_by_name(settings, message):
