@@ -128,6 +128,13 @@ def sweep(door: Door) -> None:
         assert was_refused or healthy(answer), f"{name}={odd!r:.60}: {answer!r}"
 
 
+def try_together(door: Door, data: st.DataObject) -> None:
+    """Call it with drawn values of all arguments, one of them odd or none: it works, or refuses by name."""
+    options = data.draw(arguments_of(door))
+    was_refused, answer = refused(lambda: door.call(**options), options, *door.others)
+    assert was_refused or healthy(answer), f"{answer!r}"
+
+
 def healthy(answer: Any) -> bool:
     """Whether all numbers in it are finite; a source is asked for a gradient first."""
     if isinstance(answer, GradientSource):

@@ -7,6 +7,15 @@ from tests import datasets
 torch.set_num_threads(1)
 
 
+@pytest.fixture
+def two_threads():
+    """The user has set two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def made_up_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")

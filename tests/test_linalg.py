@@ -135,15 +135,6 @@ def test_squared_norms_are_summed_in_float64():
     assert squared.tolist() == pytest.approx([25.0, 5e60], rel=1e-6)
 
 
-@pytest.fixture
-def two_threads():
-    """The user has set two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize(("width", "inside"), [(32_767, 1), (32_768, 2), (100_000, 2)])
 def test_short_rows_are_computed_on_one_thread(width, inside, two_threads):
     with threads_for(width):

@@ -17,7 +17,7 @@ from torch import nn
 
 import optex
 from optex import regularisers, solvers, sources
-from tests.arguments import FLAGS, SMALL, Door, arguments_of, healthy, merged, refused, sweep
+from tests.arguments import FLAGS, SMALL, Door, merged, sweep, try_together
 from tests.models import network, regression_batches, squared_error
 from tests.references.maid import dense_quadratic
 from tests.references.scalebio import Regression, Tower, line
@@ -839,7 +839,4 @@ def test_every_odd_argument_works_or_is_refused_by_name(name):
 @settings(SMALL, max_examples=8)
 @given(data=st.data())
 def test_arguments_together_work_or_are_refused_by_name(name, data):
-    door = DOORS[name]
-    options = data.draw(arguments_of(door))
-    was_refused, answer = refused(lambda: door.call(**options), options, *door.others)
-    assert was_refused or healthy(answer)
+    try_together(DOORS[name], data)

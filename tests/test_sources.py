@@ -236,14 +236,6 @@ class Watching(optex.HoldLast):
         return super().fit(history)
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize(("size", "threads"), [(100, 1), (40_000, 2)])
 def test_short_rounds_are_on_one_thread_and_gradients_on_the_users(size, threads):
