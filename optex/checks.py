@@ -136,14 +136,15 @@ def check_flag(owner: str, name: str, value: Any) -> bool:
     return value
 
 
-def check_callable(owner: str, name: str, value: Any) -> None:
-    """Refuse a value that cannot be called.
+def check_callable(owner: str, name: str, value: Any, *, optional: bool = False) -> None:
+    """Refuse a value that cannot be called; None passes where it is ``optional``.
 
     Raises:
-        TypeError: it cannot.
+        TypeError: it cannot be called.
     """
-    if not callable(value):
-        raise TypeError(f"{owner}: {name} must be callable, got {type(value).__name__}")
+    if not (callable(value) or (optional and value is None)):
+        wanted = "callable or None" if optional else "callable"
+        raise TypeError(f"{owner}: {name} must be {wanted}, got {type(value).__name__}")
 
 
 def check_device(owner: str, name: str, value: Any) -> torch.device:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from optex.checks import as_float, check_integer, check_number
+from optex.checks import as_float, check_callable, check_integer, check_number
 from optex.estimators import Estimator
 from optex.evaluators import Evaluator, SequentialEvaluator, VectorizedEvaluator, WorkersEvaluator
 from optex.round import Acceptance
@@ -153,8 +153,7 @@ def _check_functions(bounds: Any, callback: Any, scheduler: Any) -> None:
             "minimize: bounds cannot be kept, the optimizers here are unconstrained; use "
             "scipy.optimize.minimize(method='L-BFGS-B'), or change variables (x = exp(z) is positive)"
         )
-    if not (callback is None or callable(callback)):
-        raise TypeError(f"minimize: callback must be callable or None, got {type(callback).__name__}")
+    check_callable("minimize", "callback", callback, optional=True)
     if not (scheduler is None or callable(scheduler)):
         raise TypeError(
             "minimize: scheduler must be a function of the optimizer, as lambda base: "

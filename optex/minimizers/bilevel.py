@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from optex.callback import Callback
-from optex.checks import check_integer, check_kind, check_number, check_positive
+from optex.checks import check_callable, check_integer, check_kind, check_number, check_positive
 from optex.errors import NonFiniteError
 from optex.evaluators import Evaluator, VectorizedEvaluator, WorkersEvaluator
 from optex.minimizers.arguments import Settings, build_base, read_evaluator
@@ -117,8 +117,7 @@ def solve_bilevel(
             f"{_OWNER}: x0 and y0 must have one dtype, got {start.dtype} and {inner.dtype}; convert one"
         )
     check_kind(_OWNER, "disp", disp, int, "True or False")
-    if not (callback is None or callable(callback)):
-        raise TypeError(f"{_OWNER}: callback must be callable or None, got {type(callback).__name__}")
+    check_callable(_OWNER, "callback", callback, optional=True)
     check_integer(_OWNER, "maxiter", maxiter)
     check_number(_OWNER, "gtol", gtol)
     point, forms = Point(start), (form, inner_form)

@@ -18,7 +18,7 @@ from scipy.optimize import OptimizeResult
 from torch import Tensor
 
 from optex.callback import Callback
-from optex.checks import check_integer, check_kind, check_positive
+from optex.checks import check_callable, check_integer, check_kind, check_positive
 from optex.errors import NonFiniteError, WorkerLostError, warn
 from optex.minimizers.points import Points, read_points
 from optex.sources.consensus import Consensus
@@ -116,8 +116,7 @@ def cbo_minimize(
     settings = _Settings(alpha, sigma, drift, dt, noise, xtol)
     steps = check_integer(_OWNER, "maxiter", maxiter)
     check_kind(_OWNER, "disp", disp, int, "True or False")
-    if not (callback is None or callable(callback)):
-        raise TypeError(f"{_OWNER}: callback must be callable or None, got {type(callback).__name__}")
+    check_callable(_OWNER, "callback", callback, optional=True)
     generator = _generator(seed)
     form, start = read_points(_OWNER, x0, particles, spread, generator)
     settings.warn_of_flight(start.shape[1])

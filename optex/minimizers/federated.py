@@ -18,7 +18,7 @@ from scipy.optimize import OptimizeResult
 from torch import Tensor
 
 from optex.callback import Callback
-from optex.checks import check_integer, check_kind, check_number, check_positive
+from optex.checks import check_callable, check_integer, check_kind, check_number, check_positive
 from optex.errors import NonFiniteError, WorkerLostError
 from optex.evaluators import EvaluationRequest, Evaluator, SequentialEvaluator, WorkersEvaluator
 from optex.evaluators.randomness import RandomDraws, seeded_states
@@ -124,8 +124,7 @@ def federated_minimize(
     first = check_integer(_OWNER, "first_round", first_round, least=0)
     gtol = check_number(_OWNER, "gtol", gtol)
     check_kind(_OWNER, "disp", disp, int, "True or False")
-    if not (callback is None or callable(callback)):
-        raise TypeError(f"{_OWNER}: callback must be callable or None, got {type(callback).__name__}")
+    check_callable(_OWNER, "callback", callback, optional=True)
     alone = workers is None or (workers == 1 and not isinstance(workers, bool))
     evaluator: Evaluator = SequentialEvaluator() if alone else WorkersEvaluator(workers)
     source = _Client(fun, jac, Point(start), form, settings)

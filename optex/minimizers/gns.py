@@ -13,7 +13,7 @@ from scipy.optimize import OptimizeResult
 from torch import Tensor
 
 from optex.callback import Callback
-from optex.checks import check_integer, check_number
+from optex.checks import check_callable, check_integer, check_number
 from optex.errors import WorkerLostError
 from optex.evaluators import (
     Evaluation,
@@ -253,8 +253,7 @@ def _check_rest(maxiter: Any, gtol: Any, callback: Any, disp: Any) -> None:
     check_integer("minimize_gns", "maxiter", maxiter)
     if not (isinstance(gtol, Real) and float(gtol) >= 0):
         raise ValueError(f"minimize_gns: gtol must be a number that is not negative, got {gtol!r}")
-    if not (callback is None or callable(callback)):
-        raise TypeError(f"minimize_gns: callback must be callable or None, got {type(callback).__name__}")
+    check_callable("minimize_gns", "callback", callback, optional=True)
     if not isinstance(disp, (bool, int)):
         raise TypeError(f"minimize_gns: disp must be True or False, got {disp!r}")
 

@@ -170,8 +170,7 @@ def maid(
     for name, value in counts.items():
         check_integer("maid", name, value)
     check_number("maid", "gtol", gtol)
-    if not (callback is None or callable(callback)):
-        raise TypeError(f"maid: callback must be callable or None, got {type(callback).__name__}")
+    check_callable("maid", "callback", callback, optional=True)
     if workers is not None:
         check_callable("maid", "workers", workers)
     if not isinstance(problem, SmoothBilevel):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from optex.callback import stops_by_result
-from optex.checks import check_integer, check_kind, check_number
+from optex.checks import check_callable, check_integer, check_kind, check_number
 from optex.errors import NonFiniteError
 from optex.optimizers import HARPG, NIGT
 from optex.sources import Environment, GymnasiumEnvironment, TrajectorySource
@@ -106,8 +106,7 @@ def policy_gradient(
     if environment_steps is not None:
         check_integer(_OWNER, "environment_steps", environment_steps)
     check_kind(_OWNER, "disp", disp, int, "True or False")
-    if not (callback is None or callable(callback)):
-        raise TypeError(f"{_OWNER}: callback must be callable or None, got {type(callback).__name__}")
+    check_callable(_OWNER, "callback", callback, optional=True)
     task = GymnasiumEnvironment(environment) if isinstance(environment, str) else environment
     source = TrajectorySource(
         policy,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from optex.callback import Callback
-from optex.checks import check_integer, check_kind, check_number, check_positive
+from optex.checks import check_callable, check_integer, check_kind, check_number, check_positive
 from optex.errors import NonFiniteError, WorkerLostError
 from optex.evaluators import Evaluator, SequentialEvaluator, VectorizedEvaluator, WorkersEvaluator
 from optex.optimizer import OptEx
@@ -122,8 +122,7 @@ def reweight_sources(
     if not callable(loss):
         raise TypeError(f"{_OWNER}: loss must be a function of (network, rows), got {type(loss).__name__}")
     check_kind(_OWNER, "disp", disp, int, "True or False")
-    if not (callback is None or callable(callback)):
-        raise TypeError(f"{_OWNER}: callback must be callable or None, got {type(callback).__name__}")
+    check_callable(_OWNER, "callback", callback, optional=True)
     losses, network = _Losses(loss), copy.deepcopy(model)
     source = MinimaxPenaltySource(
         losses.validation,

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.optimize import OptimizeResult
 
 from optex.callback import Callback
-from optex.checks import check_integer, check_number
+from optex.checks import check_callable, check_integer, check_number
 from optex.errors import NonFiniteError
 from optex.solvers.equality.derivatives import OWNER, Array, numbers, read_form, smooth
 from optex.solvers.equality.linear import LinearSolver, check_solver
@@ -134,8 +134,7 @@ def minimize_equality(
     first = check_number(OWNER, "delta", delta, open_below=True, most=1.0, open_above=True)
     objective = smooth("f", f, form, jac, _unweighted(hess), ("jac", "hess"))
     constraints = smooth("c", c, form, constraint_jac, constraint_hess, ("constraint_jac", "constraint_hess"))
-    if not (callback is None or callable(callback)):
-        raise TypeError(f"{OWNER}: callback must be callable or None, got {type(callback).__name__}")
+    check_callable(OWNER, "callback", callback, optional=True)
     told = Callback(callback)
     newton = Newton(objective, constraints, form, solver, merit, first, constants, _generator(seed))
     return newton.run(

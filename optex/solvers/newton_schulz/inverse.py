@@ -17,7 +17,7 @@ from scipy.optimize import OptimizeResult
 from torch import Tensor
 
 from optex.callback import stops_by_result
-from optex.checks import check_integer, check_number
+from optex.checks import check_callable, check_integer, check_number
 from optex.errors import NotPositiveDefiniteError, RankDeficientError
 from optex.solvers.outcome import Status, check_tolerance, outcome
 
@@ -100,8 +100,7 @@ def newton_schulz_inverse(
         raise ValueError(f"{_OWNER}: S holds numbers that are not finite; mask them first")
     tol = math.sqrt(torch.finfo(dtype).eps) if tol is None else check_tolerance(_OWNER, tol, dtype)
     check_integer(_OWNER, "maxiter", maxiter)
-    if not (callback is None or callable(callback)):
-        raise TypeError(f"{_OWNER}: callback must be callable or None, got {type(callback).__name__}")
+    check_callable(_OWNER, "callback", callback, optional=True)
     # Entries of size 1: no square of an entry overflows, and the residual does not change.
     size = matrices.abs().amax(dim=(-2, -1), keepdim=True)  # [..., 1, 1]
     if not bool((size > 0).all()):

@@ -10,7 +10,7 @@ import torch
 from scipy.optimize import OptimizeResult
 
 from optex.callback import stops_by_result
-from optex.checks import check_integer
+from optex.checks import check_callable, check_integer
 from optex.small import Array
 from optex.solvers.outcome import Status, check_tolerance, outcome
 from optex.solvers.relaxation.system import System
@@ -37,8 +37,7 @@ class Progress:
     """
 
     def __init__(self, owner: str, system: System, tol: Any, maxiter: Any, callback: Any) -> None:
-        if not (callback is None or callable(callback)):
-            raise TypeError(f"{owner}: callback must be callable or None, got {type(callback).__name__}")
+        check_callable(owner, "callback", callback, optional=True)
         self._system = system
         self._callback: Callable[[OptimizeResult], Any] | None = callback
         self._limit = check_integer(owner, "maxiter", maxiter)
