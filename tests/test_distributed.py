@@ -660,6 +660,7 @@ def test_a_job_that_lost_a_rank_goes_on_to_the_same_end(tmp_path):
         env={**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert "RankLostError" in done.stderr
+    # What the other rank says then is another test's: torchrun may end it before it has said anything.
+    assert re.search(r"exitcode: 1\) local_rank: 1 ", done.stderr)
     assert re.search(r"continuing after step \d+\n", done.stdout)
     assert done.stdout.splitlines()[-1] == f"loss over all pictures after 32 batches: {first:.6f}"
