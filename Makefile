@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
 demo: $(VENV)/.runs
 	$(BIN)/optex compare ackley rosenbrock logistic-breast-cancer \
-		--methods vanilla,target,optex-paper,optex-alone,optex --optimizer adam --lr 0.01 --parallelism 5 --rounds 60 --seeds 5 --threads 1 \
+		--methods vanilla,target,optex-paper,optex-alone,optex --optimizer adam --lr 0.01 --parallelism 5 --rounds 60 --seeds 3 --threads 1 \
 		--json out/demo.json --plot out/demo.png
 
 test: lint types tests
@@ -57,15 +57,16 @@ package: $(VENV)/.runs
 	done
 
 # What the library and its command line need, and nothing of what tests and examples do. torch first and by its exact
-# version, so that no other package's requirement picks another build of it.
+# version, so that no other package's requirement picks another build of it. Byte code is written when a module is first
+# imported: to write all of it first takes as long as the rest of the installation.
 $(VENV)/.runs: pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11, 1))" \
 		|| { echo "optex needs Python 3.11.1 or later; name one with: make PYTHON=python3.12"; exit 1; }
 	@echo "installing into $(VENV): torch"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) install "$$(grep '^torch==' constraints.txt)"
+	@$(PIP) install --no-compile "$$(grep '^torch==' constraints.txt)"
 	@echo "installing into $(VENV): optex and its command line"
-	@$(PIP) install -c constraints.txt -e ".[studies]"
+	@$(PIP) install --no-compile -c constraints.txt -e ".[studies]"
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.runs

@@ -26,7 +26,7 @@ from optex.studies.tables import fill, markdown_table
 
 ROOT = Path(__file__).parent.parent
 COMPARISONS = {
-    "demo": Comparison(  # what `make demo` runs
+    "demo": Comparison(  # `make demo` runs the first three of its seeds
         ("ackley", "rosenbrock", "logistic-breast-cancer"),
         ("vanilla", "target", "optex-paper", "optex-alone", "optex"),
         lr=0.01,
