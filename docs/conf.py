@@ -25,6 +25,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.intersphinx",
+    "sphinx-mathjax-offline",  # the pages need no network to show a formula
     "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
 ]
@@ -36,8 +37,9 @@ include_patterns = [
     "README.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
+    "SECURITY.md",
+    "CODE_OF_CONDUCT.md",
 ]
-include_patterns += ["SECURITY.md", "CODE_OF_CONDUCT.md"]
 exclude_patterns = ["docs/gallery/*", "results/**/*.json"]
 source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
 suppress_warnings = ["config.cache"]
