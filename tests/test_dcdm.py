@@ -288,6 +288,23 @@ def test_a_tolerance_beneath_rounding_stalls():
     assert result.residual == pytest.approx(np.linalg.norm(b - A @ result.x) / np.linalg.norm(b), rel=1e-3)
 
 
+def test_a_run_at_its_limit_tells_the_residual_itself():
+    n = 40
+    A, b = scipy.linalg.hilbert(n) + 1e-6 * np.eye(n), np.random.default_rng(0).normal(size=n)
+    by_recurrence = []
+    result = dcdm(
+        A,
+        b,
+        own,
+        tol=1e-14,
+        maxiter=60,
+        callback=lambda intermediate_result: by_recurrence.append(intermediate_result.residual),
+    )
+    assert result.status == Status.LIMIT
+    assert result.residual == pytest.approx(np.linalg.norm(b - A @ result.x) / np.linalg.norm(b), rel=1e-3)
+    assert result.residual > 100 * min(by_recurrence)
+
+
 def test_nan_from_the_model_or_the_operator_is_a_status():
     A, b = definite()
     for operator, model in (

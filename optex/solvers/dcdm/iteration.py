@@ -75,9 +75,9 @@ def dcdm(
         SciPy's result. Beside x, ``success``, ``status`` (:class:`~optex.solvers.Status`), ``message`` and
         ``nit``: ``residual`` ‖b - A x‖ / ‖b‖, ``matvecs`` products with A, ``directions`` that the model was
         asked for, and ``fallbacks``, iterations along the residual in place of the model's direction. A
-        convergence is confirmed by b - A x itself; where that falls no more, the status is STALLED. A run that
-        did not converge returns the iterate with the smallest residual. One that neither converged nor stalled
-        tells the recurrence's residual, which in ill-conditioned systems may be far below that of b - A x.
+        convergence is confirmed by b - A x itself, and ``residual`` is its own; where that falls no more, the
+        status is STALLED. A run that did not converge returns the iterate with the smallest residual by the
+        recurrence. After STOPPED and NON_FINITE that is the residual told.
 
     Raises:
         TypeError: A, b, direction or callback has the wrong type.
@@ -110,7 +110,7 @@ def dcdm(
         )
     solve = _Solve(product, _Model(direction, form), form.right, start, memory, patience)
     status = solve.run(tol, maxiter, None if callback is None else _Callback(callback, form))
-    norm, x = (solve.norm, solve.x) if status in (Status.CONVERGED, Status.STOPPED) else solve.best
+    norm, x = solve.result(status)
     return outcome(
         form.like(x),
         status,
@@ -255,6 +255,13 @@ class _Solve:
                 return status
             if callback is not None and callback.stops(self):
                 return Status.STOPPED
+
+    def result(self, status: Status) -> tuple[float, Tensor]:  # x: [n]
+        """The residual's norm and x: the last iterate, or the best where the run failed."""
+        norm, x = (self.norm, self.x) if status in (Status.CONVERGED, Status.STOPPED) else self.best
+        if status in (Status.LIMIT, Status.BREAKDOWN):  # known already, or not worth a product
+            norm = float(torch.linalg.vector_norm(self.b - self._times(x)))
+        return norm, x
 
     def _confirm(self, goal: float) -> Status | None:
         """What b - A x itself says; the recurrence's residual drifts from it by rounding."""
