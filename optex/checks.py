@@ -25,7 +25,23 @@ __all__ = [
     "saved_integer",
     "saved_number",
     "saved_tensor",
+    "shown",
 ]
+
+_SHOWN = 80  # characters of a value in a message
+
+
+def shown(value: Any) -> str:
+    """The value as messages have it: on one line, and cut short where it is long.
+
+    >>> shown("yes"), shown(10**400)[-8:], shown(10**5000)
+    ("'yes'", '00000...', 'an integer of 16610 bits')
+    """
+    try:
+        text = " ".join(repr(value).splitlines())
+    except ValueError:  # what Python says of an integer of more digits than it writes
+        text = f"an integer of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
 def check_integer(owner: str | None, name: str, value: Any, *, least: int = 1, most: int | None = None) -> int:
@@ -47,7 +63,7 @@ def check_integer(owner: str | None, name: str, value: Any, *, least: int = 1, m
     if number < least or number > (sys.maxsize if most is None else most):
         wanted = f"an integer of at least {least}" if most is None else f"between {least} and {most}"
         raise ValueError(
-            f"{f'{name}:' if owner is None else f'{owner}: {name}'} must be {wanted}, got {value!r}"
+            f"{f'{name}:' if owner is None else f'{owner}: {name}'} must be {wanted}, got {shown(value)}"
         )
     return number
 
@@ -86,7 +102,7 @@ def check_number(
     if not (inside and math.isfinite(number)):
         below = f"{'above' if open_below else 'at least'} {least:g}"
         above = "" if most == math.inf else f" and {'below' if open_above else 'at most'} {most:g}"
-        raise ValueError(f"{owner}: {name} must be a finite number {below}{above}, got {value!r}")
+        raise ValueError(f"{owner}: {name} must be a finite number {below}{above}, got {shown(value)}")
     return number
 
 
@@ -108,7 +124,7 @@ def check_real(owner: str, name: str, value: Any) -> float:
     2.0
     """
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise ValueError(f"{owner}: {name} must be a number, got {value!r}")
+        raise ValueError(f"{owner}: {name} must be a number, got {shown(value)}")
     return as_float(value)
 
 
@@ -120,7 +136,7 @@ def check_positive(owner: str, name: str, value: Any, remedy: str = "") -> float
     """
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < as_float(value) < math.inf:
         raise ValueError(
-            f"{owner}: {name} must be positive and finite, got {value!r}" + f"; {remedy}" * bool(remedy)
+            f"{owner}: {name} must be positive and finite, got {shown(value)}" + f"; {remedy}" * bool(remedy)
         )
     return float(value)
 
@@ -132,7 +148,7 @@ def check_flag(owner: str, name: str, value: Any) -> bool:
         TypeError: it is neither.
     """
     if not isinstance(value, bool):
-        raise TypeError(f"{owner}: {name} must be True or False, got {value!r}")
+        raise TypeError(f"{owner}: {name} must be True or False, got {shown(value)}")
     return value
 
 
@@ -158,7 +174,7 @@ def check_device(owner: str, name: str, value: Any) -> torch.device:
     # AssertionError is what torch raises for a kind of device that it was not built for.
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{owner}: {name} must be a torch.device of this machine or the name of one, got {value!r} "
+            f"{owner}: {name} must be a torch.device of this machine or the name of one, got {shown(value)} "
             f"({error})"
         ) from None
 
@@ -170,7 +186,7 @@ def check_kind(owner: str, name: str, value: Any, kind: type, wanted: str) -> No
         TypeError: with ``wanted`` as what to pass instead.
     """
     if value is not None and not isinstance(value, kind):
-        raise TypeError(f"{owner}: {name} must be {wanted}, got {value!r}")
+        raise TypeError(f"{owner}: {name} must be {wanted}, got {shown(value)}")
 
 
 def check_parameters(owner: str, parameters: Any) -> list[Tensor]:
@@ -223,7 +239,7 @@ def saved_tensor(
     """
     value = saved_entry(owner, state, name)
     if not isinstance(value, Tensor) or not value.is_floating_point() or tuple(value.shape) != shape:
-        came = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:60]
+        came = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else shown(value)
         raise ValueError(f"{owner}: saved {name} must be a floating-point tensor {shape}, got {came}")
     if finite and not bool(value.isfinite().all()):
         raise ValueError(f"{owner}: saved {name} holds numbers that are not finite")
@@ -243,5 +259,5 @@ def saved_number(owner: str, state: Any, name: str, *, least: float) -> float:
     """
     value = saved_entry(owner, state, name)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
-        raise ValueError(f"{owner}: saved {name} must be a number of at least {least:g}, got {value!r}")
+        raise ValueError(f"{owner}: saved {name} must be a number of at least {least:g}, got {shown(value)}")
     return float(value)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from scipy.optimize import OptimizeResult
 
 from optex import GradientSource, errors, sources
+from optex.checks import shown
 
 __all__ = [
     "FLAGS",
@@ -49,7 +50,7 @@ NAMED = tuple(
     for kind in (*vars(errors).values(), sources.LowerLevelError)
     if isinstance(kind, type) and issubclass(kind, ArithmeticError)
 )
-LONG = 10**400  # an integer that no float can hold
+LONG = 10**5000  # an integer that no float can hold, and that Python does not write out
 
 
 def merged(first: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,7 +72,7 @@ def refused(call: Callable[[], Any], given_arguments: Any, *others: str) -> tupl
     except (TypeError, ValueError, *NAMED) as error:
         if isinstance(error, NAMED) or any(name in str(error) for name in (*given_arguments, *others)):
             return True, None
-        error.add_note(f"names no argument of {given_arguments}")
+        error.add_note(f"names no argument of {sorted(given_arguments)}")
         raise
 
 
@@ -125,7 +126,7 @@ def sweep(door: Door) -> None:
     for name, odd in odd_calls(door):
         options = door.first | {name: odd}
         was_refused, answer = refused(lambda options=options: door.call(**options), options, *door.others)
-        assert was_refused or healthy(answer), f"{name}={odd!r:.60}: {answer!r}"
+        assert was_refused or healthy(answer), f"{name}={shown(odd)}: {answer!r}"
 
 
 def try_together(door: Door, data: st.DataObject) -> None:

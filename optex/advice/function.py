@@ -28,7 +28,7 @@ from optex.advice.timing import (
     time_plain_loop,
 )
 from optex.advice.trial import PARALLELISM, run_trials
-from optex.checks import as_float, check_flag, check_kind
+from optex.checks import as_float, check_flag, check_kind, shown
 from optex.errors import NotDeterministicWarning, warn
 from optex.evaluators import (
     Evaluation,
@@ -218,7 +218,7 @@ def _check_arguments(
     check_flag("advise", "quiet", quiet)
     if isinstance(seconds, bool) or not isinstance(seconds, Real) or not 0 < as_float(seconds) < math.inf:
         raise ValueError(
-            f"advise: seconds must be a positive, finite number of seconds to spend, got {seconds!r}"
+            f"advise: seconds must be a positive, finite number of seconds to spend, got {shown(seconds)}"
         )
 
 

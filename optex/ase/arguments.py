@@ -13,6 +13,7 @@ from ase.utils.abc import Optimizable
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from optex.checks import shown
 from optex.evaluators import Evaluator, SequentialEvaluator, WorkersEvaluator
 from optex.stepping import ObservesEvaluations, base_optimizer, default_rate
 
@@ -88,7 +89,7 @@ def read_maxstep(maxstep: Any) -> float:
     if isinstance(maxstep, bool) or not isinstance(maxstep, Real) or not 0 < float(maxstep) <= _LARGEST_STEP:
         raise ValueError(
             f"{OWNER}: maxstep must be a distance in Å above 0 and up to {_LARGEST_STEP:g}, got "
-            f"{maxstep!r}; 0.2 is ASE's default"
+            f"{shown(maxstep)}; 0.2 is ASE's default"
         )
     return float(maxstep)
 
@@ -116,7 +117,7 @@ def build_base(
             f"torch.optim.Adam, got {type(optimizer).__name__}"
         )
     if lr is not None and (isinstance(lr, bool) or not isinstance(lr, Real) or not float(lr) > 0):
-        raise ValueError(f"{OWNER}: lr must be a positive number, in Å²/eV for momentum, got {lr!r}")
+        raise ValueError(f"{OWNER}: lr must be a positive number, in Å²/eV for momentum, got {shown(lr)}")
     settings = {} if lr is None else {"lr": float(lr)}
     if isinstance(optimizer, str):
         settings = _SETTINGS.get(optimizer, {"lr": default_rate(optimizer)}) | settings

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from optex.batching.statistics import GradientStatistics
-from optex.checks import check_integer, check_number, saved_integer
+from optex.checks import check_integer, check_number, saved_integer, shown
 
 __all__ = [
     "AugmentedInnerProductTest",
@@ -182,7 +182,7 @@ class BatchSizeController:
         owner = type(self).__name__
         self.maximum: int = check_integer(owner, "maximum", maximum, least=2)
         if test is not None and not isinstance(test, BatchSizeTest):
-            raise TypeError(f"{owner}: test must be a BatchSizeTest such as NormTest(), got {test!r}")
+            raise TypeError(f"{owner}: test must be a BatchSizeTest such as NormTest(), got {shown(test)}")
         self.test: BatchSizeTest = NormTest() if test is None else test
         self.growth: float = growth
         if not (isinstance(growth, float) and growth == math.inf):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optex.checks import check_integer, check_real, saved_integer, saved_tensor
+from optex.checks import check_integer, check_real, saved_integer, saved_tensor, shown
 from optex.errors import NotPositiveDefiniteError
 from optex.estimators.arrivals import Arrivals
 from optex.estimators.curl_free import CurlFreeEstimator
@@ -75,15 +75,15 @@ class CommitteeEstimator(Estimator):
         self, members: Sequence[Estimator] | None = None, *, memory: float = 0.7, interval: int = 2
     ) -> None:
         if members is not None and not isinstance(members, Sequence):
-            raise TypeError(f"CommitteeEstimator: members must be a list of estimators, got {members!r:.60}")
+            raise TypeError(f"CommitteeEstimator: members must be a list of estimators, got {shown(members)}")
         self.members: tuple[Estimator, ...] = tuple(default_members() if members is None else members)
         if not self.members:
             raise ValueError("CommitteeEstimator: members is empty; name at least one estimator")
         for member in self.members:
             if not isinstance(member, Estimator):
-                raise TypeError(f"CommitteeEstimator: members must be estimators, got {member!r:.60}")
+                raise TypeError(f"CommitteeEstimator: members must be estimators, got {shown(member)}")
         if not 0 <= check_real("CommitteeEstimator", "memory", memory) < 1:
-            raise ValueError(f"CommitteeEstimator: memory must be in [0, 1), got {memory}")
+            raise ValueError(f"CommitteeEstimator: memory must be in [0, 1), got {shown(memory)}")
         self.memory = memory
         check_integer("CommitteeEstimator", "interval", interval)
         self.interval = interval

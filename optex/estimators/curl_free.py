@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from optex import small
-from optex.checks import check_number, check_positive
+from optex.checks import check_number, check_positive, shown
 from optex.estimators.history import GradientHistory, Locations
 from optex.estimators.interface import Coefficients, Estimator, Posterior
 from optex.estimators.kernels import Kernel, Matern52, kernel_named
@@ -92,10 +92,12 @@ class CurlFreeEstimator(Estimator):
         check_number("CurlFreeEstimator", "noise_variance", self.noise_variance)
         if self.prior_mean not in ("last", "gls", "zero"):
             raise ValueError(
-                f"CurlFreeEstimator: prior_mean must be 'last', 'gls' or 'zero', got {self.prior_mean!r}"
+                f"CurlFreeEstimator: prior_mean must be 'last', 'gls' or 'zero', got {shown(self.prior_mean)}"
             )
         if self.solver not in ("auto", "dense", "cg"):
-            raise ValueError(f"CurlFreeEstimator: solver must be 'auto', 'dense' or 'cg', got {self.solver!r}")
+            raise ValueError(
+                f"CurlFreeEstimator: solver must be 'auto', 'dense' or 'cg', got {shown(self.solver)}"
+            )
 
     @property
     def assumed_noise_variance(self) -> float:

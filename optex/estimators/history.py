@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from optex import small
-from optex.checks import check_device, check_integer
+from optex.checks import check_device, check_integer, shown
 from optex.estimators.arrivals import Arrivals
 from optex.estimators.gram import fill, joined, merged
 from optex.estimators.locations import Locations
@@ -258,7 +258,7 @@ class GradientHistory:
         if len(noise) != count or any(variance < 0 for variance in noise):
             raise ValueError(
                 f"GradientHistory.append: noise_variance must be {count} numbers that are not negative (NaN "
-                f"where it is not known), got {noise}"
+                f"where it is not known), got {shown(noise)}"
             )
         if not count:
             return

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Final
 
-from optex.checks import check_positive
+from optex.checks import check_positive, shown
 from optex.small import Array, exp, sqrt
 
 __all__ = ["KERNELS", "RBF", "Kernel", "Matern12", "Matern32", "Matern52", "RationalQuadratic", "kernel_named"]
@@ -181,5 +181,7 @@ def kernel_named(kernel: str | Kernel) -> Kernel:
     if isinstance(kernel, Kernel):
         return kernel
     if not isinstance(kernel, str) or kernel not in KERNELS:
-        raise ValueError(f"kernel: {kernel!r} is not one of {', '.join(KERNELS)}; or pass a Kernel instance")
+        raise ValueError(
+            f"kernel: {shown(kernel)} is not one of {', '.join(KERNELS)}; or pass a Kernel instance"
+        )
     return KERNELS[kernel]()

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from optex.checks import saved_entry, saved_integer, saved_tensor
+from optex.checks import saved_entry, saved_integer, saved_tensor, shown
 from optex.vector_space import VectorSpace
 
 __all__ = ["Overwritten", "SavedHistory", "check_saved"]
@@ -89,10 +89,12 @@ def _slots(state: Any, size: int, filled: int) -> tuple[list[int | None], list[f
     for slot, group in enumerate(groups):
         told = isinstance(group, int) and not isinstance(group, bool)
         if told != (slot < filled) or not (told or group is None):
-            raise ValueError(f"{_OWNER}: saved groups do not fit {filled} pairs, got {group!r} for slot {slot}")
+            raise ValueError(
+                f"{_OWNER}: saved groups do not fit {filled} pairs, got {shown(group)} for slot {slot}"
+            )
     for variance in noise:
         if variance is not None and not (isinstance(variance, (int, float)) and variance >= 0):
             raise ValueError(
-                f"{_OWNER}: saved noise must be numbers that are not negative, or None, got {variance!r}"
+                f"{_OWNER}: saved noise must be numbers that are not negative, or None, got {shown(variance)}"
             )
     return list(groups), [math.nan if variance is None else float(variance) for variance in noise]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from optex import small
-from optex.checks import as_float
+from optex.checks import as_float, shown
 from optex.estimators.history import GradientHistory, Locations
 from optex.estimators.interface import Coefficients, Estimator, Posterior
 from optex.estimators.kernels import Kernel, Matern52, kernel_named
@@ -74,7 +74,7 @@ class SeparableEstimator(Estimator):
         _check_setting("noise_variance", self.noise_variance, ("leave-one-out",), zero_allowed=True)
         if self.prior_mean not in ("zero", "last", "gls"):
             raise ValueError(
-                f"SeparableEstimator: prior_mean must be 'zero', 'last' or 'gls', got {self.prior_mean!r}"
+                f"SeparableEstimator: prior_mean must be 'zero', 'last' or 'gls', got {shown(self.prior_mean)}"
             )
 
     @property
@@ -154,7 +154,7 @@ def _check_setting(name: str, value: float | str, words: tuple[str, ...], *, zer
     bound = "not negative" if zero_allowed else "positive"
     raise ValueError(
         f"SeparableEstimator: {name} must be a number ({bound}) or one of {', '.join(map(repr, words))}, "
-        f"got {value!r}"
+        f"got {shown(value)}"
     )
 
 

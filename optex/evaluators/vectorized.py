@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 from torch.utils import _pytree as pytree
 
-from optex.checks import check_integer
+from optex.checks import check_integer, shown
 from optex.evaluators.buffers import refuse_running_statistics
 from optex.evaluators.interface import Evaluation, EvaluationRequest, Evaluator, with_hook
 from optex.functional import called_with
@@ -55,7 +55,8 @@ class VectorizedEvaluator(Evaluator):
             check_integer("VectorizedEvaluator", "chunk_size", chunk_size)
         if randomness not in ("error", "different", "same"):
             raise ValueError(
-                f"VectorizedEvaluator: randomness must be 'error', 'different' or 'same', got {randomness!r}"
+                "VectorizedEvaluator: randomness must be 'error', 'different' or 'same', "
+                f"got {shown(randomness)}"
             )
         self.model: nn.Module = model
         self.chunk_size: int | None = chunk_size

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from optex.checks import as_float, check_callable, check_integer, check_number
+from optex.checks import as_float, check_callable, check_integer, check_number, shown
 from optex.estimators import Estimator
 from optex.evaluators import Evaluator, SequentialEvaluator, VectorizedEvaluator, WorkersEvaluator
 from optex.round import Acceptance
 from optex.sources.functions import Point
 from optex.stepping import OPTIMIZERS, base_optimizer, check_settings, default_rate
 
-__all__ = ["Settings", "build_base", "read_evaluator"]
+__all__ = ["Settings", "build_base", "check_disp", "read_evaluator"]
 
 # Keywords of SciPy's and torch's functions, and what takes their place here.
 _ELSEWHERE: Final = {
@@ -175,9 +175,18 @@ def _check_limits(settings: Settings, tol: Any) -> None:
     check_integer("minimize", "maxiter", settings.maxiter)
     for name, value in (("tol", tol), ("gtol", settings.gtol), ("ftol", settings.ftol)):
         if not (value is None or (isinstance(value, Real) and _is_tolerance(value))):
-            raise ValueError(f"minimize: {name} must be a number that is not negative, got {value!r}")
-    if not isinstance(settings.disp, (bool, int)):
-        raise TypeError(f"minimize: disp must be True or False, got {settings.disp!r}")
+            raise ValueError(f"minimize: {name} must be a number that is not negative, got {shown(value)}")
+    check_disp("minimize", settings.disp)
+
+
+def check_disp(owner: str, value: Any) -> None:
+    """Refuse a ``disp`` that is neither a truth value nor, as SciPy's may be, an integer.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if not isinstance(value, int):
+        raise TypeError(f"{owner}: disp must be True or False, got {shown(value)}")
 
 
 def read_evaluator(evaluator: Any, workers: Any, point: Point, jac: Any, owner: str = "minimize") -> Evaluator:
@@ -204,7 +213,7 @@ def read_evaluator(evaluator: Any, workers: Any, point: Point, jac: Any, owner: 
     if not isinstance(evaluator, Evaluator):
         raise TypeError(
             f"{owner}: evaluator must be 'sequential', 'vectorized' or an optex.evaluators.Evaluator, got "
-            f"{evaluator!r}"
+            f"{shown(evaluator)}"
         )
     if not isinstance(evaluator, VectorizedEvaluator):
         return evaluator
@@ -235,7 +244,9 @@ def build_base(
         base = make([x], **choices)
     except TypeError as error:
         given = ", ".join(choices) or "no options"
-        raise TypeError(f"{owner}: optimizer {optimizer!r} cannot be built with {given}: {error}") from error
+        raise TypeError(
+            f"{owner}: optimizer {shown(optimizer)} cannot be built with {given}: {error}"
+        ) from error
     if not isinstance(base, Optimizer):
         raise TypeError(f"{owner}: optimizer must return a torch.optim.Optimizer, got {type(base).__name__}")
     if [id(p) for group in base.param_groups for p in group["params"]] != [id(x)]:

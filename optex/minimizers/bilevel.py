@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from optex.callback import Callback
-from optex.checks import check_callable, check_integer, check_kind, check_number, check_positive
+from optex.checks import check_callable, check_integer, check_number, check_positive, shown
 from optex.errors import NonFiniteError
 from optex.evaluators import Evaluator, VectorizedEvaluator, WorkersEvaluator
-from optex.minimizers.arguments import Settings, build_base, read_evaluator
+from optex.minimizers.arguments import Settings, build_base, check_disp, read_evaluator
 from optex.minimizers.run import Run
 from optex.minimizers.single_loop import SingleLoop
 from optex.minimizers.tracker import Tracker
@@ -116,7 +116,7 @@ def solve_bilevel(
         raise TypeError(
             f"{_OWNER}: x0 and y0 must have one dtype, got {start.dtype} and {inner.dtype}; convert one"
         )
-    check_kind(_OWNER, "disp", disp, int, "True or False")
+    check_disp(_OWNER, disp)
     check_callable(_OWNER, "callback", callback, optional=True)
     check_integer(_OWNER, "maxiter", maxiter)
     check_number(_OWNER, "gtol", gtol)
@@ -154,7 +154,7 @@ def solve_bilevel(
 
 def _check_method(method: str, settings: Settings, batches: Any) -> None:
     if method not in ("double-loop", "single-loop"):
-        raise ValueError(f"{_OWNER}: method must be 'double-loop' or 'single-loop', got {method!r}")
+        raise ValueError(f"{_OWNER}: method must be 'double-loop' or 'single-loop', got {shown(method)}")
     if method == "double-loop" and batches is not None:
         raise ValueError(
             f"{_OWNER}: the double loop looks at no batches; use method='single-loop', or hand them to "

@@ -18,8 +18,9 @@ from scipy.optimize import OptimizeResult
 from torch import Tensor
 
 from optex.callback import Callback
-from optex.checks import check_callable, check_integer, check_kind, check_positive
+from optex.checks import check_callable, check_integer, check_positive, shown
 from optex.errors import NonFiniteError, WorkerLostError, warn
+from optex.minimizers.arguments import check_disp
 from optex.minimizers.points import Points, read_points
 from optex.sources.consensus import Consensus
 
@@ -115,7 +116,7 @@ def cbo_minimize(
     """
     settings = _Settings(alpha, sigma, drift, dt, noise, xtol)
     steps = check_integer(_OWNER, "maxiter", maxiter)
-    check_kind(_OWNER, "disp", disp, int, "True or False")
+    check_disp(_OWNER, disp)
     check_callable(_OWNER, "callback", callback, optional=True)
     generator = _generator(seed)
     form, start = read_points(_OWNER, x0, particles, spread, generator)
@@ -154,7 +155,7 @@ class _Settings:
         self.dt = check_positive(_OWNER, "dt", dt)
         self.xtol = _not_negative("xtol", xtol)
         if noise not in ("isotropic", "anisotropic"):
-            raise ValueError(f"{_OWNER}: noise must be 'isotropic' or 'anisotropic', got {noise!r}")
+            raise ValueError(f"{_OWNER}: noise must be 'isotropic' or 'anisotropic', got {shown(noise)}")
         self.isotropic = noise == "isotropic"
         if self.drift * self.dt > 1:
             raise ValueError(

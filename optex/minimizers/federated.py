@@ -22,6 +22,7 @@ from optex.checks import check_callable, check_integer, check_kind, check_number
 from optex.errors import NonFiniteError, WorkerLostError
 from optex.evaluators import EvaluationRequest, Evaluator, SequentialEvaluator, WorkersEvaluator
 from optex.evaluators.randomness import RandomDraws, seeded_states
+from optex.minimizers.arguments import check_disp
 from optex.sources import GaussianMechanism, GradientSource, Sketch
 from optex.sources.functions import Jac, Point, PointForm, check_function, function_source, read_start
 from optex.stepping import ParameterVector
@@ -123,7 +124,7 @@ def federated_minimize(
     settings.seed = check_integer(_OWNER, "seed", seed, least=0)
     first = check_integer(_OWNER, "first_round", first_round, least=0)
     gtol = check_number(_OWNER, "gtol", gtol)
-    check_kind(_OWNER, "disp", disp, int, "True or False")
+    check_disp(_OWNER, disp)
     check_callable(_OWNER, "callback", callback, optional=True)
     alone = workers is None or (workers == 1 and not isinstance(workers, bool))
     evaluator: Evaluator = SequentialEvaluator() if alone else WorkersEvaluator(workers)

@@ -13,7 +13,7 @@ from scipy.optimize import OptimizeResult
 from torch import Tensor
 
 from optex.callback import Callback
-from optex.checks import check_callable, check_integer, check_number
+from optex.checks import check_callable, check_integer, check_number, shown
 from optex.errors import WorkerLostError
 from optex.evaluators import (
     Evaluation,
@@ -24,7 +24,7 @@ from optex.evaluators import (
     VectorizedEvaluator,
     WorkersEvaluator,
 )
-from optex.minimizers.arguments import read_evaluator
+from optex.minimizers.arguments import check_disp, read_evaluator
 from optex.minimizers.second import Second
 from optex.optimizers.gns import Curvature, Metric, SearchSettings, StepSearch, Trial
 from optex.sources import GradientSource
@@ -252,10 +252,9 @@ class _Run:
 def _check_rest(maxiter: Any, gtol: Any, callback: Any, disp: Any) -> None:
     check_integer("minimize_gns", "maxiter", maxiter)
     if not (isinstance(gtol, Real) and float(gtol) >= 0):
-        raise ValueError(f"minimize_gns: gtol must be a number that is not negative, got {gtol!r}")
+        raise ValueError(f"minimize_gns: gtol must be a number that is not negative, got {shown(gtol)}")
     check_callable("minimize_gns", "callback", callback, optional=True)
-    if not isinstance(disp, (bool, int)):
-        raise TypeError(f"minimize_gns: disp must be True or False, got {disp!r}")
+    check_disp("minimize_gns", disp)
 
 
 def _report(result: OptimizeResult) -> str:

@@ -18,7 +18,7 @@ from scipy.optimize import OptimizeResult
 from torch import Tensor
 
 from optex.callback import stops_by_result
-from optex.checks import check_callable, check_integer, check_number
+from optex.checks import check_callable, check_integer, check_number, shown
 from optex.errors import NonFiniteError
 from optex.sources.inexact_bilevel import (
     Hypergradient,
@@ -174,7 +174,7 @@ def maid(
     if workers is not None:
         check_callable("maid", "workers", workers)
     if not isinstance(problem, SmoothBilevel):
-        raise TypeError(f"maid: problem must be a SmoothBilevel, got {problem!r:.60}")
+        raise TypeError(f"maid: problem must be a SmoothBilevel, got {shown(problem)}")
     arrays, theta = _read_start(theta0)
     state = _State(theta, problem.start.detach().clone(), epsilon, delta, beta)
     descent = _Descent(problem, settings, state, max_iterations, max_backtracks, trials, workers or map)
@@ -338,7 +338,7 @@ def _read_start(theta0: Any) -> tuple[bool, Tensor]:
     try:
         theta = torch.tensor(np.asarray(theta0, dtype=np.float64)) if arrays else theta0.detach().clone()
     except (TypeError, ValueError, OverflowError) as error:
-        raise TypeError(f"maid: theta0 must be a tensor or an array of numbers, got {theta0!r:.60}") from error
+        raise TypeError(f"maid: theta0 must be a tensor or an array of numbers, got {shown(theta0)}") from error
     if not theta.is_floating_point() or not theta.numel() or not bool(theta.isfinite().all()):
         came = f"one of {theta.dtype} and shape {tuple(theta.shape)}"
         raise ValueError(

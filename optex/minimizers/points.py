@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from optex.checks import check_flag, check_integer, check_positive
+from optex.checks import check_flag, check_integer, check_positive, shown
 from optex.evaluators import EvaluationRequest, WorkersEvaluator
 from optex.evaluators.randomness import RandomDraws
 from optex.sources.consensus import values_of
@@ -70,7 +70,7 @@ def _read(owner: str, x0: Any) -> tuple[Form, Tensor]:
         try:
             start = torch.from_numpy(np.array(x0, dtype=np.float64))
         except (TypeError, ValueError) as error:
-            raise TypeError(f"{owner}: x0 must be a real array or tensor, got {x0!r:.60}: {error}") from error
+            raise TypeError(f"{owner}: x0 must be a real array or tensor, got {shown(x0)}: {error}") from error
     start = torch.atleast_1d(start)
     if start.ndim > 2 or not start.numel():
         raise ValueError(f"{owner}: x0 must be a point [d] or particles [n, d], got shape {tuple(start.shape)}")

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from optex.callback import stops_by_result
-from optex.checks import check_callable, check_integer, check_kind, check_number
+from optex.checks import check_callable, check_integer, check_number, shown
 from optex.errors import NonFiniteError
+from optex.minimizers.arguments import check_disp
 from optex.optimizers import HARPG, NIGT
 from optex.sources import Environment, GymnasiumEnvironment, TrajectorySource
 from optex.stepping.bases import base_optimizer
@@ -101,11 +102,11 @@ def policy_gradient(
     (40, 8000, True)
     """
     if method not in _METHODS:
-        raise ValueError(f"{_OWNER}: method must be one of {', '.join(_METHODS)}, got {method!r}")
+        raise ValueError(f"{_OWNER}: method must be one of {', '.join(_METHODS)}, got {shown(method)}")
     check_integer(_OWNER, "steps", steps)
     if environment_steps is not None:
         check_integer(_OWNER, "environment_steps", environment_steps)
-    check_kind(_OWNER, "disp", disp, int, "True or False")
+    check_disp(_OWNER, disp)
     check_callable(_OWNER, "callback", callback, optional=True)
     task = GymnasiumEnvironment(environment) if isinstance(environment, str) else environment
     source = TrajectorySource(

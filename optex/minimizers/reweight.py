@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from optex.callback import Callback
-from optex.checks import check_callable, check_integer, check_kind, check_number, check_positive
+from optex.checks import check_callable, check_integer, check_number, check_positive, shown
 from optex.errors import NonFiniteError, WorkerLostError
 from optex.evaluators import Evaluator, SequentialEvaluator, VectorizedEvaluator, WorkersEvaluator
+from optex.minimizers.arguments import check_disp
 from optex.optimizer import OptEx
 from optex.sources import LayerSampler, MinimaxPenaltySource, SourceWeights
 from optex.stepping import OPTIMIZERS, check_name
@@ -121,7 +122,7 @@ def reweight_sources(
     mixture = _Mixture(_read_sources(sources), _read_rows("validation", validation), batch_size, seed)
     if not callable(loss):
         raise TypeError(f"{_OWNER}: loss must be a function of (network, rows), got {type(loss).__name__}")
-    check_kind(_OWNER, "disp", disp, int, "True or False")
+    check_disp(_OWNER, disp)
     check_callable(_OWNER, "callback", callback, optional=True)
     losses, network = _Losses(loss), copy.deepcopy(model)
     source = MinimaxPenaltySource(
@@ -162,7 +163,8 @@ class _Settings:
         self.stride = stride
         if layers is not None and stride != 1:
             raise ValueError(
-                f"{_OWNER}: stride must be 1 with layers, got {stride!r}: a step on predictions alone knows no "
+                f"{_OWNER}: stride must be 1 with layers, "
+                f"got {shown(stride)}: a step on predictions alone knows no "
                 "draw of layers"
             )
 
@@ -406,7 +408,9 @@ def _evaluator(evaluator: Any, workers: Any) -> Evaluator:
             "evaluator=None, or workers="
         )
     if not (evaluator is None or isinstance(evaluator, Evaluator)):
-        raise TypeError(f"{_OWNER}: evaluator must be an optex.evaluators.Evaluator or None, got {evaluator!r}")
+        raise TypeError(
+            f"{_OWNER}: evaluator must be an optex.evaluators.Evaluator or None, got {shown(evaluator)}"
+        )
     if workers is None:
         return evaluator or SequentialEvaluator()
     if evaluator is not None:

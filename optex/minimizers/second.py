@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from optex.checks import shown
 from optex.optimizers.gns import Curvature, DenseCurvature, NoCurvature, ProductCurvature, hessian_product
 from optex.optimizers.gns.metric import real_tensor
 from optex.sources.functions import PointForm, differentiated
@@ -40,13 +41,13 @@ class Second:
         for name, function in (("hess", hess), ("hessp", hessp)):
             if not (function is None or callable(function)):
                 raise TypeError(
-                    f"minimize_gns: {name} must be a function, got {function!r}; there are no finite "
+                    f"minimize_gns: {name} must be a function, got {shown(function)}; there are no finite "
                     "differences"
                 )
         if not (callable(curvature) or curvature in ("exact", "none")):
             raise ValueError(
                 "minimize_gns: curvature must be 'exact', 'none' or a function of x that returns an "
-                f"optex.optimizers.Curvature, got {curvature!r}"
+                f"optex.optimizers.Curvature, got {shown(curvature)}"
             )
         if curvature != "exact" and not (hess is hessp is None):
             raise ValueError("minimize_gns: curvature and hess or hessp both say what H is; leave one out")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optex.checks import check_number
+from optex.checks import check_number, shown
 from optex.optimizers.step_rule import FreezingStepRule
 
 __all__ = ["NAG", "HeavyBall", "TripleMomentum"]
@@ -108,7 +108,7 @@ class _Accelerated(FreezingStepRule):
             return
         if check_number(owner, "mu", mu) == 0:
             raise ValueError(
-                f"{owner}: mu must be above 0, got {mu!r}; NAG(rule='convex') is the rule for mu = 0, and "
+                f"{owner}: mu must be above 0, got {shown(mu)}; NAG(rule='convex') is the rule for mu = 0, and "
                 "mu=None estimates it"
             )
         if group["L"] is not None and float(mu) * float(group["lr"]) > 1 + 1e-9:
@@ -340,10 +340,11 @@ class NAG(_Accelerated):
 
     def _check(self, group: dict[str, Any]) -> None:
         if group["rule"] not in ("strongly-convex", "convex"):
-            raise ValueError(f"NAG: rule must be 'strongly-convex' or 'convex', got {group['rule']!r}")
+            raise ValueError(f"NAG: rule must be 'strongly-convex' or 'convex', got {shown(group['rule'])}")
         if group["rule"] == "convex" and group["mu"] is not None:
             raise ValueError(
-                f"NAG: rule='convex' is the one for mu = 0 and takes no mu, got {group['mu']!r}; leave mu out, "
+                "NAG: rule='convex' is the one for mu = 0 and takes no mu, "
+                f"got {shown(group['mu'])}; leave mu out, "
                 "or take rule='strongly-convex'"
             )
         super()._check(group)

@@ -13,7 +13,7 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor
 
-from optex.checks import check_integer, check_number
+from optex.checks import check_integer, check_number, shown
 from optex.errors import NonFiniteError
 from optex.optimizers.step_rule import FreezingStepRule, all_finite
 
@@ -193,18 +193,18 @@ class AdaHessian(FreezingStepRule):
         check_number("AdaHessian", "hessian_power", group["hessian_power"], most=1.0)
         betas = group["betas"]
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-            raise ValueError(f"AdaHessian: betas must be two numbers, as (0.9, 0.999), got {betas!r}")
+            raise ValueError(f"AdaHessian: betas must be two numbers, as (0.9, 0.999), got {shown(betas)}")
         for i, beta in enumerate(betas):
             check_number("AdaHessian", f"betas[{i}]", beta, most=1.0, open_above=True)
         if group["average"] not in AVERAGES:
             raise ValueError(
-                f"AdaHessian: average must be one of {', '.join(AVERAGES)}, got {group['average']!r}"
+                f"AdaHessian: average must be one of {', '.join(AVERAGES)}, got {shown(group['average'])}"
             )
         block = group["block"]
         if block not in BLOCKS and (isinstance(block, (bool, str)) or not isinstance(block, int) or block < 1):
             raise ValueError(
                 f"AdaHessian: block must be one of {', '.join(BLOCKS)}, or how many entries are averaged over, "
-                f"at least 1, got {block!r}"
+                f"at least 1, got {shown(block)}"
             )
 
     # ------------------------------------------------------------------ under OptEx

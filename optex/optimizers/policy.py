@@ -15,7 +15,7 @@ from typing import Any, Final, final
 import torch
 from torch import Tensor
 
-from optex.checks import check_number
+from optex.checks import check_number, shown
 from optex.errors import NonFiniteError
 from optex.optimizers.step_rule import StepRule, all_finite
 
@@ -195,7 +195,8 @@ class NIGT(_Recursive):
         super()._check(group)
         if group["rest"] not in _RESTS or group["rest"] != self.param_groups[0]["rest"]:
             raise ValueError(
-                f"NIGT: rest must be one of {', '.join(_RESTS)}, the same for all groups, got {group['rest']!r}"
+                f"NIGT: rest must be one of {', '.join(_RESTS)}, the same for all groups, "
+                f"got {shown(group['rest'])}"
             )
 
     def _eta(self, group: dict[str, Any]) -> float:
@@ -337,7 +338,8 @@ class HARPG(_Recursive):
             or group["normalized"] != self.param_groups[0]["normalized"]
         ):
             raise ValueError(
-                f"HARPG: normalized must be True or False, the same for all groups, got {group['normalized']!r}"
+                "HARPG: normalized must be True or False, the same for all groups, "
+                f"got {shown(group['normalized'])}"
             )
 
     def _eta(self, group: dict[str, Any]) -> float:

@@ -12,7 +12,7 @@ from typing import Any, Final, Self, final
 import torch
 from torch import Tensor, nn
 
-from optex.checks import check_number
+from optex.checks import check_number, shown
 from optex.optimizers.step_rule import StepRule
 
 __all__ = ["ROLES", "SCALE", "scale_param_groups"]
@@ -122,7 +122,7 @@ class SCALE(StepRule):
         check_number("SCALE", "momentum", group["momentum"], most=1, open_above=True)
         betas = group["betas"]
         if not (isinstance(betas, (tuple, list)) and len(betas) == 2):
-            raise ValueError(f"SCALE: betas must be a pair of numbers, got {betas!r}")
+            raise ValueError(f"SCALE: betas must be a pair of numbers, got {shown(betas)}")
         for i, beta in enumerate(betas):
             check_number("SCALE", f"betas[{i}]", beta, most=1, open_above=True)
         check_number("SCALE", "eps", group["eps"], open_below=True)
@@ -136,7 +136,7 @@ class SCALE(StepRule):
                         "the group's 'role' to 'hidden', 'embedding' or 'last'"
                     )
         elif group["role"] not in ROLES:
-            raise ValueError(f"SCALE: role must be one of {', '.join(ROLES)}, got {group['role']!r}")
+            raise ValueError(f"SCALE: role must be one of {', '.join(ROLES)}, got {shown(group['role'])}")
 
     def _update(self, group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor]) -> None:
         if group["weight_decay"]:
@@ -265,7 +265,7 @@ def scale_param_groups(
             f"{type(model).__name__}; for parameters alone set the groups' 'role'"
         )
     if tied is not None and tied not in _TIED:
-        raise ValueError(f"scale_param_groups: tied must be one of {', '.join(_TIED)}, got {tied!r}")
+        raise ValueError(f"scale_param_groups: tied must be one of {', '.join(_TIED)}, got {shown(tied)}")
     embeddings = [m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
     tables = {p for m in embeddings for p in _matrices(m)}
     name, head = _output_layer(model, last, tables)

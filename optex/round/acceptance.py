@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-from optex.checks import check_flag, check_real, saved_entry, saved_integer, saved_number
+from optex.checks import check_flag, check_real, saved_entry, saved_integer, saved_number, shown
 from optex.round.linear import linear_replay
 from optex.round.record import RoundRecord
 from optex.round.replay import Replay, Vectors
@@ -119,7 +119,7 @@ class Last(_Selection):
 
     def __init__(self, evaluate: Literal["all", "last"] = "all") -> None:
         if evaluate not in ("all", "last"):
-            raise ValueError(f"Last: evaluate must be 'all' or 'last', got {evaluate!r}")
+            raise ValueError(f"Last: evaluate must be 'all' or 'last', got {shown(evaluate)}")
         self.evaluate = evaluate
 
     def __repr__(self) -> str:
@@ -197,19 +197,21 @@ class WithinTolerance(Acceptance):
         absurd = check_real("WithinTolerance", "absurd", absurd)
         lookahead = None if lookahead is None else check_real("WithinTolerance", "lookahead", lookahead)
         if not tolerance >= 0:
-            raise ValueError(f"WithinTolerance: tolerance must not be negative, got {tolerance}")
+            raise ValueError(f"WithinTolerance: tolerance must not be negative, got {shown(tolerance)}")
         if not absurd >= 1:
             raise ValueError(
                 f"WithinTolerance: absurd must be at least 1, or step 0's own gradient would count as "
-                f"implausible, got {absurd}"
+                f"implausible, got {shown(absurd)}"
             )
         if not error > 0:
-            raise ValueError(f"WithinTolerance: error must be positive, got {error}")
+            raise ValueError(f"WithinTolerance: error must be positive, got {shown(error)}")
         if not 0 < lowest <= highest:
-            raise ValueError(f"WithinTolerance: needs 0 < lowest <= highest, got {lowest} and {highest}")
+            raise ValueError(
+                f"WithinTolerance: needs 0 < lowest <= highest, got {shown(lowest)} and {shown(highest)}"
+            )
         if lookahead is not None and not 1 <= lookahead < math.inf:
             raise ValueError(
-                f"WithinTolerance: lookahead must be at least 1 and finite, or None, got {lookahead}"
+                f"WithinTolerance: lookahead must be at least 1 and finite, or None, got {shown(lookahead)}"
             )
         self.tolerance: float = tolerance
         self.adaptive: bool = check_flag("WithinTolerance", "adaptive", adaptive) and tolerance > 0

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from optex.checks import check_kind
+from optex.checks import check_kind, shown
 from optex.estimators import Estimator, SeparableEstimator
 from optex.estimators.kernels import Kernel
 from optex.evaluators import Evaluator, SequentialEvaluator, VectorizedEvaluator, WrappingEvaluator
@@ -57,10 +57,10 @@ def published_parts(
     """Estimator and acceptance of Algorithm 1; arguments and errors as in ``OptEx.from_paper``."""
     if not isinstance(selection, str) or selection not in SELECTIONS:
         raise ValueError(
-            f"OptEx.from_paper: selection must be one of {', '.join(SELECTIONS)}, got {selection!r}"
+            f"OptEx.from_paper: selection must be one of {', '.join(SELECTIONS)}, got {shown(selection)}"
         )
     if evaluate not in ("all", "last"):
-        raise ValueError(f"OptEx.from_paper: evaluate must be 'all' or 'last', got {evaluate!r}")
+        raise ValueError(f"OptEx.from_paper: evaluate must be 'all' or 'last', got {shown(evaluate)}")
     if evaluate == "last" and selection != "last":
         raise ValueError(
             f"OptEx.from_paper: selection {selection!r} compares all proxies; it needs evaluate='all'"
@@ -81,7 +81,7 @@ def named_evaluator(evaluator: Any, model: Any) -> Any:
         return evaluator
     if evaluator != "vectorized":
         raise ValueError(
-            f"OptEx: evaluator must be 'sequential', 'vectorized' or an Evaluator, got {evaluator!r}"
+            f"OptEx: evaluator must be 'sequential', 'vectorized' or an Evaluator, got {shown(evaluator)}"
         )
     if not isinstance(model, nn.Module):
         raise ValueError(
@@ -192,15 +192,15 @@ def check_choices(deterministic: Any, gradient_hook: Any, on_nonfinite: Any) -> 
     if not isinstance(deterministic, bool):
         raise TypeError(
             "OptEx: deterministic must be True (the same answer whenever it is asked at a point) or False, got "
-            f"{deterministic!r}"
+            f"{shown(deterministic)}"
         )
     if gradient_hook is not None and not callable(gradient_hook):
         raise TypeError(
             "OptEx: gradient_hook must be a function without arguments, as "
-            f"lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0), got {gradient_hook!r}"
+            f"lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0), got {shown(gradient_hook)}"
         )
     if on_nonfinite not in ("raise", "skip"):
-        raise ValueError(f"OptEx: on_nonfinite must be 'raise' or 'skip', got {on_nonfinite!r}")
+        raise ValueError(f"OptEx: on_nonfinite must be 'raise' or 'skip', got {shown(on_nonfinite)}")
 
 
 def check_layout(shard: Any, history_dtype: Any, history_device: Any) -> None:
@@ -212,12 +212,15 @@ def check_layout(shard: Any, history_dtype: Any, history_device: Any) -> None:
     check_kind("OptEx", "shard", shard, bool, "True, False or None")
     check_kind("OptEx", "history_dtype", history_dtype, torch.dtype, "a floating-point torch.dtype or None")
     if history_dtype is not None and not history_dtype.is_floating_point:
-        raise ValueError(f"OptEx: history_dtype must be a floating-point torch.dtype, got {history_dtype}")
+        raise ValueError(
+            f"OptEx: history_dtype must be a floating-point torch.dtype, got {shown(history_dtype)}"
+        )
     try:
         device = None if history_device is None else torch.device(history_device)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"OptEx: history_device must be a torch.device or the name of one, got {history_device!r} ({error})"
+            "OptEx: history_device must be a torch.device or the name of one, "
+            f"got {shown(history_device)} ({error})"
         ) from None
     if device is not None and device.type == "meta":
         raise ValueError("OptEx: history_device 'meta' keeps no numbers; the history needs a device that does")

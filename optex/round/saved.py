@@ -7,7 +7,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from optex.checks import saved_entry, saved_integer
+from optex.checks import saved_entry, saved_integer, shown
 from optex.evaluators import RandomDraws
 from optex.round.stride import Stride
 from optex.round.surprise import Surprises
@@ -49,7 +49,7 @@ def _load_step(i: int, entry: Any, vector: ParameterVector) -> PlannedStep:
     batch, number, measured, draws = entry
     where = f"step {i} of the saved window"
     if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-        raise ValueError(f"{OWNER}: {where} must have a batch number, got {number!r}")
+        raise ValueError(f"{OWNER}: {where} must have a batch number, got {shown(number)}")
     if measured is not None:
         measured = _load_measured(where, measured, vector)
     return PlannedStep(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Final
 
-from optex.checks import as_float, saved_integer, saved_number
+from optex.checks import as_float, saved_integer, saved_number, shown
 from optex.round.surprise import Surprises
 
 __all__ = ["LARGEST", "Stride", "read_stride"]
@@ -45,11 +45,11 @@ def read_stride(stride: Any) -> float:
     if isinstance(stride, bool) or not isinstance(stride, Real):
         raise TypeError(
             "stride must be 'auto', or how many steps a round drafts at most for each gradient that it "
-            f"evaluates (1: none on predictions alone), got {stride!r}"
+            f"evaluates (1: none on predictions alone), got {shown(stride)}"
         )
     largest = as_float(stride)
     if not 1 <= largest < math.inf:
-        raise ValueError(f"stride must be 'auto' or a finite number of at least 1, got {stride}")
+        raise ValueError(f"stride must be 'auto' or a finite number of at least 1, got {shown(stride)}")
     return largest
 
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from optex.checks import saved_entry, saved_integer
+from optex.checks import saved_entry, saved_integer, shown
 from optex.vector_space import VectorSpace
 
 __all__ = ["Surprises"]
@@ -118,7 +118,7 @@ class Surprises:
         products = saved_entry(owner, state, "products")
         four = isinstance(products, (list, tuple)) and len(products) == 4
         if not four or not all(isinstance(value, float) and math.isfinite(value) for value in products):
-            raise ValueError(f"{owner}: saved products must be four finite numbers, got {products!r:.60}")
+            raise ValueError(f"{owner}: saved products must be four finite numbers, got {shown(products)}")
         return _known(_Averages(*products, rounds=saved_integer(owner, state, "rounds")))
 
 

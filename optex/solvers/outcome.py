@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 from scipy.optimize import OptimizeResult
 
-from optex.checks import check_number
+from optex.checks import check_number, shown
 
 __all__ = ["Status", "check_tolerance", "outcome"]
 
@@ -71,7 +71,7 @@ def check_tolerance(owner: str, tol: Any, dtype: torch.dtype, *, name: str = "to
     least = torch.finfo(dtype).eps
     if number < least:
         raise ValueError(
-            f"{owner}: {name} must be at least {least:.2g}, which is what {dtype} resolves, got {tol!r};"
+            f"{owner}: {name} must be at least {least:.2g}, which is what {dtype} resolves, got {shown(tol)};"
             " raise it, or compute in a wider dtype"
         )
     return number

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from optex.checks import shown
 from optex.sources.interface import GradientSource
 from optex.sources.objective import ObjectiveSource
 
@@ -85,7 +86,7 @@ def check_function(fun: Any, jac: Any) -> None:
     if not (jac is None or jac is True or callable(jac)):
         raise ValueError(
             "minimize: jac must be True (fun returns (f, g)), a function for the gradient, or None (fun is "
-            f"written in torch, for autograd), got {jac!r}; there are no finite differences"
+            f"written in torch, for autograd), got {shown(jac)}; there are no finite differences"
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from optex.batching import variance_of_mean
-from optex.checks import check_callable, check_flag, check_parameters
+from optex.checks import check_callable, check_flag, check_parameters, shown
 from optex.sources.interface import GradientSource, scalar_loss
 
 __all__ = ["AccumulatingSource", "LossModule", "ObjectiveSource", "backpropagate"]
@@ -36,7 +36,7 @@ def backpropagate(
     if loss.numel() != 1 or not loss.requires_grad:
         raise ValueError(
             "backpropagate: loss must be a scalar that depends on a parameter through autograd, got "
-            f"{loss!r:.60}"
+            f"{shown(loss)}"
         )
     if not create_graph:
         loss.backward()

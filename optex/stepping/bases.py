@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from optex import optimizers
+from optex.checks import shown
 
 __all__ = [
     "COUNTERS",
@@ -120,7 +121,7 @@ def check_name(name: str) -> None:
     """
     known = (*OPTIMIZERS, *MODEL_OPTIMIZERS)
     if name not in known:
-        raise ValueError(f"optimizer: {name!r} is not one of {', '.join(known)}")
+        raise ValueError(f"optimizer: {shown(name)} is not one of {', '.join(known)}")
 
 
 _RATES: Final[dict[str, float]] = {

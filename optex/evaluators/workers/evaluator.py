@@ -15,7 +15,7 @@ from weakref import finalize
 import torch
 from torch import Tensor
 
-from optex.checks import as_float, check_integer
+from optex.checks import as_float, check_integer, shown
 from optex.errors import WorkerLostError
 from optex.evaluators.interface import Evaluation, EvaluationRequest, Evaluator, stack_noise, with_hook
 from optex.evaluators.workers.executor_pool import ExecutorPool
@@ -228,20 +228,24 @@ def _check_device(vector: ParameterVector) -> None:
 def _check_arguments(workers: Any, timeout: Any, threads: Any, rebuild: Any) -> None:
     number = isinstance(workers, int) and not isinstance(workers, bool)
     if number and workers != -1 and workers < 1:
-        raise ValueError(f"WorkersEvaluator: workers must be at least 1, or -1 for all cores, got {workers}")
+        raise ValueError(
+            f"WorkersEvaluator: workers must be at least 1, or -1 for all cores, got {shown(workers)}"
+        )
     if not (workers is None or number or isinstance(workers, Executor) or callable(workers)):
         raise TypeError(
             "WorkersEvaluator: workers must be an integer, a concurrent.futures.Executor or a function like "
-            f"map, got {workers!r}"
+            f"map, got {shown(workers)}"
         )
     if not (rebuild is None or callable(rebuild)):
-        raise TypeError(f"WorkersEvaluator: rebuild must be a function without arguments, got {rebuild!r}")
+        raise TypeError(f"WorkersEvaluator: rebuild must be a function without arguments, got {shown(rebuild)}")
     if number and rebuild is not None:
         raise ValueError("WorkersEvaluator: rebuild is for an executor; processes are restarted without it")
     if threads is not None:
         check_integer("WorkersEvaluator", "threads", threads)
     if timeout is not None and not (isinstance(timeout, Real) and 0 < as_float(timeout) < math.inf):
-        raise ValueError(f"WorkersEvaluator: timeout must be a positive number of seconds, got {timeout!r}")
+        raise ValueError(
+            f"WorkersEvaluator: timeout must be a positive number of seconds, got {shown(timeout)}"
+        )
     if timeout is not None and callable(workers):
         raise ValueError(
             "WorkersEvaluator: a map function cannot keep a timeout; pass a concurrent.futures.Executor or "

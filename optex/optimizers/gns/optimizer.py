@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from optex.checks import check_integer, check_number
+from optex.checks import check_integer, check_number, shown
 from optex.errors import ConvergenceWarning, NonFiniteError, warn
 from optex.optimizers.gns.curvature import Curvature, NoCurvature
 from optex.optimizers.gns.derivatives import flatten, gauss_newton_product, hessian_product, parts
@@ -87,7 +87,7 @@ class GNS(Optimizer):
         if not (callable(curvature) or curvature in _NAMED):
             raise ValueError(
                 f"GNS: curvature must be one of {', '.join(map(repr, _NAMED))} or a function that returns an "
-                f"optex.optimizers.Curvature, got {curvature!r}"
+                f"optex.optimizers.Curvature, got {shown(curvature)}"
             )
         self._curvature = curvature
         self._metric = metric if isinstance(metric, Metric) else Metric(metric)

@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from optex.checks import shown
 from optex.errors import NonFiniteError
 
 __all__ = [
@@ -84,7 +85,7 @@ def check_seed(owner: str, seed: Any) -> int:
     if seed is None:
         return fresh_seed()
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= _WORD:
-        raise ValueError(f"{owner}: seed must be an integer from 0 to 2**64 - 1, or None, got {seed!r}")
+        raise ValueError(f"{owner}: seed must be an integer from 0 to 2**64 - 1, or None, got {shown(seed)}")
     return seed
 
 

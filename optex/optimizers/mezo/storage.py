@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optex.checks import shown
+
 __all__ = ["FileStore", "MemoryStore", "Store", "open_store"]
 
 
@@ -73,4 +75,4 @@ def open_store(where: Any, device: torch.device) -> Store:
         return MemoryStore(pinned=device.type == "cuda")
     if isinstance(where, (str, Path)):
         return FileStore(Path(where))
-    raise TypeError(f"BlockStreamer: store must be 'cpu' or a folder, got {where!r}")
+    raise TypeError(f"BlockStreamer: store must be 'cpu' or a folder, got {shown(where)}")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optex.checks import check_device, check_kind, check_number
+from optex.checks import check_device, check_kind, check_number, shown
 from optex.draws import generator_states, set_generator_states
 from optex.functional import called_with
 from optex.optimizers.mezo.directions import (
@@ -109,7 +109,9 @@ class BlockStreamer:
         self.weight_decay: float = check_number("BlockStreamer", "weight_decay", weight_decay)
         check_kind("BlockStreamer", "transfer_dtype", transfer_dtype, torch.dtype, "a floating dtype or None")
         if transfer_dtype is not None and not transfer_dtype.is_floating_point:
-            raise TypeError(f"BlockStreamer: transfer_dtype must be a floating dtype, got {transfer_dtype}")
+            raise TypeError(
+                f"BlockStreamer: transfer_dtype must be a floating dtype, got {shown(transfer_dtype)}"
+            )
         self.device: torch.device = check_device("BlockStreamer", "device", device)
         if not isinstance(blocks, (nn.Sequential, nn.ModuleList, Sequence)):
             raise TypeError(f"BlockStreamer: blocks must be a list of modules, got {type(blocks).__name__}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from optex import linalg
-from optex.checks import check_integer, check_number
+from optex.checks import check_integer, check_number, shown
 from optex.errors import NonFiniteError
 from optex.optimizers.mfac.fisher import row_coefficients
 from optex.optimizers.step_rule import FreezingStepRule
@@ -128,7 +128,9 @@ class MFAC(FreezingStepRule):
         check_number(owner, "weight_decay", group["weight_decay"])
         dtype = group["window_dtype"]
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"{owner}: window_dtype must be None or a floating-point dtype, got {dtype!r}")
+            raise ValueError(
+                f"{owner}: window_dtype must be None or a floating-point dtype, got {shown(dtype)}"
+            )
         for name in _SHARED:
             if group[name] != self.param_groups[0][name]:
                 raise ValueError(

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Optimizer
 
-from optex.checks import check_flag, check_integer, check_number, saved_entry, saved_integer, saved_tensor
+from optex.checks import (
+    check_flag,
+    check_integer,
+    check_number,
+    saved_entry,
+    saved_integer,
+    saved_tensor,
+    shown,
+)
 from optex.errors import NonFiniteWarning, warn
 from optex.optimizers.mkor.capture import Capture, Vectors, layers_of
 from optex.optimizers.mkor.factors import UPDATES, preconditioned, stabilised
@@ -108,7 +116,7 @@ class MKOR(OptimizerWrapper):
                 f"there, such as SGD(model.parameters(), lr=0.1), got {type(base_optimizer).__name__}"
             )
         if not isinstance(variant, str) or variant not in UPDATES:
-            raise ValueError(f"MKOR: variant must be one of {', '.join(UPDATES)}, got {variant!r}")
+            raise ValueError(f"MKOR: variant must be one of {', '.join(UPDATES)}, got {shown(variant)}")
         self.model: nn.Module = model
         self.variant: Literal["released", "exact"] = variant
         self.interval: int = check_integer("MKOR", "interval", interval)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from optex.checks import check_integer, check_number
+from optex.checks import check_integer, check_number, shown
 from optex.errors import NonFiniteError
 from optex.regularisers.ode.recording import Solve, check_tolerances, require_torchode, solve
 
@@ -54,7 +54,7 @@ class Flow(nn.Module):
     ) -> None:
         super().__init__()
         if not callable(field):
-            raise TypeError(f"Flow: field must be callable as field(t, u), got {field!r}")
+            raise TypeError(f"Flow: field must be callable as field(t, u), got {shown(field)}")
         require_torchode()
         self.field: Callable[[Tensor, Tensor], Tensor] = field
         self.rtol: float = check_number("Flow", "rtol", rtol)

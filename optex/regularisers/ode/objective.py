@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optex.checks import check_callable, check_number
+from optex.checks import check_callable, check_number, shown
 from optex.regularisers.ode.flow import Flow
 from optex.regularisers.ode.terms import GlobalRegularizer, LocalRegularizer, Regularizer
 
@@ -70,7 +70,8 @@ def regularise(
         term = _KINDS[kind]()
     else:
         raise ValueError(
-            f"regularise: kind must be one of {', '.join(map(repr, _KINDS))} or a Regularizer, got {kind!r}"
+            f"regularise: kind must be one of {', '.join(map(repr, _KINDS))} or a Regularizer, "
+            f"got {shown(kind)}"
         )
     return RegularisedObjective(objective, flow, term, strength)
 
@@ -92,9 +93,9 @@ class RegularisedObjective:
     ) -> None:
         check_callable("regularise", "objective", objective)
         if not isinstance(flow, Flow):
-            raise TypeError(f"regularise: flow must be an optex.regularisers.Flow, got {flow!r}")
+            raise TypeError(f"regularise: flow must be an optex.regularisers.Flow, got {shown(flow)}")
         if not isinstance(term, Regularizer):
-            raise TypeError(f"RegularisedObjective: term must be a Regularizer, got {term!r}")
+            raise TypeError(f"RegularisedObjective: term must be a Regularizer, got {shown(term)}")
         self._objective, self._flow, self._term = objective, flow, term
         self.strength = strength
         self.last_term: Tensor | None = None

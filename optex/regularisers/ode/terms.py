@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from optex.checks import check_flag, check_kind
+from optex.checks import check_flag, check_kind, shown
 from optex.regularisers.ode.heuristics import error_estimate, stiffness_estimate
 from optex.regularisers.ode.recording import Solve, Steps, first_size, one_step
 
@@ -164,4 +164,4 @@ def _values(kind: Heuristic, steps: Steps, rtol: float, atol: float) -> Tensor: 
 
 def _check_word(owner: str, name: str, word: str, known: tuple[str, ...]) -> None:
     if word not in known:
-        raise ValueError(f"{owner}: {name} must be one of {', '.join(map(repr, known))}, got {word!r}")
+        raise ValueError(f"{owner}: {name} must be one of {', '.join(map(repr, known))}, got {shown(word)}")

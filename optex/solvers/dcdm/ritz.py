@@ -10,7 +10,7 @@ import torch
 from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
-from optex.checks import check_integer, check_number
+from optex.checks import check_integer, check_number, shown
 from optex.errors import NotPositiveDefiniteError
 from optex.solvers.dcdm.operator import Product, dimension_of, product_of
 
@@ -106,7 +106,7 @@ def ritz_vectors(
             raise ValueError(f"{_OWNER}: shape must say what a vector is like where A is a function, got None")
         shape = (n,)
     if not isinstance(shape, (tuple, list)):
-        raise TypeError(f"{_OWNER}: shape must be a tuple of integers, got {shape!r}")
+        raise TypeError(f"{_OWNER}: shape must be a tuple of integers, got {shown(shape)}")
     shape = tuple(check_integer(_OWNER, "every entry of shape", entry) for entry in shape)
     size = int(torch.Size(shape).numel())
     count = check_integer(_OWNER, "count", count, most=size)

@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from optex.checks import shown
+
 __all__ = ["OWNER", "Array", "Expansion", "Form", "Smooth", "of_torch", "read_form", "smooth"]
 
 OWNER = "minimize_equality"
@@ -167,7 +169,7 @@ def smooth(
     for label, given in zip(names, (jac, hess), strict=True):
         if not callable(given):
             raise TypeError(
-                f"{OWNER}: {label} must be a function, got {given!r}: pass {names[0]} and {names[1]}, or "
+                f"{OWNER}: {label} must be a function, got {shown(given)}: pass {names[0]} and {names[1]}, or "
                 f"neither with {name} written in torch; optex.equality_method has finite differences"
             )
     return _Given(name, function, form, jac, hess, names)

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.optimize import OptimizeResult
 
 from optex.callback import Callback
-from optex.checks import check_callable, check_integer, check_number
+from optex.checks import check_callable, check_integer, check_number, shown
 from optex.errors import NonFiniteError
 from optex.solvers.equality.derivatives import OWNER, Array, numbers, read_form, smooth
 from optex.solvers.equality.linear import LinearSolver, check_solver
@@ -181,7 +181,7 @@ def _start(
     if lam0 is not None:
         lam = numbers(lam0, "lam0").reshape(-1)
         if lam.size != m or not np.isfinite(lam).all():
-            raise ValueError(f"{OWNER}: lam0 must be {m} finite numbers, one a constraint, got {lam0!r}")
+            raise ValueError(f"{OWNER}: lam0 must be {m} finite numbers, one a constraint, got {shown(lam0)}")
         point = Point(x0, lam, point.f, point.c)
     if not point.finite:
         raise NonFiniteError(

@@ -8,6 +8,7 @@ from typing import Final, Literal, get_args
 import numpy as np
 from scipy.sparse.linalg import minres
 
+from optex.checks import shown
 from optex.solvers.equality.derivatives import OWNER, Array
 
 __all__ = ["SOLVERS", "InnerSolve", "LinearSolver", "check_solver"]
@@ -162,5 +163,7 @@ def check_solver(name: object) -> type[InnerSolve]:
         ValueError: there is no solver of that name.
     """
     if not isinstance(name, str) or name not in SOLVERS:
-        raise ValueError(f"{OWNER}: linear_solver must be one of {', '.join(map(repr, SOLVERS))}, got {name!r}")
+        raise ValueError(
+            f"{OWNER}: linear_solver must be one of {', '.join(map(repr, SOLVERS))}, got {shown(name)}"
+        )
     return SOLVERS[name]

@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 from scipy.optimize import LinearConstraint, NonlinearConstraint, OptimizeResult, approx_fprime
 
+from optex.checks import shown
 from optex.solvers.equality.derivatives import Array, numbers
 from optex.solvers.equality.function import minimize_equality
 
@@ -195,11 +196,11 @@ def _read(
     if not isinstance(constraint, dict) or not callable(constraint.get("fun")):
         raise TypeError(
             f"{_OWNER}: constraints must be dicts with 'type' and 'fun', NonlinearConstraint or "
-            f"LinearConstraint, got {constraint!r}"
+            f"LinearConstraint, got {shown(constraint)}"
         )
     if constraint.get("type") != "eq":
         raise ValueError(
-            f"{_OWNER}: constraints must have type 'eq', got {constraint.get('type')!r}; {_INEQUALITY}"
+            f"{_OWNER}: constraints must have type 'eq', got {shown(constraint.get('type'))}; {_INEQUALITY}"
         )
     args = constraint.get("args", ())
     return _Function.weighted(constraint["fun"], constraint.get("jac"), constraint.get("hess"), tuple(args))

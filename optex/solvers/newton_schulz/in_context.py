@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from optex.checks import check_integer, check_number
+from optex.checks import check_integer, check_number, shown
 
 __all__ = [
     "gradient_descent_predictor",
@@ -63,7 +63,7 @@ def iterative_newton_predictor(
     grams, moments = _examples_before(owner, inputs, targets)
     check_integer(owner, "steps", steps)
     if init not in ("norm", "trace"):
-        raise ValueError(f'{owner}: init must be "norm" or "trace", got {init!r}')
+        raise ValueError(f'{owner}: init must be "norm" or "trace", got {shown(init)}')
     identity = torch.eye(inputs.shape[-1], dtype=inputs.dtype, device=inputs.device)
     start = grams if init == "norm" else identity.expand_as(grams)
     size = (
@@ -154,7 +154,7 @@ def online_gradient_descent_predictor(
     _check(owner, inputs, targets)
     check_integer(owner, "passes", passes)
     if rule not in get_args(Rule):
-        raise ValueError(f"{owner}: rule must be one of {', '.join(get_args(Rule))}, got {rule!r}")
+        raise ValueError(f"{owner}: rule must be one of {', '.join(get_args(Rule))}, got {shown(rule)}")
     check_number(owner, "lr", lr, open_below=True, most=2.0 if rule == "normalised" else float("inf"))
     count = inputs.shape[-2]
     places = torch.arange(count, device=inputs.device)

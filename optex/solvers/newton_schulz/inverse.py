@@ -17,7 +17,7 @@ from scipy.optimize import OptimizeResult
 from torch import Tensor
 
 from optex.callback import stops_by_result
-from optex.checks import check_callable, check_integer, check_number
+from optex.checks import check_callable, check_integer, check_number, shown
 from optex.errors import NotPositiveDefiniteError, RankDeficientError
 from optex.solvers.outcome import Status, check_tolerance, outcome
 
@@ -248,7 +248,7 @@ def _first(
             )
         return first
     if isinstance(init, str):
-        raise ValueError(f'{_OWNER}: init must be "trace", "norm", a number or matrices, got {init!r}')
+        raise ValueError(f'{_OWNER}: init must be "trace", "norm", a number or matrices, got {shown(init)}')
     scale = check_number(_OWNER, "init", init, open_below=True)
     boundary = float((2 / (torch.linalg.matrix_norm(matrices, 2) * size[:, 0, 0]).square()).min())
     # At the boundary itself rounding decides.

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from optex.checks import as_float, check_integer, saved_entry, saved_integer, saved_number
+from optex.checks import as_float, check_integer, saved_entry, saved_integer, saved_number, shown
 from optex.solvers.relaxation.chebcb import ChebCB
 from optex.solvers.relaxation.learner import Learner
 from optex.solvers.relaxation.tsallis import TsallisINF
@@ -68,7 +68,7 @@ class BanditTuner:
     ) -> None:
         self._grid = _read_grid(grid)
         if method not in _METHODS:
-            raise ValueError(f"{_OWNER}: method must be one of {', '.join(_METHODS)}, got {method!r}")
+            raise ValueError(f"{_OWNER}: method must be one of {', '.join(_METHODS)}, got {shown(method)}")
         self._least = _number("least", least)
         self._contextual = method == "chebcb"
         self._contexts = _read_contexts(contexts) if self._contextual or contexts is not None else None
@@ -191,12 +191,16 @@ class BanditTuner:
         if saved is None:
             return None
         if not isinstance(saved, (list, tuple)) or len(saved) != 3:
-            raise ValueError(f"{_OWNER}: saved pending must be None or (index, chance, context), got {saved!r}")
+            raise ValueError(
+                f"{_OWNER}: saved pending must be None or (index, chance, context), got {shown(saved)}"
+            )
         entries = dict(zip(("pending index", "pending chance"), saved[:2], strict=True))
         action = saved_integer(_OWNER, entries, "pending index")
         chance = saved_number(_OWNER, entries, "pending chance", least=0.0)
         if action >= len(self._grid) or not 0 < chance <= 1 + 1e-9:
-            raise ValueError(f"{_OWNER}: saved pending must be None or (index, chance, context), got {saved!r}")
+            raise ValueError(
+                f"{_OWNER}: saved pending must be None or (index, chance, context), got {shown(saved)}"
+            )
         return action, chance, self._read(saved[2])
 
     def _read(self, context: Any) -> float | None:
@@ -212,24 +216,24 @@ class BanditTuner:
 def _read_grid(grid: Any) -> list[Any]:
     given = grid.tolist() if isinstance(grid, (np.ndarray, torch.Tensor)) else grid
     if not isinstance(given, Sequence) or isinstance(given, str):
-        raise TypeError(f"{_OWNER}: grid must be a list of values, got {grid!r}")
+        raise TypeError(f"{_OWNER}: grid must be a list of values, got {shown(grid)}")
     values = list(given)
     if len(values) < 2:
-        raise ValueError(f"{_OWNER}: grid must hold two values at least, got {values!r}")
+        raise ValueError(f"{_OWNER}: grid must hold two values at least, got {shown(values)}")
     numbers = [_number("every value of grid", value, -math.inf) for value in values]
     if any(right <= left for left, right in pairwise(numbers)):
-        raise ValueError(f"{_OWNER}: grid must increase from value to value, got {values!r}; sort it")
+        raise ValueError(f"{_OWNER}: grid must increase from value to value, got {shown(values)}; sort it")
     return values
 
 
 def _read_contexts(contexts: Any) -> tuple[float, float]:
     if not isinstance(contexts, (tuple, list)) or len(contexts) != 2:
         raise ValueError(
-            f"{_OWNER}: contexts must be (low, high), the interval in which contexts are, got {contexts!r}"
+            f"{_OWNER}: contexts must be (low, high), the interval in which contexts are, got {shown(contexts)}"
         )
     low, high = (_number("contexts", end, -math.inf) for end in contexts)
     if not low < high:
-        raise ValueError(f"{_OWNER}: contexts must be (low, high) with low below high, got {contexts!r}")
+        raise ValueError(f"{_OWNER}: contexts must be (low, high) with low below high, got {shown(contexts)}")
     return low, high
 
 
@@ -242,7 +246,7 @@ def _number(name: str, value: Any, least: float = -math.inf, remedy: str = "") -
     )
     if not (math.isfinite(number) and number >= least):
         above = f" of at least {least:g}" if math.isfinite(least) else ""
-        raise ValueError(f"{_OWNER}: {name} must be a finite number{above}, got {value!r}{remedy}")
+        raise ValueError(f"{_OWNER}: {name} must be a finite number{above}, got {shown(value)}{remedy}")
     return number
 
 

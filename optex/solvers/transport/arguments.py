@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optex.checks import check_integer, check_number
+from optex.checks import check_integer, check_number, shown
 
 __all__ = ["TransportProblem"]
 
@@ -95,7 +95,9 @@ def _double(owner: str, name: str, value: Any, device: torch.device | None) -> T
     try:
         tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
     except (TypeError, ValueError) as error:
-        raise TypeError(f"{owner}: {name} must be an array or a tensor of numbers, got {value!r}") from error
+        raise TypeError(
+            f"{owner}: {name} must be an array or a tensor of numbers, got {shown(value)}"
+        ) from error
     if tensor.is_complex():
         raise TypeError(f"{owner}: {name} must be real, got {tensor.dtype}")
     return tensor.to(device or tensor.device, torch.float64)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from optex.checks import check_integer, check_number
+from optex.checks import check_integer, check_number, shown
 from optex.errors import ConvergenceWarning, warn
 from optex.solvers.outcome import check_tolerance
 from optex.solvers.transport.solver import sparse_ot
@@ -60,9 +60,9 @@ class SparseOTLoss(nn.Module):
     ) -> None:
         super().__init__()
         if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f"{_OWNER}: reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+            raise ValueError(f"{_OWNER}: reduction must be 'mean', 'sum' or 'none', got {shown(reduction)}")
         if form not in ("semi-dual", "dual"):
-            raise ValueError(f"{_OWNER}: form must be 'semi-dual' or 'dual', got {form!r}")
+            raise ValueError(f"{_OWNER}: form must be 'semi-dual' or 'dual', got {shown(form)}")
         self.gamma: float = check_number(_OWNER, "gamma", gamma, open_below=True)
         self.k: int = check_integer(_OWNER, "k", k)
         self.form: Literal["semi-dual", "dual"] = form

@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import OptimizeResult
 from torch import Tensor
 
-from optex.checks import check_integer
+from optex.checks import check_integer, shown
 from optex.solvers.outcome import Status, check_tolerance, outcome
 from optex.solvers.transport.arguments import TransportProblem
 from optex.solvers.transport.ascent import Ascent, Maximum
@@ -84,7 +84,7 @@ def sparse_ot(
     Source: Liu, Puigcerver, Blondel, ICLR 2023, arXiv 2209.15466.
     """
     if form not in ("semi-dual", "dual"):
-        raise ValueError(f"{_OWNER}: form must be 'semi-dual' or 'dual', got {form!r}")
+        raise ValueError(f"{_OWNER}: form must be 'semi-dual' or 'dual', got {shown(form)}")
     goal = check_tolerance(_OWNER, tol, torch.float64)
     most = check_integer(_OWNER, "maxiter", maxiter)
     problem = TransportProblem.read(_OWNER, a, b, C, gamma, k)

@@ -9,7 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optex.checks import check_integer, check_number, check_parameters, saved_entry, saved_integer, saved_tensor
+from optex.checks import (
+    check_integer,
+    check_number,
+    check_parameters,
+    saved_entry,
+    saved_integer,
+    saved_tensor,
+    shown,
+)
 
 __all__ = ["DynamicMask"]
 
@@ -61,7 +69,7 @@ class DynamicMask:
             else ratios
         )
         if not isinstance(each, Iterable):
-            raise TypeError(f"{_OWNER}: ratios must be a number, or one a parameter, got {ratios!r}")
+            raise TypeError(f"{_OWNER}: ratios must be a number, or one a parameter, got {shown(ratios)}")
         self.ratios: list[float] = [check_number(_OWNER, "ratios", ratio, most=1.0) for ratio in each]
         if len(self.ratios) != len(self.shapes):
             raise ValueError(

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from optex.checks import check_flag, check_integer, check_kind, check_number, check_parameters
+from optex.checks import check_flag, check_integer, check_kind, check_number, check_parameters, shown
 from optex.errors import NonFiniteError
 from optex.sources.deepzero.mask import DynamicMask
 from optex.sources.deepzero.passes import Chunk, Passes, chunks_of, first_non_finite
@@ -113,7 +113,7 @@ class CoordinateSource(GradientSource):
         if not (mask is None or isinstance(mask, (DynamicMask, list, tuple))):
             raise TypeError(
                 f"{_OWNER}: mask must be a DynamicMask, a list of tensors, one a parameter, or None, got "
-                f"{mask!r:.60}"
+                f"{shown(mask)}"
             )
         self.mask: DynamicMask | list[Tensor] | None = (
             mask if mask is None or isinstance(mask, DynamicMask) else list(mask)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optex.checks import check_flag, check_number
+from optex.checks import check_flag, check_number, shown
 from optex.errors import NonFiniteError
 from optex.sources.interface import scalar_loss
 
@@ -55,9 +55,9 @@ class SmoothBilevel:
     def __post_init__(self) -> None:
         for name in ("lower", "upper"):
             if not callable(getattr(self, name)):
-                raise TypeError(f"SmoothBilevel: {name} must be callable, got {getattr(self, name)!r}")
+                raise TypeError(f"SmoothBilevel: {name} must be callable, got {shown(getattr(self, name))}")
         if not isinstance(self.start, Tensor) or not self.start.is_floating_point():
-            raise TypeError(f"SmoothBilevel: start must be a floating-point tensor, got {self.start!r:.60}")
+            raise TypeError(f"SmoothBilevel: start must be a floating-point tensor, got {shown(self.start)}")
         if not self.start.numel() or not bool(self.start.isfinite().all()):
             raise ValueError("SmoothBilevel: start must have components, all finite; zeros will do")
         check_flag("SmoothBilevel", "convex_upper", self.convex_upper)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from optex.checks import check_flag, check_integer, check_number
+from optex.checks import check_flag, check_integer, check_number, shown
 from optex.errors import NonFiniteError
 from optex.sources.inexact_bilevel.implicit import Hypergradient, hypergradient
 from optex.sources.inexact_bilevel.levels import SmoothBilevel
@@ -71,7 +71,7 @@ class InexactBilevelSource(GradientSource):
         tell_noise: bool = False,
     ) -> None:
         if not isinstance(problem, SmoothBilevel):
-            raise TypeError(f"InexactBilevelSource: problem must be a SmoothBilevel, got {problem!r:.60}")
+            raise TypeError(f"InexactBilevelSource: problem must be a SmoothBilevel, got {shown(problem)}")
         given = [parameters] if isinstance(parameters, Tensor) else parameters
         if not isinstance(given, Iterable):
             raise TypeError(

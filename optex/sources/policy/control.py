@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from optex.checks import check_integer
+from optex.checks import check_integer, shown
 from optex.sources.policy.environment import Environment, Episodes
 
 __all__ = ["GymnasiumEnvironment"]
@@ -107,7 +107,8 @@ def _make(name: str | Callable[[], Any]) -> Any:
         return name()
     if not isinstance(name, str):
         raise TypeError(
-            f"GymnasiumEnvironment: name must be one of Gymnasium's, or a function that makes one, got {name!r}"
+            "GymnasiumEnvironment: name must be one of Gymnasium's, or a function that makes one, "
+            f"got {shown(name)}"
         )
     try:
         import gymnasium

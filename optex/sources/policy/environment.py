@@ -8,7 +8,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from optex.checks import check_integer, check_number
+from optex.checks import check_integer, check_number, shown
 
 __all__ = ["Environment", "Episodes", "LinearQuadratic"]
 
@@ -162,7 +162,7 @@ def _numbers(name: str, value: Any) -> Tensor:  # float64
     try:
         return torch.as_tensor(value, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise TypeError(f"LinearQuadratic: {name} must be a matrix or a number, got {value!r:.60}") from error
+        raise TypeError(f"LinearQuadratic: {name} must be a matrix or a number, got {shown(value)}") from error
 
 
 def _matrix(name: str, value: Tensor | float) -> Tensor:  # [., .] float64
@@ -170,7 +170,8 @@ def _matrix(name: str, value: Tensor | float) -> Tensor:  # [., .] float64
     matrix = matrix.reshape(1, 1) if matrix.ndim == 0 else matrix
     if matrix.ndim != 2 or not matrix.numel() or not bool(matrix.isfinite().all()):
         raise ValueError(
-            f"LinearQuadratic: {name} must be a matrix of finite numbers, got {tuple(matrix.shape)}: {value!r}"
+            f"LinearQuadratic: {name} must be a matrix of finite numbers, got "
+            f"{tuple(matrix.shape)}: {shown(value)}"
         )
     return matrix
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical, Distribution, Independent, Normal
 
-from optex.checks import check_flag, check_integer, check_positive
+from optex.checks import check_flag, check_integer, check_positive, shown
 from optex.sources.policy.environment import Environment
 
 __all__ = ["GaussianPolicy", "SoftmaxPolicy", "policy_for", "sample"]
@@ -30,7 +30,7 @@ class _Network(nn.Sequential):
 
 def _sizes(owner: str, observations: int, hidden: Sequence[int], actions: int) -> tuple[int, ...]:
     if not isinstance(hidden, Sequence) or isinstance(hidden, str):
-        raise TypeError(f"{owner}: hidden must be a list of sizes, () for none, got {hidden!r}")
+        raise TypeError(f"{owner}: hidden must be a list of sizes, () for none, got {shown(hidden)}")
     return (
         check_integer(owner, "observations", observations),
         *(check_integer(owner, "every size of hidden", size) for size in hidden),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from optex.batching import variance_of_mean
-from optex.checks import check_flag, check_integer, check_number
+from optex.checks import check_flag, check_integer, check_number, shown
 from optex.errors import NonFiniteError
 from optex.sources.interface import GradientSource
 from optex.sources.policy.environment import Environment
@@ -92,7 +92,9 @@ class TrajectorySource(GradientSource):
                 f"{type(environment).__name__}; optex.GymnasiumEnvironment(name) has those of Gymnasium"
             )
         if estimator not in ("gpomdp", "reinforce"):
-            raise ValueError(f"TrajectorySource: estimator must be 'gpomdp' or 'reinforce', got {estimator!r}")
+            raise ValueError(
+                f"TrajectorySource: estimator must be 'gpomdp' or 'reinforce', got {shown(estimator)}"
+            )
         self.policy: nn.Module = policy
         self.environment: Environment = environment
         self.estimator: Literal["gpomdp", "reinforce"] = estimator

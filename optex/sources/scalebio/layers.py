@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
-from optex.checks import check_integer
+from optex.checks import check_integer, shown
 
 __all__ = ["LayerSampler", "NumberedBatch"]
 
@@ -73,9 +73,11 @@ class LayerSampler:
         frozen: Literal["zero", "none"] = "zero",
     ) -> None:
         if not isinstance(path, str) or not path:
-            raise TypeError(f"{_OWNER}: path must name the container of the blocks, as 'blocks', got {path!r}")
+            raise TypeError(
+                f"{_OWNER}: path must name the container of the blocks, as 'blocks', got {shown(path)}"
+            )
         if frozen not in ("zero", "none"):
-            raise ValueError(f"{_OWNER}: frozen must be 'zero' or 'none', got {frozen!r}")
+            raise ValueError(f"{_OWNER}: frozen must be 'zero' or 'none', got {shown(frozen)}")
         self.path = path
         self.active: int = check_integer(_OWNER, "active", active)
         self.interval: int = check_integer(_OWNER, "interval", interval)

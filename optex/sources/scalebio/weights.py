@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from optex.checks import check_device, check_integer
+from optex.checks import check_device, check_integer, shown
 
 __all__ = ["SourceWeights", "mixed", "slope_of_mixture", "source_losses"]
 
@@ -53,7 +53,7 @@ class SourceWeights(nn.Module):
         check_device(_OWNER, "device", device)
         logits = torch.zeros(len(self.names), dtype=dtype, device=device)
         if not logits.is_floating_point():
-            raise TypeError(f"{_OWNER}: dtype must be floating-point, got {dtype}")
+            raise TypeError(f"{_OWNER}: dtype must be floating-point, got {shown(dtype)}")
         self.logits: nn.Parameter = nn.Parameter(logits)
 
     def forward(self) -> Tensor:  # [K]
@@ -84,9 +84,9 @@ def _names(sources: Any) -> tuple[str, ...]:
         count = sources if sources < 2 else check_integer(_OWNER, "sources", sources)
         sources = [str(number) for number in range(count)]
     if not isinstance(sources, Sequence) or isinstance(sources, str):
-        raise TypeError(f"{_OWNER}: sources must be their number, or a list of names, got {sources!r}")
+        raise TypeError(f"{_OWNER}: sources must be their number, or a list of names, got {shown(sources)}")
     if wrong := [name for name in sources if not isinstance(name, str)]:
-        raise TypeError(f"{_OWNER}: names of sources must be strings, got {wrong[0]!r}")
+        raise TypeError(f"{_OWNER}: names of sources must be strings, got {shown(wrong[0])}")
     if len(sources) < 2:
         raise ValueError(
             f"{_OWNER}: there must be at least 2 sources to weigh, got {len(sources)}; split the data further, "

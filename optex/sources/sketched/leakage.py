@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optex.checks import check_integer, check_kind, check_positive
+from optex.checks import check_integer, check_kind, check_positive, shown
 from optex.errors import NonFiniteError
 from optex.sources.sketched.sketch import Sketch
 
@@ -81,7 +81,7 @@ def leakage_attack(
     """
     for name, value in (("observed", observed), ("start", start)):
         if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise TypeError(f"leakage_attack: {name} must be a floating-point tensor, got {value!r:.60}")
+            raise TypeError(f"leakage_attack: {name} must be a floating-point tensor, got {shown(value)}")
     if not callable(gradient):
         raise TypeError(f"leakage_attack: gradient must be callable, got {type(gradient).__name__}")
     check_kind("leakage_attack", "sketch", sketch, Sketch, "a Sketch or None")

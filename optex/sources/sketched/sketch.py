@@ -8,7 +8,7 @@ from typing import Literal, final
 import torch
 from torch import Tensor
 
-from optex.checks import check_integer
+from optex.checks import check_integer, shown
 from optex.sources.sketched.matrices import MATRICES, RandomMatrix
 
 __all__ = ["Sketch"]
@@ -66,7 +66,7 @@ class Sketch:
 
     def __post_init__(self) -> None:
         if self.kind not in MATRICES:
-            raise ValueError(f"Sketch: kind must be one of {', '.join(MATRICES)}, got {self.kind!r}")
+            raise ValueError(f"Sketch: kind must be one of {', '.join(MATRICES)}, got {shown(self.kind)}")
         check_integer("Sketch", "size", self.size)
         check_integer("Sketch", "seed", self.seed, least=0)
 

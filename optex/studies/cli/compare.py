@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 import typer
 
-from optex.checks import check_integer
+from optex.checks import check_integer, shown
 from optex.studies.cli.app import INTERRUPTED, check_file, progress, refuse
 from optex.studies.cli.settings import read_settings
 from optex.studies.cli.table import Result, print_result, tell
@@ -128,7 +128,7 @@ def _read_stride(text: str) -> Any:
     try:
         return text if text == "auto" else float(text)
     except ValueError:
-        raise ValueError(f"stride: must be auto or a number of at least 1, got {text!r}") from None
+        raise ValueError(f"stride: must be auto or a number of at least 1, got {shown(text)}") from None
 
 
 def _run_all(

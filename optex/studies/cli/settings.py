@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from optex.checks import shown
 from optex.studies.problems import PROBLEMS
 
 __all__ = ["read_settings"]
@@ -37,9 +38,9 @@ def read_settings(problems: Sequence[str], settings: Sequence[str]) -> dict[str,
 def _value(key: str, text: str, kind: type) -> Any:
     if kind is bool:
         if text.lower() not in ("true", "false"):
-            raise ValueError(f"set: {key} must be true or false, got {text!r}")
+            raise ValueError(f"set: {key} must be true or false, got {shown(text)}")
         return text.lower() == "true"
     try:
         return kind(text)
     except ValueError as error:
-        raise ValueError(f"set: {key} must be of type {kind.__name__}, got {text!r}") from error
+        raise ValueError(f"set: {key} must be of type {kind.__name__}, got {shown(text)}") from error

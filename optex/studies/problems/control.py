@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from optex.checks import shown
 from optex.errors import NonFiniteError
 from optex.studies.problems.interface import Problem, seeded_generator
 
@@ -66,7 +67,7 @@ class AgentSettings:
         for name, value in asdict(self).items():
             kind, accepts, range_ = _RANGES.get(name, (int, lambda n: n >= 1, "an integer of at least 1"))
             if isinstance(value, bool) or not isinstance(value, kind) or not accepts(value):
-                raise ValueError(f"AgentSettings: {name} must be {range_}, got {value!r}")
+                raise ValueError(f"AgentSettings: {name} must be {range_}, got {shown(value)}")
 
 
 _NUMBER: Final = (int, float)

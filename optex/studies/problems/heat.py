@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import splu
 from torch import Tensor, nn
 
-from optex.checks import check_integer
+from optex.checks import check_integer, shown
 from optex.studies.problems.interface import Problem, seeded_generator
 
 __all__ = ["HeatConduction", "Plate"]
@@ -214,7 +214,7 @@ class HeatConduction(Problem):
         super().__init__(seed)
         check_integer("HeatConduction", "size", size, least=4, most=256)
         if heaters not in (4, 9, 16):
-            raise ValueError(f"HeatConduction: heaters must be 4, 9 or 16, got {heaters!r}")
+            raise ValueError(f"HeatConduction: heaters must be 4, 9 or 16, got {shown(heaters)}")
         at_once = heaters if heaters_at_once is None else heaters_at_once
         check_integer("HeatConduction", "heaters_at_once", at_once, most=heaters)
         self.heaters: int = heaters

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from optex.checks import check_integer
+from optex.checks import check_integer, shown
 from optex.studies.problems.data import shakespeare
 from optex.studies.problems.interface import Problem, seeded_generator
 from optex.studies.problems.networks import evaluation_mode, initialise
@@ -162,7 +162,7 @@ class Shakespeare(Problem):
         if not 0 <= dropout < 1:
             raise ValueError(f"Shakespeare: dropout must be at least 0 and below 1, got {dropout}")
         if start not in ("torch", "gpt2"):
-            raise ValueError(f"Shakespeare: start must be 'torch' or 'gpt2', got {start!r}")
+            raise ValueError(f"Shakespeare: start must be 'torch' or 'gpt2', got {shown(start)}")
         self.start: str = start
         self.context: int = context
         self.batch_size: int = batch_size

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
-from optex.checks import check_integer
+from optex.checks import check_integer, shown
 from optex.optimizer import OptEx
 from optex.studies.baselines import METHODS, Method, Setting, Trace
 from optex.studies.baselines.with_optex import history_choice, optex, run_rounds
@@ -55,7 +55,7 @@ class Choice:
 
     def __post_init__(self) -> None:
         if self.scale not in SCALES:
-            raise ValueError(f"scale: must be one of {', '.join(SCALES)}, got {self.scale!r}")
+            raise ValueError(f"scale: must be one of {', '.join(SCALES)}, got {shown(self.scale)}")
         for name, least in (("seeds", 1), ("rounds", 1), ("dim", 2)):
             value = getattr(self, name)
             if value is not None:
