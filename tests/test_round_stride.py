@@ -320,7 +320,7 @@ def test_saved_averages_that_are_none_are_refused_by_name(value):
 
 
 def test_long_nonsense_is_cut_short_in_the_message():
-    message = "Surprises.loaded: saved products must be four finite numbers, got '" + "x" * 59
+    message = "Surprises.loaded: saved products must be four finite numbers, got '" + "x" * 76 + "..."
     with pytest.raises(ValueError, match=exactly(message)):
         Surprises.loaded({"products": "x" * 100, "rounds": 5})
 
