@@ -4,6 +4,7 @@ import copy
 import math
 import weakref
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -30,6 +31,33 @@ def batches(count, dtype=torch.float64):
 
 def loss_to(y):
     return lambda out: (out - y).square().mean()
+
+
+class Masked(NamedTuple):
+    hidden: Any
+    mask: Any
+
+
+def packed(kind, hidden, mask):
+    if kind is Masked:
+        return Masked(hidden, mask)
+    return {"hidden": hidden, "mask": mask} if kind is dict else kind([hidden, mask])
+
+
+def unpacked(value):
+    return tuple(value.values() if isinstance(value, dict) else value)
+
+
+class Handing(nn.Module):
+    """A block that takes two tensors and hands two on."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.layer = kind, nn.Linear(5, 5, dtype=torch.float64)
+
+    def forward(self, value):
+        hidden, mask = unpacked(value)
+        return packed(self.kind, self.layer(hidden) * mask, mask)
 
 
 class Counting(BlockStreamer):
@@ -137,6 +165,27 @@ class TestIterates:
         there = optex.optimizers.MeZO(plain.parameters(), exact=True).step(lambda: loss_to(y)(plain(x)), seed=3)
         assert torch.equal(x, kept)
         assert float(here) == pytest.approx(float(there), rel=1e-12)
+
+    @pytest.mark.parametrize("kind", [tuple, list, Masked, dict])
+    def test_blocks_may_hand_on_several_tensors(self, kind):
+        torch.manual_seed(0)
+        layers, (x, y) = [Handing(kind), Handing(kind)], batches(1)[0]
+        plain = copy.deepcopy(layers)
+        streamer = optex.optimizers.BlockStreamer(layers, lr=0.05)
+        start = packed(kind, x, x > 0)
+
+        def loss(answer):
+            return (unpacked(answer)[0] - y.mean()).square().mean()
+
+        def together():
+            return loss(plain[1](plain[0](start)))
+
+        here = streamer.step(start, loss, seed=3)
+        streamer.flush()
+        parameters = [p for layer in plain for p in layer.parameters()]
+        there = optex.optimizers.MeZO(parameters, lr=0.05, exact=True).step(together, seed=3)
+        assert float(here) == pytest.approx(float(there), rel=1e-12)
+        assert isinstance(streamer.forward(start), kind)
 
     def test_frozen_parameters_stay_and_are_not_sent_back(self):
         streamed = chain(2)

@@ -269,7 +269,8 @@ class BlockStreamer:
         if isinstance(value, Tensor):
             return value.to(self.device, copy=copy)
         if isinstance(value, (tuple, list)):
-            return type(value)([self._placed(part, copy=copy) for part in value])
+            parts = [self._placed(part, copy=copy) for part in value]
+            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
         if isinstance(value, dict):
             return {key: self._placed(part, copy=copy) for key, part in value.items()}
         return value
