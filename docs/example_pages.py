@@ -1,6 +1,7 @@
 """The pages of ``examples/``: how each program is run when the pages are built, and what its page says of it.
 
 Sphinx-Gallery runs them and writes the pages; this says with which flags, and what keeps one from running.
+It is imported without Sphinx, too, for the test that every program has its page.
 """
 
 from __future__ import annotations
@@ -11,13 +12,12 @@ import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-from sphinx.application import Sphinx
-from sphinx.errors import ConfigError
-from sphinx_gallery.scrapers import figure_rst
+from typing import TYPE_CHECKING, Any
 
 from optex.studies.problems.data import find
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -33,12 +33,14 @@ class Program:
         flags: of its command line, for a run of seconds.
         data: the data set that it needs, as ``optex fetch`` names it.
         package: what it imports beside the library.
+        remark: on the flags, in reStructuredText.
         instead: why it is not run at all, in reStructuredText.
     """
 
     flags: str = ""
     data: str | None = None
     package: str | None = None
+    remark: str = ""
     instead: str | None = None
 
     def obstacle(self) -> str | None:
@@ -57,13 +59,16 @@ class Program:
 
 PROGRAMS = {
     "accelerate_char_gpt": Program("--layers 2 --steps 60", data="shakespeare", package="accelerate"),
-    # In one process: where Sphinx-Gallery runs a program, workers cannot import what it defines.
-    "heat": Program("--size 32 --rounds 60 --workers 1 --plot ../out/pages/heat.png"),
+    # No worker processes: they cannot import what a program defines that Sphinx-Gallery runs.
+    "heat": Program(
+        "--size 64 --rounds 60 --parallelism 1 --workers 1 --plot ../out/pages/heat.png",
+        remark="This is one process, one gradient a round. By default a round has four, on two workers.",
+    ),
     "lightning_cifar10": Program("--batches 16 --quiet", data="cifar10", package="lightning"),
     "train_char_gpt": Program("--layers 2 --steps 120 --evaluate-every 40", data="shakespeare"),
     "train_cifar10": Program("--steps 24", data="cifar10"),
     "train_distributed": Program(
-        instead="``torchrun`` has to start it, once for each rank. :doc:`/docs/tour/plot_5_several_ranks` "
+        instead="``torchrun`` has to start it, once for each rank. :doc:`/docs/tour/plot_5_two_ranks` "
         "starts it so, and shows what it wrote."
     ),
     "train_dqn": Program("--rounds 300", package="gymnasium"),
@@ -74,12 +79,12 @@ def pattern() -> str:
     """What Sphinx-Gallery is to run: the tour, and the programs that can be run here.
 
     Raises:
-        ConfigError: an example is not in ``PROGRAMS``, or the other way round.
+        LookupError: an example is not in ``PROGRAMS``, or the other way round.
     """
     there = {path.stem for path in EXAMPLES.glob("*.py")}
     if there != PROGRAMS.keys():
         names = ", ".join(sorted(there ^ PROGRAMS.keys()))
-        raise ConfigError(f"examples/ and PROGRAMS of docs/example_pages.py differ in: {names}")
+        raise LookupError(f"examples/ and PROGRAMS of docs/example_pages.py differ in: {names}")
     run = "|".join(name for name, program in PROGRAMS.items() if program.obstacle() is None)
     return rf"docs/gallery/plot_\w+\.py$|examples/(?:{run})\.py$"
 
@@ -105,6 +110,8 @@ def argv(_: dict[str, Any], script: dict[str, Any]) -> list[str]:
 
 def picture(_: Any, script: dict[str, Any], gallery: dict[str, Any]) -> str:
     """One of Sphinx-Gallery's ``image_scrapers``: the picture that a program wrote to a file."""
+    from sphinx_gallery.scrapers import figure_rst
+
     source = Path(script["src_file"])
     written = PICTURES / f"{source.stem}.png"
     if source.parent != EXAMPLES or not written.is_file():
@@ -116,29 +123,33 @@ def picture(_: Any, script: dict[str, Any], gallery: dict[str, Any]) -> str:
 
 # What is left out: a notebook, in which a program that reads its command line is of no use.
 _NOTEBOOK = re.compile(r" *\.\. container:: sphx-glr-download sphx-glr-download-(?:jupyter|zip)\n\n.*\n\n")
-_PROGRAM = re.compile(r"^\.\. GENERATED FROM PYTHON SOURCE LINES ", re.MULTILINE)
-_OUTPUT = re.compile(r"^\.\. (?:image-sg::|rst-class:: sphx-glr-script-out)", re.MULTILINE)
+# A page has its introduction, then this comment, then what was written and drawn, then the code.
+_OUTPUT = re.compile(r"^\.\. GENERATED FROM PYTHON SOURCE LINES .*\n", re.MULTILINE)
+_CODE = re.compile(r"^(?:\|\n\n)?\.\. code-block:: Python$", re.MULTILINE)
 
 
-def tell(_: Sphinx, page: str, source: list[str]) -> None:
+def tell(app: Sphinx, page: str, source: list[str]) -> None:
     """Say on a program's page how it was run, or why it was not."""
     folder, _, name = page.rpartition("/")
     if folder != PAGES or name not in PROGRAMS:
         return
+    app.env.note_dependency(__file__)
     text = _NOTEBOOK.sub("", source[0])
-    start, output = _PROGRAM.search(text), _OUTPUT.search(text)
-    if start is None:
-        raise ConfigError(f"{page}: no program on the page; does Sphinx-Gallery write other pages now?")
-    before, after = text[: start.start()], text[start.start() :]
-    if output is None:
-        note = f"It was not run when these pages were built: {PROGRAMS[name].obstacle()}"
-    else:
+    start, code = _OUTPUT.search(text), _CODE.search(text)
+    if start is None or code is None or start.end() > code.start():
+        raise ValueError(f"{page}: Sphinx-Gallery's pages are no longer what docs/example_pages.py reads")
+    program, output = PROGRAMS[name], text[start.end() : code.start()].strip()
+    if not output and program.obstacle() is None:
+        raise ValueError(f"{page}: the program ran, and nothing that it wrote stands before its code")
+    if output:
         flags = (ROOT / PAGES / f"{name}.flags").read_text(encoding="utf-8")
-        at = output.start() - start.start()
-        command = f"In ``examples``::\n\n    python {name}.py {flags}\n\n"
-        after = f"{after[:at]}What it wrote\n-------------\n\n{command}{after[at:]}"
-        note = "`What it wrote`_ when these pages were built is shown after the program."
-    source[0] = f"{before}.. note:: {note}\n\nThe program\n-----------\n\n{after}"
+        command = f"When these pages were built, in ``examples``::\n\n    python {name}.py {flags}"
+        told = f"What it wrote\n-------------\n\n{command}\n\n{program.remark}\n\n{output}"
+    else:
+        told = f".. note:: It was not run when these pages were built: {program.obstacle()}"
+    code_on = text[code.start() :].removeprefix("|")
+    # Literal blocks of the introduction are commands and formulas, no Python.
+    source[0] = f".. highlight:: none\n\n{text[: start.start()]}{told}\n\nThe program\n-----------\n\n{code_on}"
 
 
 _SCRIPT = re.compile(r"\]\(((?:\.\./)*(?:examples/)?)(\w+)\.py\)")

@@ -342,6 +342,7 @@ def main() -> None:
     started = time.perf_counter()
     at_start, _ = misfit(np.zeros(options.size**2))
     print(f"{options.size**2} unknowns, one gradient takes {1e3 * (time.perf_counter() - started):.0f} ms")
+    vanilla(misfit, rounds=1, lr=options.lr)  # torch imports much of itself at the first step
     with ExitStack() as stack:
         plain, ours = with_and_without(misfit, options, pool_of(options.hire, options.workers, stack))
     quasi = quasi_newton(misfit, until=plain.values[-1], evaluations=options.rounds)

@@ -1,5 +1,5 @@
-"""Several ranks
-=============
+"""Two ranks
+=========
 
 ``torchrun`` starts a program once for each rank, and ``DistributedEvaluator`` spreads the points of a round
 over the ranks. Here two ranks on one machine train the network of :doc:`/docs/examples/train_distributed`,
@@ -23,4 +23,8 @@ with tempfile.TemporaryDirectory() as folder:
         timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+
+# %%
+# What rank 0 printed:
+
 print(run.stdout)
