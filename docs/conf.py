@@ -128,5 +128,6 @@ def setup(app: Sphinx) -> None:
     example_pages.forget_other_flags()
     app.connect("source-read", example_pages.tell)
     app.connect("source-read", example_pages.link)
+    app.connect("doctree-read", example_pages.leave_uncoloured)
     app.connect("build-finished", undocumented)
     app.connect("autodoc-process-docstring", formulas, priority=100)

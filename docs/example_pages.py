@@ -148,8 +148,16 @@ def tell(app: Sphinx, page: str, source: list[str]) -> None:
     else:
         told = f".. note:: It was not run when these pages were built: {program.obstacle()}"
     code_on = text[code.start() :].removeprefix("|")
-    # Literal blocks of the introduction are commands and formulas, no Python.
-    source[0] = f".. highlight:: none\n\n{text[: start.start()]}{told}\n\nThe program\n-----------\n\n{code_on}"
+    source[0] = f"{text[: start.start()]}{told}\n\nThe program\n-----------\n\n{code_on}"
+
+
+def leave_uncoloured(app: Sphinx, doctree: Any) -> None:
+    """Literal blocks of introductions are commands and formulas; Sphinx-Gallery would colour them as Python."""
+    from docutils.nodes import literal_block
+
+    if app.env.docname.startswith(f"{PAGES}/"):
+        for block in doctree.findall(literal_block):
+            block.attributes.setdefault("language", "none")
 
 
 _SCRIPT = re.compile(r"\]\(((?:\.\./)*(?:examples/)?)(\w+)\.py\)")

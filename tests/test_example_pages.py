@@ -1,9 +1,10 @@
-"""The pages of examples/: each program has one, and what says how it is run can be trusted. (Sphinx builds them.)"""
+"""The pages of examples/: each program has one, which says how it was run. (Sphinx builds them.)"""
 
 import re
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -93,24 +94,21 @@ def test_links_to_programs_lead_to_their_pages(pages, page, link):
 
 
 def test_a_page_says_with_which_flags_it_was_made_or_why_it_was_not(pages, monkeypatch, tmp_path):
-    class App:
-        class env:  # noqa: N801
-            note_dependency = staticmethod(lambda path: None)
-
+    app = SimpleNamespace(env=SimpleNamespace(note_dependency=lambda path: None))
     monkeypatch.setattr(pages, "ROOT", tmp_path)
     (tmp_path / pages.PAGES).mkdir(parents=True)
     (tmp_path / pages.PAGES / "train_dqn.flags").write_text("--rounds 7")
     before = "A title\n=======\n\n.. GENERATED FROM PYTHON SOURCE LINES 9-99\n\n"
     code = ".. code-block:: Python\n\n    main()\n"
     run, unrun = [f"{before}Out\n\n|\n\n{code}"], [before + code]
-    pages.tell(App, "docs/examples/train_dqn", run)
+    pages.tell(app, "docs/examples/train_dqn", run)
     assert re.search(
         r"What it wrote\n.*python train_dqn.py --rounds 7\n.*Out\s+The program\n.*main", run[0], re.DOTALL
     )
     monkeypatch.setattr(pages, "find_spec", lambda name: None)
-    pages.tell(App, "docs/examples/train_dqn", unrun)
+    pages.tell(app, "docs/examples/train_dqn", unrun)
     assert "It was not run when these pages were built: ``gymnasium`` is not installed" in unrun[0]
     assert "What it wrote" not in unrun[0]
     monkeypatch.undo()
     with pytest.raises(ValueError, match="the program ran, and nothing that it wrote"):
-        pages.tell(App, "docs/examples/heat", [before + code])
+        pages.tell(app, "docs/examples/heat", [before + code])
