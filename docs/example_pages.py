@@ -139,14 +139,17 @@ def tell(app: Sphinx, page: str, source: list[str]) -> None:
     if start is None or code is None or start.end() > code.start():
         raise ValueError(f"{page}: Sphinx-Gallery's pages are no longer what docs/example_pages.py reads")
     program, output = PROGRAMS[name], text[start.end() : code.start()].strip()
-    if not output and program.obstacle() is None:
+    reason = program.obstacle()
+    if reason is None and not app.config.sphinx_gallery_conf["plot_gallery"]:
+        reason = "Sphinx-Gallery was told to run nothing."
+    if not output and reason is None:
         raise ValueError(f"{page}: the program ran, and nothing that it wrote stands before its code")
     if output:
         flags = (ROOT / PAGES / f"{name}.flags").read_text(encoding="utf-8")
         command = f"When these pages were built, in ``examples``::\n\n    python {name}.py {flags}"
         told = f"What it wrote\n-------------\n\n{command}\n\n{program.remark}\n\n{output}"
     else:
-        told = f".. note:: It was not run when these pages were built: {program.obstacle()}"
+        told = f".. note:: It was not run when these pages were built: {reason}"
     code_on = text[code.start() :].removeprefix("|")
     source[0] = f"{text[: start.start()]}{told}\n\nThe program\n-----------\n\n{code_on}"
 

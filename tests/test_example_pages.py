@@ -94,7 +94,8 @@ def test_links_to_programs_lead_to_their_pages(pages, page, link):
 
 
 def test_a_page_says_with_which_flags_it_was_made_or_why_it_was_not(pages, monkeypatch, tmp_path):
-    app = SimpleNamespace(env=SimpleNamespace(note_dependency=lambda path: None))
+    config = SimpleNamespace(sphinx_gallery_conf={"plot_gallery": True})
+    app = SimpleNamespace(config=config, env=SimpleNamespace(note_dependency=lambda path: None))
     monkeypatch.setattr(pages, "ROOT", tmp_path)
     (tmp_path / pages.PAGES).mkdir(parents=True)
     (tmp_path / pages.PAGES / "train_dqn.flags").write_text("--rounds 7")
@@ -112,3 +113,7 @@ def test_a_page_says_with_which_flags_it_was_made_or_why_it_was_not(pages, monke
     monkeypatch.undo()
     with pytest.raises(ValueError, match="the program ran, and nothing that it wrote"):
         pages.tell(app, "docs/examples/heat", [before + code])
+    config.sphinx_gallery_conf["plot_gallery"] = False
+    told = [before + code]
+    pages.tell(app, "docs/examples/heat", told)
+    assert "It was not run when these pages were built: Sphinx-Gallery was told to run nothing." in told[0]
