@@ -1,7 +1,7 @@
 # Two commands do all the set-up on a bare machine:
 #   make demo    create .venv, install, run the main job: a table and a picture
 #   make test    create .venv, install, lint, type-check, test, run the examples of the docs
-#   make docs    create .venv, install, build the pages into out/docs; a warning is an error
+#   make docs    create .venv, install, run the programs of the pages, build them into out/docs; a warning is an error
 #   make coverage which lines of the package the tests run: a quarter of an hour
 #   make mutants change the numerical core a little, a place at a time, and see whether tests fail: an hour
 #   make package build wheel and source distribution, install each into an environment of its own, try it
@@ -90,4 +90,4 @@ $(VENV)/.docs: $(VENV)/.runs
 	@touch $@
 
 clean:
-	rm -rf $(VENV) out build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) out build dist docs/tour docs/examples *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -8,5 +8,5 @@ pytest_collect_file = Sybil(
 ).pytest()
 
 # Sphinx's, and run by it.
-collect_ignore = ["docs/conf.py"]
-collect_ignore_glob = ["docs/gallery/*", "docs/tour/*"]
+collect_ignore = ["docs/conf.py", "docs/example_pages.py"]
+collect_ignore_glob = ["docs/gallery/*", "docs/tour/*", "docs/examples/*"]

@@ -15,6 +15,8 @@ import optex
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
 
+import example_pages  # noqa: E402  (beside this file)
+
 project = "optex"
 author = "The optex authors"
 copyright = author  # noqa: A001  (Sphinx's name)
@@ -61,9 +63,12 @@ napoleon_use_ivar = True
 intersphinx_mapping: dict[str, tuple[str, None]] = {}  # pages build without a network
 
 sphinx_gallery_conf = {
-    "examples_dirs": [str(ROOT / "docs" / "gallery")],
-    "gallery_dirs": ["docs/tour"],
-    "filename_pattern": r"\.py$",
+    "examples_dirs": [str(ROOT / "docs" / "gallery"), str(ROOT / "examples")],
+    "gallery_dirs": ["docs/tour", example_pages.PAGES],
+    "filename_pattern": example_pages.pattern(),
+    "copyfile_regex": r"index\.rst$",
+    "reset_argv": "example_pages.argv",
+    "image_scrapers": ("matplotlib", "example_pages.picture"),
     "within_subsection_order": "FileNameSortKey",
     "abort_on_example_error": True,
     "download_all_examples": False,
@@ -121,6 +126,10 @@ def _escaped(line: str) -> str:
 
 
 def setup(app: Sphinx) -> None:
-    """Add the check of public names, and what docstrings need."""
+    """Add the check of public names, what docstrings need, and the pages of the example programs."""
+    example_pages.forget_other_flags()
+    app.connect("source-read", example_pages.tell)
+    app.connect("source-read", example_pages.link)
+    app.connect("doctree-read", example_pages.leave_uncoloured)
     app.connect("build-finished", undocumented)
     app.connect("autodoc-process-docstring", formulas, priority=100)

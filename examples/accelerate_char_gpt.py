@@ -1,4 +1,7 @@
-"""The GPT of ``train_char_gpt.py`` with Hugging Face Accelerate.
+"""The GPT with Hugging Face Accelerate
+====================================
+
+It is that of ``train_char_gpt.py``::
 
     python examples/accelerate_char_gpt.py --optex 4
     accelerate launch --mixed_precision bf16 examples/accelerate_char_gpt.py --optex 4

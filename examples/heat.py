@@ -1,20 +1,24 @@
-"""How well does a plate conduct heat, and where? An inverse problem, solved on worker processes or on Ray.
+"""How a plate conducts heat
+=========================
+
+How well, and where? An inverse problem, solved on worker processes or on Ray::
 
     python examples/heat.py --workers 2 --plot out/heat.png
     python examples/heat.py --workers 2 --hire ray
     python examples/heat.py --size 48 --heaters-at-once 1 --lr 0.02
 
 Heaters warm a plate, one after the other, and thermometers on it are read as time goes by. From their noisy
-readings we recover the conductivity at every point: m = log κ on a grid of n × n cells, which minimises
+readings we recover the conductivity at every point: m = log κ on a grid of n × n cells, which minimises::
 
     J(m) = 1/(2 σ² count) Σ (readings of the model - readings)² + α/2 Σ over neighbours (m_i - m_j)²
 
-The model is the heat equation ∂u/∂t = ∇·(κ ∇u) + heater, zero at the rim, by finite volumes and implicit Euler:
+The model is the heat equation ∂u/∂t = ∇·(κ ∇u) + heater, zero at the rim, by finite volumes and implicit
+Euler::
 
     (I + τ K) u_{t+1} = u_t + τ f,     K = Dᵀ diag(W κ) D
 
 with D the differences across the faces between cells and W the mean of κ on a face's two sides. One gradient is
-one sparse LU factorisation, a march forward in time, and the adjoint's march back,
+one sparse LU factorisation, a march forward in time, and the adjoint's march back::
 
     (I + τ K) λ_t = λ_{t+1} + Sᵀ (S u_t - readings_t) / (σ² count),    ∂J/∂κ = -τ Wᵀ Σ_t (D λ_t) ∘ (D u_t)
 
@@ -23,7 +27,7 @@ it; optex evaluates the gradients of several iterations at once.
 
 Where J is exact, SciPy's L-BFGS-B may need fewer gradients still: it is run beside, to the same J. Where there
 are more heaters than one can afford, each gradient looks at some of them, drawn at random
-(`--heaters-at-once`); then L-BFGS has to have them all, and Adam has not.
+(``--heaters-at-once``); then L-BFGS has to have them all, and Adam has not.
 """
 
 from __future__ import annotations
@@ -320,7 +324,7 @@ def draw(path: Path, plate: Plate, estimate: np.ndarray, start: float, runs: dic
 
 def main() -> None:
     """Solve the problem with and without optex."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=128, help="cells along each side")
     parser.add_argument("--rounds", type=int, default=150, help="of Adam without optex")
     parser.add_argument("--lr", type=float, default=0.05)
@@ -338,6 +342,7 @@ def main() -> None:
     started = time.perf_counter()
     at_start, _ = misfit(np.zeros(options.size**2))
     print(f"{options.size**2} unknowns, one gradient takes {1e3 * (time.perf_counter() - started):.0f} ms")
+    vanilla(misfit, rounds=1, lr=options.lr)  # torch imports much of itself at the first step
     with ExitStack() as stack:
         plain, ours = with_and_without(misfit, options, pool_of(options.hire, options.workers, stack))
     quasi = quasi_newton(misfit, until=plain.values[-1], evaluations=options.rounds)

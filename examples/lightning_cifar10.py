@@ -1,4 +1,7 @@
-"""The ResNet of ``train_cifar10.py`` in Lightning, by manual optimization.
+"""The ResNet in Lightning
+=======================
+
+It is that of ``train_cifar10.py``; optimization is manual::
 
     python examples/lightning_cifar10.py --optex 4 --epochs 1 --batches 60
     python examples/lightning_cifar10.py --epochs 2 --checkpoint out/lightning.ckpt --stop-after 1
@@ -18,7 +21,9 @@ batches a round, however few steps are kept. ``rounds`` does neither.
 from __future__ import annotations
 
 import argparse
+import logging
 import math
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -173,6 +178,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--checkpoint", type=Path, help="written at the end")
     add("--resume", action="store_true", help="go on from the checkpoint")
     add("--accelerator", default="auto", help="as in Lightning's Trainer (default auto)")
+    add("--quiet", action="store_true", help="no progress bar, and no messages of Lightning's own")
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.resume and args.checkpoint is None:
@@ -183,6 +189,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train, and say how it went."""
     args = arguments(argv)
+    if args.quiet:
+        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module="lightning")
     lightning.seed_everything(args.seed, verbose=False)
     train = Images("train", args.batch_size, args.seed, "cpu")  # Lightning moves the batches
     args.batches = min(args.batches, train.batches_an_epoch)
@@ -197,6 +206,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
+        enable_progress_bar=not args.quiet,
         num_sanity_val_steps=0,
         callbacks=[] if args.stop_after is None else [StopAfter(args.stop_after)],
     )

@@ -1,4 +1,7 @@
-"""Train a small GPT on characters: one file, in the manner of nanoGPT.
+"""A GPT on characters
+===================
+
+A small one in one file, in the manner of nanoGPT::
 
     python examples/train_char_gpt.py --optex 1              # the plain loop
     python examples/train_char_gpt.py --optex 4              # as many steps in fewer rounds

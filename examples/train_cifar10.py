@@ -1,4 +1,7 @@
-"""Train a small ResNet on CIFAR-10: BatchNorm, augmentation, clipping, a cosine schedule, checkpoints.
+"""A ResNet on CIFAR-10
+====================
+
+A small one, with BatchNorm, augmentation, clipping, a cosine schedule and checkpoints::
 
     python examples/train_cifar10.py --optex 1 --steps 60      # the plain loop
     python examples/train_cifar10.py --optex 4 --steps 60      # as many steps in fewer rounds

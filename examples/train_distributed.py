@@ -1,4 +1,7 @@
-"""A small network trained on handwritten digits by several processes, each with its own proxies.
+r"""Several ranks under torchrun
+============================
+
+A small network is trained on handwritten digits by several processes, each with its own proxies::
 
     torchrun --standalone --nproc-per-node 2 examples/train_distributed.py
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc-per-node 2 --max-restarts 1 \

@@ -1,4 +1,7 @@
-"""Deep Q-learning on CartPole: the agent acts between rounds, and each step has a replay batch of its own.
+"""Deep Q-learning on CartPole
+===========================
+
+The agent acts between rounds, and each step has a replay batch of its own::
 
     python examples/train_dqn.py --optex 1      # the plain loop
     python examples/train_dqn.py --optex 4      # several steps of Adam between two spells of acting

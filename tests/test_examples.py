@@ -313,6 +313,15 @@ def test_lightning_takes_every_step_and_counts_it(lightning_run):
     assert not found["module"].queue
 
 
+def test_lightning_is_quiet_where_it_is_asked_to_be(lightning_run, capfd, caplog):
+    with caplog.at_level("INFO", logger="lightning.pytorch"):  # puts the level back
+        lightning_run("--quiet")
+    assert caplog.messages == []
+    out, err = capfd.readouterr()
+    assert re.fullmatch(r"step 18   loss .*\n", out)
+    assert err == ""
+
+
 def test_lightning_goes_on_from_a_checkpoint(lightning_run, tmp_path):
     whole = lightning_run("--optex", 4)
     path = tmp_path / "lightning.ckpt"
