@@ -19,7 +19,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from optex import DistributedEvaluator, OptEx, WithinTolerance
-from optex.distributed import checkpoint, folders
+from optex.distributed import checkpoint, folders, slices
 from optex.distributed.checkpoint import CheckpointWarning
 from tests.models import network, regression_batches, squared_error
 from tests.ranks import run_ranks
@@ -611,7 +611,11 @@ def save_split(rank, directory):
     return flat(model).numpy()
 
 
-def test_slices_are_read_without_running_code(tmp_path):
+@pytest.mark.parametrize("recent", [True, False])
+def test_slices_are_read_without_running_code(tmp_path, recent, monkeypatch):
+    if recent and not slices._LOAD_TAKES_NO_DIST:
+        pytest.skip("torch's load takes no no_dist")
+    monkeypatch.setattr(slices, "_LOAD_TAKES_NO_DIST", recent)
     first, _ = run_ranks(save_split, 2, tmp_path)
     extra, point, _ = loaded(tmp_path)
     assert extra["epoch"] == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import warnings
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,7 @@ from optex.stepping import ParameterVector
 __all__ = ["raise_cause", "read_slices", "slices_reader", "stored_slices", "write_slices"]
 
 _PREFIX: Final = "tensors"
+_LOAD_TAKES_NO_DIST: Final = "no_dist" in inspect.signature(dcp.load).parameters  # torch 2.6's does not
 _KNOWN: Final = {
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
@@ -66,13 +68,22 @@ def read_slices(
     content = {_PREFIX: tensors}
     with _explained(ranks):
         if ranks is None:
-            with warnings.catch_warnings():
-                # torch warns of a single process, which is meant here.
-                warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-                dcp.load(content, storage_reader=reader, no_dist=True)
+            _load_alone(content, reader)
         else:
             dcp.load(content, storage_reader=reader, process_group=ranks.group)
     return content[_PREFIX]
+
+
+def _load_alone(content: dict[str, Any], reader: FileSystemReader) -> None:
+    """Fill the tensors in this process, whatever group it is in."""
+    with warnings.catch_warnings():
+        # torch warns of a single process, which is meant here.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        if _LOAD_TAKES_NO_DIST:
+            dcp.load(content, storage_reader=reader, no_dist=True)
+        else:
+            warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)
+            dcp.load_state_dict(content, reader, no_dist=True)
 
 
 class _CarefulReader(FileSystemReader):
