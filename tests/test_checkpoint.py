@@ -611,6 +611,13 @@ def save_split(rank, directory):
     return flat(model).numpy()
 
 
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_paths_in_metadata_are_read_whatever_python_wrote_them(tmp_path, module):
+    (tmp_path / ".metadata").write_bytes(f"c{module}\nPosixPath\n(Va\nVb\ntR.".encode())
+    with (tmp_path / ".metadata").open("rb") as file:
+        assert slices._MetadataUnpickler(file).load() == Path("a/b")
+
+
 @pytest.mark.parametrize("recent", [True, False])
 def test_slices_are_read_without_running_code(tmp_path, recent, monkeypatch):
     if recent and not slices._LOAD_TAKES_NO_DIST:

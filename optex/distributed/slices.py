@@ -30,6 +30,8 @@ _KNOWN: Final = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     *(("pathlib", name) for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
 }
+# Where Python 3.13 has the classes of a module, and where every version finds them.
+_MOVED: Final = {"pathlib._local": "pathlib"}
 
 
 def write_slices(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks | None) -> None:
@@ -100,6 +102,7 @@ class _CarefulReader(FileSystemReader):
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str, /) -> Any:
+        module = _MOVED.get(module, module)
         if (module, name) in _KNOWN:
             return super().find_class(module, name)
         found = getattr({"torch": torch, metadata.__name__: metadata}.get(module), name, None)
