@@ -705,7 +705,7 @@ def test_a_start_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         with (
             within(120),
-            pytest.raises(WorkerLostError, match=r"could not be started .*not start within 2 sec"),
+            pytest.raises(WorkerLostError, match=r"could not be started .*start within 2 sec"),
         ):
             large_round(WorkersEvaluator(2, timeout=1))
     finally:
