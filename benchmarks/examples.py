@@ -1,6 +1,6 @@
 """What the examples reach: test losses and returns after equally many rounds, plain and with optex.
 
-    python benchmarks/examples.py                               # every run that the record lacks; about an hour
+    python benchmarks/examples.py                               # what the record lacks; an hour or two
     python benchmarks/examples.py --only gpt dqn --seeds 0      # some scripts, some seeds
     python benchmarks/examples.py --report                      # run nothing; tables from the JSON
 
