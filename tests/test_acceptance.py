@@ -44,6 +44,8 @@ def schedule(base):
 @pytest.mark.parametrize("name", BASES)
 @pytest.mark.parametrize("parallelism", [2, 5])
 def test_tolerance_zero_is_vanilla_bit_for_bit(name, parallelism):
+    if name == "adam-tensor-lr" and torch.__version__ < "2.7":
+        pytest.skip("torch 2.6: SequentialLR makes a tensor lr and its initial_lr one tensor, and spoils both")
     batches = regression_batches(23)
     plain, model = network(), network()
     base = BASES[name](list(plain.parameters()))
