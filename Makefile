@@ -58,7 +58,8 @@ package: $(VENV)/.runs
 
 # What the library and its command line need, and nothing of what tests and examples do. torch first and by its exact
 # version, so that no other package's requirement picks another build of it. Byte code is written when a module is first
-# imported: to write all of it first takes as long as the rest of the installation.
+# imported: to write all of it first takes as long as the rest of the installation. Tests have it written, as they start
+# many processes, and where PYTHONDONTWRITEBYTECODE is set each of these would compile what it imports.
 $(VENV)/.runs: pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11, 1))" \
 		|| { echo "optex needs Python 3.11.1 or later; name one with: make PYTHON=python3.12"; exit 1; }
@@ -72,6 +73,7 @@ $(VENV)/.runs: pyproject.toml constraints.txt
 $(VENV)/.installed: $(VENV)/.runs
 	@echo "installing into $(VENV): what tests and examples need"
 	@$(PIP) install -c constraints.txt -e ".[studies,test]"
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true  # torch has a file for later Pythons alone
 	@touch $@
 
 $(VENV)/.coverage: $(VENV)/.installed
