@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import platform
 import shlex
 import statistics
@@ -29,7 +28,7 @@ from unittest import mock
 import torch
 
 import optex
-from optex.studies.records import finite_or_null, significant, write_whole
+from optex.studies.records import significant, this_machine, write_whole
 from optex.studies.tables import fill, markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -205,8 +204,8 @@ def import_example(name: str) -> Any:
 
 def changed(optimizer: optex.OptEx, changes: dict[str, Any]) -> optex.OptEx:
     """The optimizer, which has run no round yet, made anew with other arguments."""
-    kept = {name: getattr(optimizer, name) for name in ("parallelism", "scheduler", "model", "gradient_hook")}
-    return optex.OptEx(optimizer.base, **(kept | changes))
+    given = {name: getattr(optimizer, name) for name in ("parallelism", "scheduler", "model", "gradient_hook")}
+    return optex.OptEx(optimizer.base, **(given | changes))
 
 
 def complete(record: dict[str, Any], names: Sequence[str], settings: str | None, seeds: Sequence[int]) -> None:
@@ -275,12 +274,11 @@ def write(record: dict[str, Any]) -> None:
         "optex": optex.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {platform.system()}, {os.cpu_count()} cores",
+        "machine": this_machine(),
         "device": "cuda" if torch.cuda.is_available() else "cpu",  # as the scripts choose it
         "threads": torch.get_num_threads(),
     }
-    document = finite_or_null({"meta": meta, "scripts": ordered})
-    write_whole(PATH, json.dumps(document, indent=1, allow_nan=False) + "\n")
+    write_whole(PATH, json.dumps({"meta": meta, "scripts": ordered}, indent=1, allow_nan=False) + "\n")
 
 
 # ---------------------------------------------------------------------- the page

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import warnings
 from collections.abc import Callable
@@ -30,7 +29,7 @@ import torch
 
 import optex
 from optex.studies.problems.more_garbow_hillstrom import FUNCTIONS, TestFunction
-from optex.studies.records import finite_or_null
+from optex.studies.records import finite_or_null, this_machine
 from optex.studies.tables import fill, markdown_table
 
 ROOT = Path(__file__).parent.parent
@@ -125,7 +124,7 @@ def describe() -> dict[str, Any]:
         "torch": torch.__version__,
         "scipy": scipy.__version__,
         "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {platform.system()}, {os.cpu_count()} cores",
+        "machine": this_machine(),
         "gtol": TOLERANCE,
         "rates": RATES,
     }

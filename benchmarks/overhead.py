@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import time
 from typing import Any, Final
 
@@ -25,6 +24,8 @@ import torch
 from overhead_report import FOLDER, derived, report
 from rounds_timed import counted, measure_point
 from traffic import MODELS
+
+from optex.studies.records import this_machine
 
 BASE: Final = {"optimizer": "adam", "dimension": 100_000, "parallelism": 4, "history": 16, "stride": 1}
 AXES: Final[dict[str, tuple[int, ...]]] = {
@@ -73,7 +74,7 @@ def measure(chosen: list[dict[str, Any]], *, threads: int, rounds: int | None = 
         "threads": threads,
         "dtype": "float32",
         "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {platform.system()}, {os.cpu_count()} cores",
+        "machine": this_machine(),
         "load": [round(load, 1), round(os.getloadavg()[0], 1)],
     }
     return {"meta": meta, "base": BASE, "points": results}

@@ -39,6 +39,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 import optex
+from optex.studies.records import this_machine
 from optex.studies.tables import fill, markdown_table
 
 ROOT = Path(__file__).parents[1]
@@ -389,7 +390,7 @@ def main() -> None:
         meta = {
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "machine": f"{platform.machine()}, {platform.system()}, {os.cpu_count()} cores",
+            "machine": this_machine(),
             "load": [round(load[0], 1) for load in (before, os.getloadavg())],  # a minute's, before and after
         }
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import platform
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["finite_or_null", "latest", "null_to_nan", "read_lines", "significant", "write_whole"]
+__all__ = [
+    "finite_or_null",
+    "latest",
+    "null_to_nan",
+    "read_lines",
+    "significant",
+    "this_machine",
+    "write_whole",
+]
 
 
 def significant(value: float, digits: int) -> float | None:
@@ -57,6 +67,15 @@ def read_lines(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").splitlines()
     return latest((record for line in lines for record in json.loads(line)), keys)
+
+
+def this_machine() -> str:
+    """Where a record was made: architecture, system, number of cores.
+
+    >>> this_machine().endswith(" cores")
+    True
+    """
+    return f"{platform.machine()}, {platform.system()}, {os.cpu_count()} cores"
 
 
 def write_whole(path: Path, text: str) -> None:
